@@ -1,0 +1,9 @@
+"""A zoo of small image classifiers with ConAM, the confidence attention module.
+
+Importing it registers the models with timm.
+"""
+
+import conam_zoo.models  # noqa: F401 (registers the models)
+from conam_zoo.attention import ConAM
+
+__all__ = ["ConAM"]

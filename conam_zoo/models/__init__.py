@@ -1,0 +1,5 @@
+"""The model families; importing this registers their builders with timm."""
+
+from conam_zoo.models.conam_densenet import *
+from conam_zoo.models.conam_resnet import *
+from conam_zoo.models.conam_wide_resnet import *

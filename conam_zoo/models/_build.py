@@ -1,0 +1,149 @@
+"""From a registered name to a model: timm's builder, with verified weights put in its hands.
+
+timm decides which configuration, head, input channels and feature wrapper a call means; this file only answers the
+question where the tensors come from. Whatever the source, they are read from safetensors by ``conam_zoo.weights`` and
+passed on as a state dict, so nothing is unpickled and what was checked is what is loaded.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from torch import Tensor, nn
+
+from conam_zoo.datasets import DATASETS
+from conam_zoo.weights import (
+    WeightEntry,
+    WeightsError,
+    find_verified,
+    load_manifest,
+    read_safetensors,
+    read_verified,
+)
+from conam_zoo.weights.folder import read_folder, read_hub_folder
+
+__all__ = ["build", "dataset_cfgs"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# A namespace that the Hub refuses as a name: nobody can own it, and it is never contacted.
+UNSET_NAMESPACE = "NAMESPACE--NOT--SET"
+
+
+def dataset_cfgs(architectures: Mapping[str, Mapping[str, Any]]) -> dict[str, DefaultCfg]:
+    """timm's default_cfgs: every architecture with a tag for every data set.
+
+    A tag has weights if the manifest has an entry of that name; then the entry's facts are used.
+
+    Args:
+        architectures: For each architecture the configuration that does not depend on the data set.
+    """
+    manifest = load_manifest()
+    cfgs = {}
+    for architecture, own in architectures.items():
+        for tag, facts in DATASETS.items():
+            cfg: dict[str, Any] = {
+                "input_size": facts.input_size,
+                "mean": facts.mean,
+                "std": facts.std,
+                "num_classes": len(facts.classes),
+                "label_names": facts.classes,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+                "first_conv": "conv1",
+                "classifier": "fc",
+                "license": "apache-2.0",
+                "paper_ids": "arXiv:2110.14369v1",
+                **own,
+            }
+            entry = manifest.entries.get(f"{architecture}.{tag}")
+            if entry is not None:
+                cfg.update(_published(entry, manifest.hub_namespace))
+            cfgs[f"{architecture}.{tag}"] = cfg
+    return generate_default_cfgs(cfgs)
+
+
+def _published(entry: WeightEntry, namespace: str | None) -> dict[str, Any]:
+    """The part of timm's configuration that a manifest entry states."""
+    hub_id = entry.hub_id(namespace or UNSET_NAMESPACE)
+    return {
+        "hf_hub_id": f"{hub_id}@{entry.revision}" if entry.revision else hub_id,
+        "hf_hub_filename": entry.file,
+        "input_size": tuple(entry.input_size),
+        "mean": tuple(entry.mean),
+        "std": tuple(entry.std),
+        "num_classes": entry.num_classes,
+        "label_names": tuple(entry.classes),
+        "license": entry.licence.lower(),
+    }
+
+
+def build(
+    model_cls: type[ModelT],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> ModelT:
+    """Make a model as timm's ``build_model_with_cfg`` does, with weights from a verified source.
+
+    Args:
+        model_cls: Class of the family.
+        variant: Registered name.
+        pretrained: Whether to load weights.
+        pretrained_cfg: timm's configuration or tag; the default tag if None.
+        pretrained_cfg_overlay: Entries that replace those of the configuration.
+        cache_dir: Where the Hub client keeps its files.
+        **kwargs: ``features_only``, ``out_indices`` and the arguments of ``model_cls``.
+
+    Raises:
+        TypeError: On an argument that ``model_cls`` does not know.
+        ValueError: On an argument value that does not fit.
+        WeightsError: If no verified weights can be had.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    features_only = bool(kwargs.get("features_only", False))
+    overlay = dict(pretrained_cfg_overlay or {})
+    if pretrained:
+        overlay |= {"state_dict": _state_dict(variant, cfg, cache_dir), "source": None}
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        feature_cfg={"out_indices": (0, 1, 2, 3)},
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    stated = cfg.to_dict()  # what was asked for, without the tensors
+    model.pretrained_cfg = pretrained_cfg_for_features(stated) if features_only else stated
+    model.default_cfg = model.pretrained_cfg
+    return model
+
+
+def _state_dict(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Tensor]:
+    """The tensors that a configuration names, verified wherever a hash is known."""
+    name = f"{variant}.{cfg.tag}"
+    if cfg.source == "local-dir" and cfg.file:
+        return read_folder(Path(cfg.file))
+    if cfg.source == "hf-hub" and cfg.hf_hub_id:
+        return read_hub_folder(cfg.hf_hub_id, cache_dir)
+    if cfg.state_dict:
+        return cfg.state_dict
+    manifest = load_manifest()
+    entry = manifest.entries.get(name)
+    if cfg.file:
+        path = Path(cfg.file)
+        return read_verified(path, entry) if entry else read_safetensors(path)
+    if entry is None:
+        have = ", ".join(sorted(manifest.entries)) or "none yet"
+        raise WeightsError(
+            f"There are no pretrained weights for {name}: choose one that has them ({have}), or pass pretrained=False."
+        )
+    return find_verified(entry, cache_dir=cache_dir, namespace=manifest.hub_namespace).state_dict

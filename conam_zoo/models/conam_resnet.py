@@ -1,0 +1,241 @@
+"""ResNet for small images, with ConAM on the residual branches.
+
+Two lines of nets share one class. The thin three-stage nets are those of He et al., "Deep Residual Learning for Image
+Recognition", CVPR 2016, section 4.2 (widths 16/32/64), here with 1x1 projections where the shape changes. The wide
+four-stage nets are the ImageNet ResNets with a 3x3 stride-1 stem and without max pooling, as in the ConAM paper
+(arXiv 2110.14369v1). The attention stands on the input of the residual branch, the identity path keeps the raw map.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models import checkpoint_seq, register_model
+from torch import Tensor, nn
+
+from conam_zoo.models._build import build, dataset_cfgs
+from conam_zoo.models._classifier import StagedClassifier
+from conam_zoo.models._sites import AttentionSites
+
+__all__ = ["ConAMResNet"]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut. Shape: (N, C, H, W) -> (N, width, H / stride, W / stride)."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int, attn: nn.Module | None, **placement: Any
+    ) -> None:
+        super().__init__()
+        self.attn = attn if attn is not None else nn.Identity()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False, **placement)
+        self.bn1 = nn.BatchNorm2d(width, **placement)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **placement)
+        self.bn2 = nn.BatchNorm2d(width, **placement)
+        self.downsample = _projection(in_channels, width, stride, **placement)
+        self.act2 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.act1(self.bn1(self.conv1(self.attn(x))))
+        residual = self.bn2(self.conv2(residual))
+        return self.act2(residual + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the 3x3 one strides.
+
+    Shape: (N, C, H, W) -> (N, 4 * width, H / stride, W / stride).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int, attn: nn.Module | None, **placement: Any
+    ) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.attn = attn if attn is not None else nn.Identity()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False, **placement)
+        self.bn1 = nn.BatchNorm2d(width, **placement)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False, **placement)
+        self.bn2 = nn.BatchNorm2d(width, **placement)
+        self.act2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False, **placement)
+        self.bn3 = nn.BatchNorm2d(out_channels, **placement)
+        self.downsample = _projection(in_channels, out_channels, stride, **placement)
+        self.act3 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.act1(self.bn1(self.conv1(self.attn(x))))
+        residual = self.act2(self.bn2(self.conv2(residual)))
+        residual = self.bn3(self.conv3(residual))
+        return self.act3(residual + self.downsample(x))
+
+
+def _projection(in_channels: int, out_channels: int, stride: int, **placement: Any) -> nn.Module:
+    """The shortcut: a 1x1 convolution with batch norm where the shape changes (He et al., option B)."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False, **placement),
+        nn.BatchNorm2d(out_channels, **placement),
+    )
+
+
+class ConAMResNet(StagedClassifier):
+    """ResNet with a 3x3 stem and an attention on its residual branches.
+
+    Args:
+        block: ``"basic"`` or ``"bottleneck"``.
+        layers: Blocks of each stage; every stage but the first halves the map.
+        widths: Width of each stage (of its 3x3 convolutions).
+        num_classes: Classes; 0 for no classifier.
+        in_chans: Channels of the images.
+        global_pool: timm's pooling name; ``""`` for none.
+        drop_rate: Dropout before the classifier.
+        attn_layer: ``"conam"``, ``"none"``, or timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``.
+        attn_placement: ``"stage"`` (first block of each stage) or ``"block"`` (every block).
+        patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
+        device: Where the parameters are made.
+        dtype: Their floating-point type.
+
+    Raises:
+        ValueError: If an attention argument is unknown or does not fit the stages.
+    """
+
+    def __init__(
+        self,
+        block: str = "basic",
+        layers: Sequence[int] = (3, 3, 3),
+        widths: Sequence[int] = (16, 32, 64),
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        attn_layer: str = "conam",
+        attn_placement: str = "stage",
+        patch_sizes: Sequence[int] = (8, 8, 4),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        placement = {"device": device, "dtype": dtype}
+        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, len(layers))
+        super().__init__(sites, num_classes, in_chans)
+        block_cls = {"basic": BasicBlock, "bottleneck": Bottleneck}[block]
+
+        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False, **placement)
+        self.bn1 = nn.BatchNorm2d(widths[0], **placement)
+        self.act1 = nn.ReLU(inplace=True)
+        self.levels = [["conv1", "bn1", "act1"]]
+        self.feature_info = [{"num_chs": widths[0], "reduction": 1, "module": "act1"}]
+
+        channels, reduction = widths[0], 1
+        for stage, (depth, width) in enumerate(zip(layers, widths, strict=True)):
+            stride = 1 if stage == 0 else 2
+            blocks = []
+            for index in range(depth):
+                first = index == 0
+                attn = sites.build(channels, stage, first=first, shrink=1 if first else stride, **placement)
+                blocks.append(block_cls(channels, width, stride if first else 1, attn, **placement))
+                channels = width * block_cls.expansion
+            reduction *= stride
+            name = f"layer{stage + 1}"
+            self.add_module(name, nn.Sequential(*blocks))
+            self.levels.append([name])
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": name})
+        if len(layers) == 3:
+            self.layer4 = nn.Sequential()  # TorchScript needs the attribute; without children it is the identity
+
+        self.num_features = channels
+        self.init_head(global_pool, drop_rate, device, dtype)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups: stem, then stages (``coarse``) or blocks."""
+        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the last map: (N, C, H, W) -> (N, num_features, h, w)."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+default_cfgs = dataset_cfgs(
+    {
+        **{f"resnet{depth}_conam": {"pool_size": (8, 8)} for depth in (20, 32, 44, 56, 110)},
+        **{f"resnet{depth}_conam": {"pool_size": (4, 4)} for depth in (18, 34, 50, 101)},
+    }
+)
+
+
+def _thin(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> ConAMResNet:
+    """A three-stage net of He et al., section 4.2: depth 6n + 2."""
+    return build(ConAMResNet, variant, pretrained, layers=((depth - 2) // 6,) * 3, **kwargs)
+
+
+def _wide(variant: str, pretrained: bool, block: str, layers: Sequence[int], **kwargs: Any) -> ConAMResNet:
+    """A four-stage net with the ConAM authors' patch sides."""
+    kwargs.setdefault("patch_sizes", (8, 8, 4, 0))
+    return build(
+        ConAMResNet, variant, pretrained, block=block, layers=layers, widths=(64, 128, 256, 512), **kwargs
+    )
+
+
+@register_model
+def resnet20_conam(pretrained: bool = False, **kwargs: Any) -> ConAMResNet:
+    """ResNet-20 (He et al., section 4.2) with ConAM; 0.28 M parameters."""
+    return _thin("resnet20_conam", pretrained, 20, **kwargs)
+
+
+@register_model
+def resnet32_conam(pretrained: bool = False, **kwargs: Any) -> ConAMResNet:
+    """ResNet-32 (He et al., section 4.2) with ConAM; 0.47 M parameters."""
+    return _thin("resnet32_conam", pretrained, 32, **kwargs)
+
+
+@register_model
+def resnet44_conam(pretrained: bool = False, **kwargs: Any) -> ConAMResNet:
+    """ResNet-44 (He et al., section 4.2) with ConAM; 0.66 M parameters."""
+    return _thin("resnet44_conam", pretrained, 44, **kwargs)
+
+
+@register_model
+def resnet56_conam(pretrained: bool = False, **kwargs: Any) -> ConAMResNet:
+    """ResNet-56 (He et al., section 4.2) with ConAM; 0.86 M parameters."""
+    return _thin("resnet56_conam", pretrained, 56, **kwargs)
+
+
+@register_model
+def resnet110_conam(pretrained: bool = False, **kwargs: Any) -> ConAMResNet:
+    """ResNet-110 (He et al., section 4.2) with ConAM; 1.7 M parameters."""
+    return _thin("resnet110_conam", pretrained, 110, **kwargs)
+
+
+@register_model
+def resnet18_conam(pretrained: bool = False, **kwargs: Any) -> ConAMResNet:
+    """ResNet-18 with a 3x3 stride-1 stem and ConAM (arXiv 2110.14369v1); 11.2 M parameters."""
+    return _wide("resnet18_conam", pretrained, "basic", (2, 2, 2, 2), **kwargs)
+
+
+@register_model
+def resnet34_conam(pretrained: bool = False, **kwargs: Any) -> ConAMResNet:
+    """ResNet-34 with a 3x3 stride-1 stem and ConAM (arXiv 2110.14369v1); 21.3 M parameters."""
+    return _wide("resnet34_conam", pretrained, "basic", (3, 4, 6, 3), **kwargs)
+
+
+@register_model
+def resnet50_conam(pretrained: bool = False, **kwargs: Any) -> ConAMResNet:
+    """ResNet-50 with a 3x3 stride-1 stem and ConAM (arXiv 2110.14369v1); 24.2 M parameters."""
+    return _wide("resnet50_conam", pretrained, "bottleneck", (3, 4, 6, 3), **kwargs)
+
+
+@register_model
+def resnet101_conam(pretrained: bool = False, **kwargs: Any) -> ConAMResNet:
+    """ResNet-101 with a 3x3 stride-1 stem and ConAM (arXiv 2110.14369v1); 43.2 M parameters."""
+    return _wide("resnet101_conam", pretrained, "bottleneck", (3, 4, 23, 3), **kwargs)

@@ -1,0 +1,178 @@
+"""Wide residual networks with ConAM.
+
+Source: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016 (arXiv 1605.07146): pre-activation basic blocks,
+widths 16k/32k/64k, optional dropout between the two convolutions. Where the attention stands is this project's own
+decision: directly before the first convolution of the residual branch, on the activated map; the shortcut sees the map
+without it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models import checkpoint_seq, register_model
+from torch import Tensor, nn
+
+from conam_zoo.models._build import build, dataset_cfgs
+from conam_zoo.models._classifier import StagedClassifier
+from conam_zoo.models._sites import AttentionSites
+
+__all__ = ["ConAMWideResNet"]
+
+
+class PreActBlock(nn.Module):
+    """Norm, activation and 3x3 convolution, twice. Shape: (N, C, H, W) -> (N, width, H / stride, W / stride).
+
+    Where the shape changes, the shortcut is a 1x1 convolution of the activated map; else it is the raw map.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        drop_rate: float,
+        attn: nn.Module | None,
+        **placement: Any,
+    ) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels, **placement)
+        self.act1 = nn.ReLU(inplace=True)
+        self.attn = attn if attn is not None else nn.Identity()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False, **placement)
+        self.bn2 = nn.BatchNorm2d(width, **placement)
+        self.act2 = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(drop_rate)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **placement)
+        self.projects = stride != 1 or in_channels != width
+        self.downsample: nn.Module = nn.Identity()
+        if self.projects:
+            self.downsample = nn.Conv2d(in_channels, width, 1, stride=stride, bias=False, **placement)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.act1(self.bn1(x))
+        shortcut = self.downsample(activated) if self.projects else x
+        residual = self.act2(self.bn2(self.conv1(self.attn(activated))))
+        return self.conv2(self.drop(residual)) + shortcut
+
+
+class ConAMWideResNet(StagedClassifier):
+    """Wide ResNet with an attention on its residual branches.
+
+    Args:
+        depth: 6n + 4 layers, n blocks in each of the three stages.
+        widen_factor: k of the paper; the stages have 16k, 32k and 64k channels.
+        num_classes: Classes; 0 for no classifier.
+        in_chans: Channels of the images.
+        global_pool: timm's pooling name; ``""`` for none.
+        drop_rate: Dropout before the classifier.
+        block_drop_rate: Dropout between the two convolutions of a block (the paper's dropout).
+        attn_layer: ``"conam"``, ``"none"``, or timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``.
+        attn_placement: ``"stage"`` (first block of each stage) or ``"block"`` (every block).
+        patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
+        device: Where the parameters are made.
+        dtype: Their floating-point type.
+
+    Raises:
+        ValueError: If an attention argument is unknown or does not fit the stages.
+    """
+
+    def __init__(
+        self,
+        depth: int = 16,
+        widen_factor: int = 4,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        block_drop_rate: float = 0.0,
+        attn_layer: str = "conam",
+        attn_placement: str = "stage",
+        patch_sizes: Sequence[int] = (8, 8, 4),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        placement = {"device": device, "dtype": dtype}
+        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, num_stages=3)
+        super().__init__(sites, num_classes, in_chans)
+
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **placement)
+        self.levels = [["conv1"]]
+        self.feature_info = [{"num_chs": 16, "reduction": 1, "module": "conv1"}]
+
+        channels, reduction = 16, 1
+        for stage in range(3):
+            width = 16 * widen_factor * 2**stage
+            stride = 1 if stage == 0 else 2
+            blocks = []
+            for index in range((depth - 4) // 6):
+                first = index == 0
+                attn = sites.build(channels, stage, first=first, shrink=1 if first else stride, **placement)
+                blocks.append(
+                    PreActBlock(channels, width, stride if first else 1, block_drop_rate, attn, **placement)
+                )
+                channels = width
+            reduction *= stride
+            name = f"layer{stage + 1}"
+            self.add_module(name, nn.Sequential(*blocks))
+            self.levels.append([name])
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": name})
+        self.bn1 = nn.BatchNorm2d(channels, **placement)
+        self.act1 = nn.ReLU(inplace=True)
+        self.levels[-1] += ["bn1", "act1"]  # the last level ends behind the final norm
+        self.feature_info[-1]["module"] = "act1"
+
+        self.num_features = channels
+        self.init_head(global_pool, drop_rate, device, dtype)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's parameter groups: stem, then stages (``coarse``) or blocks, then the final norm."""
+        blocks = r"^layer(\d+)" if coarse else [(r"^layer(\d+)\.(\d+)", None), (r"^bn1", (99999,))]
+        return {"stem": r"^conv1", "blocks": blocks}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the last map, behind the final norm: (N, C, H, W) -> (N, num_features, h, w)."""
+        x = self.conv1(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
+        else:
+            x = self.layer3(self.layer2(self.layer1(x)))
+        return self.act1(self.bn1(x))
+
+
+default_cfgs = dataset_cfgs(
+    {f"wide_resnet{name}_conam": {"pool_size": (8, 8)} for name in ("16_4", "16_8", "28_10", "40_4")}
+)
+
+
+@register_model
+def wide_resnet16_4_conam(pretrained: bool = False, **kwargs: Any) -> ConAMWideResNet:
+    """WRN-16-4 with ConAM; 2.8 M parameters."""
+    return build(
+        ConAMWideResNet, "wide_resnet16_4_conam", pretrained, depth=16, widen_factor=4, **kwargs
+    )
+
+
+@register_model
+def wide_resnet16_8_conam(pretrained: bool = False, **kwargs: Any) -> ConAMWideResNet:
+    """WRN-16-8 with ConAM; 11.1 M parameters."""
+    return build(
+        ConAMWideResNet, "wide_resnet16_8_conam", pretrained, depth=16, widen_factor=8, **kwargs
+    )
+
+
+@register_model
+def wide_resnet28_10_conam(pretrained: bool = False, **kwargs: Any) -> ConAMWideResNet:
+    """WRN-28-10 with ConAM; 36.7 M parameters."""
+    return build(
+        ConAMWideResNet, "wide_resnet28_10_conam", pretrained, depth=28, widen_factor=10, **kwargs
+    )
+
+
+@register_model
+def wide_resnet40_4_conam(pretrained: bool = False, **kwargs: Any) -> ConAMWideResNet:
+    """WRN-40-4 with ConAM; 9.0 M parameters."""
+    return build(
+        ConAMWideResNet, "wide_resnet40_4_conam", pretrained, depth=40, widen_factor=4, **kwargs
+    )

@@ -1,0 +1,47 @@
+"""On what a training ran: hardware, library versions, state of the code."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["describe_environment"]
+
+LIBRARIES = ("torch", "torchvision", "timm", "safetensors", "numpy")
+
+
+def describe_environment() -> dict[str, Any]:
+    """``hardware`` (a sentence part), ``library_versions`` and ``code_commit`` (None outside a checkout)."""
+    return {
+        "hardware": _hardware(),
+        "library_versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "code_commit": _commit(),
+    }
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"1 x {torch.cuda.get_device_name(0)}"
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return f"{torch.get_num_threads()} CPU threads ({cpu})"
+
+
+def _commit() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None

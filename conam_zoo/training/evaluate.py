@@ -1,0 +1,45 @@
+"""Evaluation of a model on the test split of its data set, in float32 and without test-time augmentation."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from conam_zoo.data import ImageSplit, read_split
+from conam_zoo.errors import UserError
+from conam_zoo.training.engine import Scores, predict_logits, score
+
+__all__ = ["evaluate", "evaluate_on"]
+
+
+def evaluate(model: nn.Module, data: str | Path, dataset: str | None = None) -> tuple[Scores, ImageSplit]:
+    """Scores of a model on the test split found in ``data``, normalised with the model's own statistics.
+
+    Raises:
+        UserError: If the data cannot be read, or its classes are not those that the model was trained for.
+    """
+    split = read_split(data, "test", dataset)
+    return evaluate_on(model, split), split
+
+
+def evaluate_on(model: nn.Module, split: ImageSplit) -> Scores:
+    """Scores of a model on a split that is already read."""
+    cfg: dict[str, Any] = model.pretrained_cfg
+    names = cfg.get("label_names")
+    if len(split.classes) != model.num_classes:
+        raise UserError(
+            f"{split.source} has {len(split.classes)} classes, but the model has {model.num_classes}: "
+            "evaluate it on the data set that it was trained for."
+        )
+    if names and tuple(names) != split.classes:
+        raise UserError(f"The classes of {split.source} are not those of the model, or in another order.")
+    size = tuple(cfg["input_size"][1:])
+    if tuple(split.images.shape[1:3]) != size:
+        raise UserError(
+            f"The images of {split.source} have {split.images.shape[1]} x {split.images.shape[2]} pixels, but the "
+            f"model takes {size[0]} x {size[1]}: resize them."
+        )
+    model = model.to(memory_format=torch.channels_last)
+    split = split.to(next(model.parameters()).device)
+    return score(predict_logits(model, split.images, cfg["mean"], cfg["std"]), split.labels)

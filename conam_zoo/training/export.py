@@ -1,0 +1,51 @@
+"""A model as a folder in timm's Hub layout, with the hash of its weights beside them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from conam_zoo.files import write_atomically, write_text
+
+__all__ = ["export_model"]
+
+
+def export_model(model: nn.Module, folder: Path, *, tag: str | None, dtype: torch.dtype = torch.float32) -> str:
+    """Write ``model.safetensors`` and ``config.json``; ``timm.create_model("local-dir:FOLDER")`` loads them.
+
+    ``config.json`` records the attention arguments of the net and the SHA-256 of the weights, which a load checks.
+
+    Args:
+        model: A model of this package, made by timm.
+        folder: Where to write; it is made if need be.
+        tag: Tag of published weights, None for weights of one's own.
+        dtype: Type in which floating-point tensors are stored.
+
+    Returns:
+        The SHA-256 of ``model.safetensors``, in hexadecimal.
+    """
+    tensors = {
+        name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    weights_path = folder / "model.safetensors"
+    write_atomically(weights_path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    sha256 = hashlib.sha256(weights_path.read_bytes()).hexdigest()
+
+    model_args: dict[str, Any] = {
+        "attn_layer": model.attn_layer,
+        "attn_placement": model.attn_placement,
+        "patch_sizes": list(model.patch_sizes),
+    }
+    config_path = folder / "config.json"
+    write_atomically(config_path, lambda path: save_config_for_hf(model, str(path), model_args=model_args))
+    config = json.loads(config_path.read_text())
+    config["pretrained_cfg"]["tag"] = tag
+    config["sha256"] = sha256
+    write_text(config_path, json.dumps(config, indent=2) + "\n")
+    return sha256

@@ -1,0 +1,46 @@
+"""Published weights: what the manifest says of them, and verified copies of their files.
+
+Light to import: torch, safetensors and huggingface_hub are imported when a file is first read or fetched.
+"""
+
+from .hub import (
+    CopyStatus,
+    VerifiedWeights,
+    WeightsError,
+    WrongWeightsError,
+    check_copies,
+    find_verified,
+    read_safetensors,
+    read_verified,
+)
+from .manifest import (
+    Manifest,
+    ManifestError,
+    Metrics,
+    WeightEntry,
+    dump_manifest,
+    find_checkout,
+    find_manifest,
+    load_manifest,
+    parse_manifest,
+)
+
+__all__ = [
+    "CopyStatus",
+    "Manifest",
+    "ManifestError",
+    "Metrics",
+    "VerifiedWeights",
+    "WeightEntry",
+    "WeightsError",
+    "WrongWeightsError",
+    "check_copies",
+    "dump_manifest",
+    "find_checkout",
+    "find_manifest",
+    "find_verified",
+    "load_manifest",
+    "parse_manifest",
+    "read_safetensors",
+    "read_verified",
+]

@@ -1,0 +1,433 @@
+"""The weights manifest: every fact about every published weight file, read strictly and typed.
+
+`weights_manifest.json` lies at the top level of the repository and is packaged into the wheel beside this
+package. `schema.json` in this folder describes the same layout for other tools; the checks here are written
+by hand so that reading a manifest needs the standard library alone, and they are the stricter of the two:
+they also hold what a JSON Schema cannot say (as many class names as classes, top-5 at least top-1, no `10.0`
+for an integer).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NoReturn
+
+MANIFEST_NAME = "weights_manifest.json"
+SCHEMA_VERSION = 1
+
+# The same expressions stand in schema.json, anchored; a test compares them.
+NAME_PATTERN = r"[a-z0-9_]+\.[a-z0-9_]+"
+RECIPE_PATTERN = r"[a-z0-9_]+(\.[a-z0-9_]+)*"
+FILE_PATTERN = r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors"
+SHA256_PATTERN = r"[0-9a-f]{64}"
+REVISION_PATTERN = r"[0-9a-f]{40}"
+HUB_NAME_PATTERN = r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9_]([A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+CODE_REPOSITORY_PATTERN = r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+"
+
+DTYPES = ("float16", "float32")
+_LARGEST_COUNT = 2**53  # the largest integer that every JSON reader keeps exactly
+
+JsonScalar = str | int | float | bool | None
+
+
+class ManifestError(ValueError):
+    """The manifest is absent, malformed, or has no such entry; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What the published file scores on the test split of its data set.
+
+    `nll` is in nats per image, `ece` a fraction (15 equal-width bins).
+    """
+
+    top1_percent: float
+    top5_percent: float
+    nll: float
+    ece: float
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One published weight file. `name` is the entry's key in the manifest, `"<arch>.<tag>"`."""
+
+    name: str
+    repository: str
+    revision: str | None  # the Hub commit that holds the file; None: not published yet
+    file: str
+    sha256: str
+    size_bytes: int
+    dtype: str
+    params: int
+    macs: int  # multiply-accumulates of one image of `input_size`
+    model_args: Mapping[str, JsonScalar | list[JsonScalar]] = field(hash=False)
+    dataset: str
+    num_classes: int
+    classes: tuple[str, ...]
+    input_size: tuple[int, int, int]  # (C, H, W)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    metrics: Metrics
+    recipe: str
+    seed: int
+    epochs: int
+    hardware: str
+    train_minutes: float
+    library_versions: Mapping[str, str] = field(hash=False)
+    licence: str
+
+    @property
+    def arch(self) -> str:
+        """The model's registered name, as `resnet20_conam` in `resnet20_conam.cifar10`."""
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        """The part after the dot, as `cifar10` in `resnet20_conam.cifar10`."""
+        return self.name.partition(".")[2]
+
+    def hub_id(self, namespace: str) -> str:
+        """The id of the Hub repository that holds the file, below the publisher's `namespace`."""
+        return f"{namespace}/{self.repository}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole manifest.
+
+    `hub_namespace` is the one place where the publisher's Hub account is set, `code_repository`
+    (`"owner/name"`, as torch.hub wants it) the one for the source code; None: not set yet. `path` is the file
+    it was read from, if any, and takes no part in comparisons.
+    """
+
+    entries: Mapping[str, WeightEntry] = field(hash=False)
+    hub_namespace: str | None = None
+    code_repository: str | None = None
+    path: Path | None = field(default=None, compare=False)
+
+    def entry(self, name: str) -> WeightEntry:
+        """The entry called `name`.
+
+        Raises:
+            ManifestError: There is none; the message lists those there are.
+        """
+        if name not in self.entries:
+            known = ", ".join(sorted(self.entries)) or "none"
+            raise ManifestError(f"The manifest has no weights {name!r}; choose one of those it has: {known}.")
+        return self.entries[name]
+
+
+def find_checkout() -> Path | None:
+    """The top folder of the checkout this package runs from; None when it is installed from a wheel."""
+    folder = Path(__file__).resolve().parents[2]
+    return folder if (folder / MANIFEST_NAME).is_file() else None
+
+
+def find_manifest() -> Path:
+    """Where the manifest lies: the checkout's if there is one, else the one packaged in the wheel.
+
+    Raises:
+        ManifestError: It lies in neither place.
+    """
+    checkout = find_checkout()
+    if checkout is not None:
+        return checkout / MANIFEST_NAME
+    packaged = Path(__file__).resolve().parents[1] / MANIFEST_NAME
+    if packaged.is_file():
+        return packaged
+    raise ManifestError(
+        f"{MANIFEST_NAME} lies neither in {packaged.parent.parent} nor in {packaged.parent}; "
+        "reinstall conam_zoo."
+    )
+
+
+def load_manifest(path: Path | None = None) -> Manifest:
+    """Read and check a manifest.
+
+    Args:
+        path: The file to read; without it the default one, which is read once per process.
+
+    Raises:
+        ManifestError: The file is absent, unreadable, or not a valid manifest.
+    """
+    return _load_default() if path is None else _load(path)
+
+
+@functools.cache
+def _load_default() -> Manifest:
+    return _load(find_manifest())
+
+
+def _load(path: Path) -> Manifest:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"The manifest {path} cannot be read: {error}.") from error
+    try:
+        manifest = parse_manifest(
+            json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        )
+    except ManifestError as error:
+        raise ManifestError(f"The manifest {path} is not valid: {error}") from error
+    except (ValueError, RecursionError) as error:  # not JSON, or nested or numbered beyond all reason
+        raise ManifestError(
+            f"The manifest {path} is not JSON: {error}; restore the published one."
+        ) from error
+    return Manifest(manifest.entries, manifest.hub_namespace, manifest.code_repository, path)
+
+
+def dump_manifest(manifest: Manifest, path: Path) -> None:
+    """Write a manifest so that it is either wholly the old file or wholly the new one, never in between.
+
+    Keys are sorted and the form is fixed: reading a file written here and writing it again changes no byte.
+
+    Raises:
+        ManifestError: `manifest` would not be accepted when read; nothing is written.
+    """
+    document = _as_document(manifest)
+    parse_manifest(document)
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    # The same folder, since a rename is atomic only within one file system; not tempfile, whose files are
+    # readable by their owner alone.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with partial.open("xb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _load_default.cache_clear()
+
+
+def _as_document(manifest: Manifest) -> dict[str, object]:
+    entries: dict[str, object] = {}
+    for name, entry in manifest.entries.items():
+        if entry.name != name:
+            raise ManifestError(
+                f"The entry {name!r} is called {entry.name!r} inside; give both the same name."
+            )
+        # Through JSON, so that tuples become the lists that reading will see.
+        facts = json.loads(json.dumps(asdict(entry)))
+        del facts["name"]
+        entries[name] = facts
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "hub_namespace": manifest.hub_namespace,
+        "code_repository": manifest.code_repository,
+        "entries": entries,
+    }
+
+
+def parse_manifest(document: object) -> Manifest:
+    """Check a parsed JSON document and turn it into a `Manifest`.
+
+    Raises:
+        ManifestError: Names the field, the value found and what it must be.
+    """
+    top = _object(document, "the manifest")
+    _exact_keys(top, {"schema_version", "hub_namespace", "code_repository", "entries"}, "the manifest")
+    version = _integer(top["schema_version"], "schema_version", 0)
+    if version != SCHEMA_VERSION:
+        raise ManifestError(
+            f"schema_version is {version}, but this conam_zoo reads {SCHEMA_VERSION}; "
+            "install the conam_zoo that the manifest belongs to."
+        )
+    entries = {}
+    for name, facts in _object(top["entries"], "entries").items():
+        _matching(name, "a key of entries", NAME_PATTERN, "an '<arch>.<tag>' of a-z, 0-9 and _")
+        entries[name] = _read_entry(name, facts)
+    return Manifest(
+        entries=entries,
+        hub_namespace=_optional(
+            top["hub_namespace"], "hub_namespace", HUB_NAME_PATTERN, "null or a Hugging Face account name"
+        ),
+        code_repository=_optional(
+            top["code_repository"], "code_repository", CODE_REPOSITORY_PATTERN, "null or 'owner/name'"
+        ),
+    )
+
+
+def _read_entry(name: str, document: object) -> WeightEntry:
+    at = f"entries[{name!r}]"
+    facts = _object(document, at)
+    _exact_keys(facts, {f.name for f in fields(WeightEntry)} - {"name"}, at)
+    entry = WeightEntry(
+        name=name,
+        repository=_matching(
+            facts["repository"],
+            f"{at}.repository",
+            HUB_NAME_PATTERN,
+            "a Hub repository name without namespace",
+        ),
+        revision=_optional(
+            facts["revision"], f"{at}.revision", REVISION_PATTERN, "null or 40 lower-case hexadecimal digits"
+        ),
+        file=_matching(
+            facts["file"], f"{at}.file", FILE_PATTERN, "a bare file name without '..' ending in .safetensors"
+        ),
+        sha256=_matching(facts["sha256"], f"{at}.sha256", SHA256_PATTERN, "64 lower-case hexadecimal digits"),
+        size_bytes=_integer(facts["size_bytes"], f"{at}.size_bytes", 1),
+        dtype=_one_of(facts["dtype"], f"{at}.dtype", DTYPES),
+        params=_integer(facts["params"], f"{at}.params", 1),
+        macs=_integer(facts["macs"], f"{at}.macs", 1),
+        model_args=_read_model_args(facts["model_args"], f"{at}.model_args"),
+        dataset=_text(facts["dataset"], f"{at}.dataset"),
+        num_classes=_integer(facts["num_classes"], f"{at}.num_classes", 1),
+        classes=tuple(_text(item, f"{at}.classes") for item in _list(facts["classes"], f"{at}.classes")),
+        input_size=_read_input_size(facts["input_size"], f"{at}.input_size"),
+        mean=_three_numbers(facts["mean"], f"{at}.mean", 0.0, 1.0),
+        std=_three_numbers(facts["std"], f"{at}.std", 1e-6, 1.0),
+        metrics=_read_metrics(facts["metrics"], f"{at}.metrics"),
+        recipe=_matching(facts["recipe"], f"{at}.recipe", RECIPE_PATTERN, "the name of a recipe"),
+        seed=_integer(facts["seed"], f"{at}.seed", 0),
+        epochs=_integer(facts["epochs"], f"{at}.epochs", 1),
+        hardware=_text(facts["hardware"], f"{at}.hardware"),
+        train_minutes=_number(facts["train_minutes"], f"{at}.train_minutes", 0.0, 1e9),
+        library_versions={
+            _text(library, f"a key of {at}.library_versions"): _text(
+                version, f"{at}.library_versions[{library!r}]"
+            )
+            for library, version in _object(facts["library_versions"], f"{at}.library_versions").items()
+        },
+        licence=_text(facts["licence"], f"{at}.licence"),
+    )
+    if len(entry.classes) != entry.num_classes:
+        raise ManifestError(
+            f"{at}.classes has {len(entry.classes)} names, but num_classes is {entry.num_classes}; "
+            "give one name per class."
+        )
+    return entry
+
+
+def _read_metrics(document: object, at: str) -> Metrics:
+    facts = _object(document, at)
+    _exact_keys(facts, {f.name for f in fields(Metrics)}, at)
+    metrics = Metrics(
+        top1_percent=_number(facts["top1_percent"], f"{at}.top1_percent", 0.0, 100.0),
+        top5_percent=_number(facts["top5_percent"], f"{at}.top5_percent", 0.0, 100.0),
+        nll=_number(facts["nll"], f"{at}.nll", 0.0, 1e6),
+        ece=_number(facts["ece"], f"{at}.ece", 0.0, 1.0),
+    )
+    if metrics.top5_percent < metrics.top1_percent:
+        _refuse(f"{at}.top5_percent", metrics.top5_percent, f"at least top1_percent = {metrics.top1_percent}")
+    return metrics
+
+
+def _read_model_args(document: object, at: str) -> dict[str, JsonScalar | list[JsonScalar]]:
+    arguments: dict[str, JsonScalar | list[JsonScalar]] = {}
+    for name, value in _object(document, at).items():
+        where = f"{at}[{name!r}]"
+        if not name.isidentifier() or not name.isascii():
+            _refuse(f"a key of {at}", name, "the name of a constructor argument")
+        if isinstance(value, list):
+            arguments[name] = [_scalar(item, where) for item in value]
+        else:
+            arguments[name] = _scalar(value, where)
+    return arguments
+
+
+def _read_input_size(value: object, at: str) -> tuple[int, int, int]:
+    items = _list(value, at, length=3)
+    channels, height, width = (_integer(item, at, 1) for item in items)
+    if channels != 3:  # mean and std have three numbers
+        _refuse(at, items, "[3, height, width]")
+    return channels, height, width
+
+
+def _refuse(at: str, value: object, rule: str) -> NoReturn:
+    shown = repr(value)
+    if len(shown) > 100:
+        shown = shown[:97] + "..."
+    raise ManifestError(f"{at} is {shown}, but must be {rule}.")
+
+
+def _object(value: object, at: str) -> dict[str, object]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        _refuse(at, value, "a JSON object")
+    return value
+
+
+def _exact_keys(value: Mapping[str, object], expected: Iterable[str], at: str) -> None:
+    missing, unknown = sorted(set(expected) - set(value)), sorted(set(value) - set(expected))
+    if missing:
+        raise ManifestError(f"{at} lacks {', '.join(map(repr, missing))}; add it.")
+    if unknown:
+        raise ManifestError(f"{at} has the unknown key {', '.join(map(repr, unknown))}; remove it.")
+
+
+def _list(value: object, at: str, length: int | None = None) -> list[object]:
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        _refuse(at, value, "a list" if length is None else f"a list of {length}")
+    return value
+
+
+def _text(value: object, at: str) -> str:
+    # isprintable also refuses line breaks, control characters and halves of surrogate pairs.
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        _refuse(at, value, "a line of text")
+    return value
+
+
+def _matching(value: object, at: str, pattern: str, rule: str) -> str:
+    if not isinstance(value, str) or re.fullmatch(pattern, value) is None:
+        _refuse(at, value, rule)
+    return value
+
+
+def _optional(value: object, at: str, pattern: str, rule: str) -> str | None:
+    return None if value is None else _matching(value, at, pattern, rule)
+
+
+def _one_of(value: object, at: str, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        _refuse(at, value, f"one of {', '.join(choices)}")
+    return value
+
+
+def _integer(value: object, at: str, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _LARGEST_COUNT:
+        _refuse(at, value, f"an integer of at least {low}")
+    return value
+
+
+def _number(value: object, at: str, low: float, high: float) -> float:
+    # A NaN fails the comparison, and an integer too large for a float fails it before the conversion.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        _refuse(at, value, f"a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _three_numbers(value: object, at: str, low: float, high: float) -> tuple[float, float, float]:
+    first, second, third = (_number(item, at, low, high) for item in _list(value, at, length=3))
+    return first, second, third
+
+
+def _scalar(value: object, at: str) -> JsonScalar:
+    if isinstance(value, str):
+        return _text(value, at)
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    _refuse(at, value, "a string, a finite number, true, false, null, or a list of these")
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ManifestError(f"the key {twice!r} stands twice in one object; keep one of them.")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ManifestError(f"{name} is not a JSON number; write a finite one.")
