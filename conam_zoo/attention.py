@@ -54,9 +54,7 @@ def _contexts(x: Tensor, patch_size: int) -> Tensor:
     return torch.cat([local_contexts, global_context], dim=1)
 
 
-def _agreement(
-    contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, limit: float = 1e17
-) -> Tensor:
+def _agreement(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, limit: float = 1e17) -> Tensor:
     """Dot product of each embedded local context with the embedded global one: (N, P + 1, C) -> (N, P).
 
     ``limit`` bounds the embeddings: its square times 3e4 channels is still a finite float32.

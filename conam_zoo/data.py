@@ -60,7 +60,9 @@ def read_split(data: str | Path, split: str, dataset: str | None = None) -> Imag
         return _read_torchvision(str(data), split)
     root = Path(data).expanduser()
     if not root.is_dir():
-        raise UserError(f"The data folder {root} does not exist: pass a folder of images or arrays, or cifar10/cifar100.")
+        raise UserError(
+            f"The data folder {root} does not exist: pass a folder of images or arrays, or cifar10/cifar100."
+        )
     if dataset and (root / dataset).is_dir():
         root = root / dataset
     if (root / f"{split}_images.npy").is_file():
@@ -76,7 +78,11 @@ def read_split(data: str | Path, split: str, dataset: str | None = None) -> Imag
 
 
 def _read_arrays(root: Path, split: str) -> ImageSplit:
-    images_path, labels_path, classes_path = root / f"{split}_images.npy", root / f"{split}_labels.npy", root / "classes.txt"
+    images_path, labels_path, classes_path = (
+        root / f"{split}_images.npy",
+        root / f"{split}_labels.npy",
+        root / "classes.txt",
+    )
     for path in (labels_path, classes_path):
         if not path.is_file():
             raise UserError(f"{path} is missing: it belongs beside {images_path.name}.")
@@ -110,7 +116,9 @@ def _read_image_folder(folder: Path) -> ImageSplit:
         sizes.add(array.shape)
         arrays.append(array)
         if len(sizes) > 1:
-            raise UserError(f"The image {path} has shape {array.shape}, others in {folder} have not: resize them alike.")
+            raise UserError(
+                f"The image {path} has shape {array.shape}, others in {folder} have not: resize them alike."
+            )
     labels = torch.tensor(dataset.targets, dtype=torch.int64)
     return ImageSplit(torch.from_numpy(np.stack(arrays)), labels, tuple(dataset.classes), str(folder))
 

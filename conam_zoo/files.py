@@ -10,7 +10,7 @@ from conam_zoo.errors import UserError
 __all__ = ["make_folder", "write_atomically", "write_text"]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file in the same folder, then move it to ``path``.
 
     Raises:
@@ -28,7 +28,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.chmod(0o666 & ~mask)  # mkstemp made it private
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): choose a folder with space and rights.") from error
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): choose a folder with space and rights."
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -36,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def make_folder(path: Path) -> Path:

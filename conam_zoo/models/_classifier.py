@@ -1,9 +1,9 @@
 """The part of timm's model contract that does not depend on the family: head, intermediates, pruning."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import create_classifier, get_device_dtype
+from timm.layers import SelectAdaptivePool2d, create_classifier, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -23,9 +23,13 @@ class StagedClassifier(nn.Module):
     - ``num_features``: channels of the last map.
     """
 
-    levels: list[list[str]]
-    feature_info: list[dict[str, Any]]
-    num_features: int
+    if TYPE_CHECKING:  # TorchScript reads the annotations of a class and does not know these types
+        levels: list[list[str]]
+        pretrained_cfg: dict[str, Any]  # set by timm's builder
+        global_pool: SelectAdaptivePool2d
+        fc: nn.Module
+        feature_info: list[dict[str, Any]]
+        num_features: int
 
     def __init__(self, sites: AttentionSites, num_classes: int, in_chans: int) -> None:
         super().__init__()

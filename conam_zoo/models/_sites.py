@@ -29,9 +29,7 @@ class AttentionSites:
         ValueError: If an argument is none of those.
     """
 
-    def __init__(
-        self, attn_layer: str, attn_placement: str, patch_sizes: Sequence[int], num_stages: int
-    ) -> None:
+    def __init__(self, attn_layer: str, attn_placement: str, patch_sizes: Sequence[int], num_stages: int) -> None:
         if attn_layer not in ATTENTION_LAYERS:
             raise ValueError(f"attn_layer is {attn_layer!r}, but it must be one of {', '.join(ATTENTION_LAYERS)}.")
         if attn_placement not in ATTENTION_PLACEMENTS:

@@ -8,7 +8,7 @@ convolution of every dense layer.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import checkpoint, register_model
@@ -103,6 +103,13 @@ class ConAMDenseNet(StagedClassifier):
         ValueError: If an attention argument is unknown or does not fit the blocks.
     """
 
+    if TYPE_CHECKING:
+        block1: nn.Sequential
+        block2: nn.Sequential
+        block3: nn.Sequential
+        transition1: nn.Sequential
+        transition2: nn.Sequential
+
     def __init__(
         self,
         depth: int = 40,
@@ -119,7 +126,7 @@ class ConAMDenseNet(StagedClassifier):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        placement = {"device": device, "dtype": dtype}
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
         sites = AttentionSites(attn_layer, attn_placement, patch_sizes, num_stages=3)
         super().__init__(sites, num_classes, in_chans)
         layers_per_block = (depth - 4) // (6 if bottleneck else 3)
@@ -206,14 +213,10 @@ def densenet40_12_conam(pretrained: bool = False, **kwargs: Any) -> ConAMDenseNe
 @register_model
 def densenetbc100_12_conam(pretrained: bool = False, **kwargs: Any) -> ConAMDenseNet:
     """DenseNet-BC-100 (k = 12) with ConAM; 0.9 M parameters."""
-    return build(
-        ConAMDenseNet, "densenetbc100_12_conam", pretrained, depth=100, growth=12, bottleneck=True, **kwargs
-    )
+    return build(ConAMDenseNet, "densenetbc100_12_conam", pretrained, depth=100, growth=12, bottleneck=True, **kwargs)
 
 
 @register_model
 def densenetbc190_40_conam(pretrained: bool = False, **kwargs: Any) -> ConAMDenseNet:
     """DenseNet-BC-190 (k = 40) with ConAM; 28.0 M parameters."""
-    return build(
-        ConAMDenseNet, "densenetbc190_40_conam", pretrained, depth=190, growth=40, bottleneck=True, **kwargs
-    )
+    return build(ConAMDenseNet, "densenetbc190_40_conam", pretrained, depth=190, growth=40, bottleneck=True, **kwargs)

@@ -7,7 +7,7 @@ four-stage nets are the ImageNet ResNets with a 3x3 stride-1 stem and without ma
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import checkpoint_seq, register_model
@@ -25,9 +25,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, width: int, stride: int, attn: nn.Module | None, **placement: Any
-    ) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, attn: nn.Module | None, **placement: Any) -> None:
         super().__init__()
         self.attn = attn if attn is not None else nn.Identity()
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False, **placement)
@@ -52,9 +50,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self, in_channels: int, width: int, stride: int, attn: nn.Module | None, **placement: Any
-    ) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, attn: nn.Module | None, **placement: Any) -> None:
         super().__init__()
         out_channels = width * self.expansion
         self.attn = attn if attn is not None else nn.Identity()
@@ -107,6 +103,12 @@ class ConAMResNet(StagedClassifier):
         ValueError: If an attention argument is unknown or does not fit the stages.
     """
 
+    if TYPE_CHECKING:
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+        layer4: nn.Sequential
+
     def __init__(
         self,
         block: str = "basic",
@@ -122,10 +124,10 @@ class ConAMResNet(StagedClassifier):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        placement = {"device": device, "dtype": dtype}
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
         sites = AttentionSites(attn_layer, attn_placement, patch_sizes, len(layers))
         super().__init__(sites, num_classes, in_chans)
-        block_cls = {"basic": BasicBlock, "bottleneck": Bottleneck}[block]
+        block_cls: type[BasicBlock | Bottleneck] = Bottleneck if block == "bottleneck" else BasicBlock
 
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False, **placement)
         self.bn1 = nn.BatchNorm2d(widths[0], **placement)
@@ -182,9 +184,7 @@ def _thin(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> ConAMRes
 def _wide(variant: str, pretrained: bool, block: str, layers: Sequence[int], **kwargs: Any) -> ConAMResNet:
     """A four-stage net with the ConAM authors' patch sides."""
     kwargs.setdefault("patch_sizes", (8, 8, 4, 0))
-    return build(
-        ConAMResNet, variant, pretrained, block=block, layers=layers, widths=(64, 128, 256, 512), **kwargs
-    )
+    return build(ConAMResNet, variant, pretrained, block=block, layers=layers, widths=(64, 128, 256, 512), **kwargs)
 
 
 @register_model

@@ -7,7 +7,7 @@ without it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import checkpoint_seq, register_model
@@ -77,6 +77,11 @@ class ConAMWideResNet(StagedClassifier):
         ValueError: If an attention argument is unknown or does not fit the stages.
     """
 
+    if TYPE_CHECKING:
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+
     def __init__(
         self,
         depth: int = 16,
@@ -92,7 +97,7 @@ class ConAMWideResNet(StagedClassifier):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        placement = {"device": device, "dtype": dtype}
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
         sites = AttentionSites(attn_layer, attn_placement, patch_sizes, num_stages=3)
         super().__init__(sites, num_classes, in_chans)
 
@@ -108,9 +113,7 @@ class ConAMWideResNet(StagedClassifier):
             for index in range((depth - 4) // 6):
                 first = index == 0
                 attn = sites.build(channels, stage, first=first, shrink=1 if first else stride, **placement)
-                blocks.append(
-                    PreActBlock(channels, width, stride if first else 1, block_drop_rate, attn, **placement)
-                )
+                blocks.append(PreActBlock(channels, width, stride if first else 1, block_drop_rate, attn, **placement))
                 channels = width
             reduction *= stride
             name = f"layer{stage + 1}"
@@ -149,30 +152,22 @@ default_cfgs = dataset_cfgs(
 @register_model
 def wide_resnet16_4_conam(pretrained: bool = False, **kwargs: Any) -> ConAMWideResNet:
     """WRN-16-4 with ConAM; 2.8 M parameters."""
-    return build(
-        ConAMWideResNet, "wide_resnet16_4_conam", pretrained, depth=16, widen_factor=4, **kwargs
-    )
+    return build(ConAMWideResNet, "wide_resnet16_4_conam", pretrained, depth=16, widen_factor=4, **kwargs)
 
 
 @register_model
 def wide_resnet16_8_conam(pretrained: bool = False, **kwargs: Any) -> ConAMWideResNet:
     """WRN-16-8 with ConAM; 11.1 M parameters."""
-    return build(
-        ConAMWideResNet, "wide_resnet16_8_conam", pretrained, depth=16, widen_factor=8, **kwargs
-    )
+    return build(ConAMWideResNet, "wide_resnet16_8_conam", pretrained, depth=16, widen_factor=8, **kwargs)
 
 
 @register_model
 def wide_resnet28_10_conam(pretrained: bool = False, **kwargs: Any) -> ConAMWideResNet:
     """WRN-28-10 with ConAM; 36.7 M parameters."""
-    return build(
-        ConAMWideResNet, "wide_resnet28_10_conam", pretrained, depth=28, widen_factor=10, **kwargs
-    )
+    return build(ConAMWideResNet, "wide_resnet28_10_conam", pretrained, depth=28, widen_factor=10, **kwargs)
 
 
 @register_model
 def wide_resnet40_4_conam(pretrained: bool = False, **kwargs: Any) -> ConAMWideResNet:
     """WRN-40-4 with ConAM; 9.0 M parameters."""
-    return build(
-        ConAMWideResNet, "wide_resnet40_4_conam", pretrained, depth=40, widen_factor=4, **kwargs
-    )
+    return build(ConAMWideResNet, "wide_resnet40_4_conam", pretrained, depth=40, widen_factor=4, **kwargs)

@@ -1,19 +1,18 @@
 """Evaluation of a model on the test split of its data set, in float32 and without test-time augmentation."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from conam_zoo.data import ImageSplit, read_split
 from conam_zoo.errors import UserError
+from conam_zoo.models import StagedClassifier
 from conam_zoo.training.engine import Scores, predict_logits, score
 
 __all__ = ["evaluate", "evaluate_on"]
 
 
-def evaluate(model: nn.Module, data: str | Path, dataset: str | None = None) -> tuple[Scores, ImageSplit]:
+def evaluate(model: StagedClassifier, data: str | Path, dataset: str | None = None) -> tuple[Scores, ImageSplit]:
     """Scores of a model on the test split found in ``data``, normalised with the model's own statistics.
 
     Raises:
@@ -23,9 +22,9 @@ def evaluate(model: nn.Module, data: str | Path, dataset: str | None = None) -> 
     return evaluate_on(model, split), split
 
 
-def evaluate_on(model: nn.Module, split: ImageSplit) -> Scores:
+def evaluate_on(model: StagedClassifier, split: ImageSplit) -> Scores:
     """Scores of a model on a split that is already read."""
-    cfg: dict[str, Any] = model.pretrained_cfg
+    cfg = model.pretrained_cfg
     names = cfg.get("label_names")
     if len(split.classes) != model.num_classes:
         raise UserError(

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
-from torch import nn
 
 from conam_zoo.files import write_atomically, write_text
+from conam_zoo.models import StagedClassifier
 
 __all__ = ["export_model"]
 
 
-def export_model(model: nn.Module, folder: Path, *, tag: str | None, dtype: torch.dtype = torch.float32) -> str:
+def export_model(model: StagedClassifier, folder: Path, *, tag: str | None, dtype: torch.dtype = torch.float32) -> str:
     """Write ``model.safetensors`` and ``config.json``; ``timm.create_model("local-dir:FOLDER")`` loads them.
 
     ``config.json`` records the attention arguments of the net and the SHA-256 of the weights, which a load checks.

@@ -83,7 +83,9 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     elif name.endswith(".toml") and Path(name).is_file():
         text = Path(name).read_text()
     else:
-        raise UserError(f"There is no recipe {name!r}: choose one of {', '.join(list_recipes())}, or name a .toml file.")
+        raise UserError(
+            f"There is no recipe {name!r}: choose one of {', '.join(list_recipes())}, or name a .toml file."
+        )
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -5,22 +5,31 @@ import io
 import json
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from conam_zoo.data import BatchAugmentation, ImageSplit, read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder, write_text
+from conam_zoo.models import StagedClassifier
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
 from conam_zoo.training.curves import draw_curves
 from conam_zoo.training.engine import train_one_epoch
@@ -69,10 +78,10 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
     train_split, holdout_split = _training_images(recipe, data)
     make_folder(output)
     torch.manual_seed(recipe.seed)
-    model = timm.create_model(
+    model: StagedClassifier = timm.create_model(
         f"{recipe.model}.{recipe.dataset}", num_classes=len(train_split.classes), **recipe.model_args
     )
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     optimizer = create_optimizer_v2(
         model, opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
@@ -99,13 +108,18 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
 
     train_split = train_split.to(device)
     augmentation = BatchAugmentation(train_split.images, recipe.crop_padding, recipe.flip)
-    final = ema.module if ema is not None and recipe.final_weights == "ema" else model
+    final: StagedClassifier = ema.module if ema is not None and recipe.final_weights == "ema" else model
     params = sum(p.numel() for p in model.parameters())
     console.print(
         f"{recipe.model} ({params:,} parameters) on {len(train_split):,} images of {train_split.source}, "
         f"{recipe.epochs} epochs, {recipe.precision} on {device.type}" + (f", from epoch {len(log) + 1}" if log else "")
     )
-    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         for epoch in range(len(log), recipe.epochs):
             task = progress.add_task("", total=steps, epoch=f"{epoch + 1}/{recipe.epochs}", note="")
@@ -124,7 +138,7 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
                 std=std,
                 bf16=recipe.precision == "bf16",
                 seed=recipe.seed,
-                on_step=lambda step, task=task: progress.update(task, completed=step),
+                on_step=partial(_show_step, progress, task),
             )
             row: dict[str, Any] = {
                 "epoch": epoch + 1,
@@ -140,13 +154,19 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
             save_checkpoint(
                 checkpoint_path, model=model, ema=ema.module if ema else None, optimizer=optimizer, facts=facts
             )
-            progress.update(task, note=f"loss {row['loss']:.3f}  train {row['train_top1_percent']:.1f} %", visible=False)
+            progress.update(
+                task, note=f"loss {row['loss']:.3f}  train {row['train_top1_percent']:.1f} %", visible=False
+            )
             console.print(
                 f"epoch {epoch + 1:3d}  loss {row['loss']:.4f}  train {row['train_top1_percent']:.2f} %"
                 + (f"  held out {row['holdout_top1_percent']:.2f} %" if holdout_split else "")
                 + f"  {row['seconds']:.0f} s"
             )
     return _finish(recipe, final, data, output, log, holdout_split, command, console)
+
+
+def _show_step(progress: Progress, task: TaskID, step: int) -> None:
+    progress.update(task, completed=step)
 
 
 def _training_images(recipe: Recipe, data: str | Path) -> tuple[ImageSplit, ImageSplit | None]:
@@ -175,7 +195,7 @@ def _write_log(output: Path, log: list[dict[str, Any]]) -> None:
 
 def _finish(
     recipe: Recipe,
-    final: nn.Module,
+    final: StagedClassifier,
     data: str | Path,
     output: Path,
     log: list[dict[str, Any]],

@@ -55,11 +55,7 @@ def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[st
     repository, _, revision = hub_id.partition("@")
     try:
         paths = [
-            Path(
-                hf_hub_download(
-                    repository, name, revision=revision or None, cache_dir=cache_dir, etag_timeout=5
-                )
-            )
+            Path(hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir, etag_timeout=5))
             for name in ("config.json", WEIGHTS_FILE)
         ]
     except Exception as error:  # the client, its HTTP library and its transport have no common base

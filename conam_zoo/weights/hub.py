@@ -48,7 +48,7 @@ class WrongWeightsError(WeightsError):
     """A file is not the one that the manifest describes."""
 
 
-class _HubFailure(Exception):
+class _HubError(Exception):
     """Why the Hub gave no file: a clause for a longer sentence."""
 
 
@@ -113,7 +113,7 @@ def find_verified(
     the Hub, at the pinned revision. A wrong copy in the first two is passed over with a warning; a wrong one
     in the cache or from the Hub is fetched once more and then refused. `HF_ENDPOINT`, `HF_HOME`,
     `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and the user's token are honoured. A Hub that does not answer is given up
-    within ten seconds; one that answers and then stalls is retried as huggingface_hub does, for about a minute.
+    within ten seconds; one that answers and then stalls is retried as huggingface_hub does, about a minute.
 
     Args:
         entry: What to find.
@@ -135,10 +135,8 @@ def find_verified(
         raise WeightsError(_nothing_found(entry, tried, ""))
     try:
         return _fetch(entry, entry.hub_id(namespace), entry.revision, cache_dir)
-    except _HubFailure as failure:
-        raise WeightsError(
-            _nothing_found(entry, [*tried, str(failure)], "go online, ")
-        ) from failure.__cause__
+    except _HubError as failure:
+        raise WeightsError(_nothing_found(entry, [*tried, str(failure)], "go online, ")) from failure.__cause__
 
 
 def check_copies(
@@ -199,8 +197,7 @@ def _parse(data: bytes, path: Path) -> dict[str, Tensor]:
         return load(data)
     except (SafetensorError, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{path} is a damaged safetensors file ({_reason(error)}); write it again with "
-            "safetensors.torch.save_file."
+            f"{path} is a damaged safetensors file ({_reason(error)}); write it again with safetensors.torch.save_file."
         ) from error
 
 
@@ -261,7 +258,7 @@ def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path
 
     Raises:
         WrongWeightsError: The Hub announces or delivers another file.
-        _HubFailure: The Hub delivers none.
+        _HubError: The Hub delivers none.
     """
     # Before the lock: processes that start together each learn within the deadline that the Hub is away.
     _announced_is_right(entry, hub_id, revision)
@@ -298,7 +295,7 @@ def _announced_is_right(entry: WeightEntry, hub_id: str, revision: str) -> None:
         try:
             url = hf_hub_url(hub_id, entry.file, revision=revision)
             answers.put(get_hf_file_metadata(url, timeout=_REQUEST_TIMEOUT_S))
-        except Exception as error:  # noqa: BLE001 - handed to the waiting thread, whatever it is
+        except Exception as error:  # handed to the waiting thread, whatever it is
             answers.put(error)
 
     # A daemon, so that a look-up nobody waits for any more does not hold up the end of the program.
@@ -308,12 +305,10 @@ def _announced_is_right(entry: WeightEntry, hub_id: str, revision: str) -> None:
     except queue.Empty:
         answer = TimeoutError(f"no answer within {_CONTACT_DEADLINE_S:.0f} seconds")
     if isinstance(answer, Exception):
-        raise _HubFailure(_what_the_hub_said(answer, entry, hub_id, revision)) from answer
+        raise _HubError(_what_the_hub_said(answer, entry, hub_id, revision)) from answer
 
     if answer.etag is None:
-        raise _HubFailure(
-            f"what answered for {hub_id} is not a Hub (no ETag), so look for a proxy or login page"
-        )
+        raise _HubError(f"what answered for {hub_id} is not a Hub (no ETag), so look for a proxy or login page")
     # The etag of a large file is its SHA-256, that of a small one a git hash, which says nothing here.
     announces_sha256 = len(answer.etag) == 64
     if (announces_sha256 and answer.etag != entry.sha256) or answer.size not in (None, entry.size_bytes):
@@ -326,9 +321,7 @@ def _announced_is_right(entry: WeightEntry, hub_id: str, revision: str) -> None:
         )
 
 
-def _download(
-    entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None, afresh: bool
-) -> Path:
+def _download(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None, afresh: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
@@ -346,7 +339,7 @@ def _download(
     # Three libraries may raise here (the client, its HTTP library, the Xet transport), without a common base;
     # callers are promised one kind of error, and the original stays attached as its cause.
     except Exception as error:
-        raise _HubFailure(_what_the_hub_said(error, entry, hub_id, revision)) from error
+        raise _HubError(_what_the_hub_said(error, entry, hub_id, revision)) from error
 
 
 def _what_the_hub_said(error: Exception, entry: WeightEntry, hub_id: str, revision: str) -> str:
@@ -354,9 +347,7 @@ def _what_the_hub_said(error: Exception, entry: WeightEntry, hub_id: str, revisi
     from huggingface_hub import constants, errors
 
     # A failed download hides its reason behind "not found locally", a forced one behind a ValueError.
-    if isinstance(error, errors.LocalEntryNotFoundError | ValueError) and isinstance(
-        error.__cause__, Exception
-    ):
+    if isinstance(error, errors.LocalEntryNotFoundError | ValueError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the Hub was not asked because HF_HUB_OFFLINE is set"

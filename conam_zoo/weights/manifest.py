@@ -144,8 +144,7 @@ def find_manifest() -> Path:
     if packaged.is_file():
         return packaged
     raise ManifestError(
-        f"{MANIFEST_NAME} lies neither in {packaged.parent.parent} nor in {packaged.parent}; "
-        "reinstall conam_zoo."
+        f"{MANIFEST_NAME} lies neither in {packaged.parent.parent} nor in {packaged.parent}; reinstall conam_zoo."
     )
 
 
@@ -172,15 +171,11 @@ def _load(path: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"The manifest {path} cannot be read: {error}.") from error
     try:
-        manifest = parse_manifest(
-            json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-        )
+        manifest = parse_manifest(json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant))
     except ManifestError as error:
         raise ManifestError(f"The manifest {path} is not valid: {error}") from error
     except (ValueError, RecursionError) as error:  # not JSON, or nested or numbered beyond all reason
-        raise ManifestError(
-            f"The manifest {path} is not JSON: {error}; restore the published one."
-        ) from error
+        raise ManifestError(f"The manifest {path} is not JSON: {error}; restore the published one.") from error
     return Manifest(manifest.entries, manifest.hub_namespace, manifest.code_repository, path)
 
 
@@ -213,9 +208,7 @@ def _as_document(manifest: Manifest) -> dict[str, object]:
     entries: dict[str, object] = {}
     for name, entry in manifest.entries.items():
         if entry.name != name:
-            raise ManifestError(
-                f"The entry {name!r} is called {entry.name!r} inside; give both the same name."
-            )
+            raise ManifestError(f"The entry {name!r} is called {entry.name!r} inside; give both the same name.")
         # Through JSON, so that tuples become the lists that reading will see.
         facts = json.loads(json.dumps(asdict(entry)))
         del facts["name"]
@@ -294,9 +287,7 @@ def _read_entry(name: str, document: object) -> WeightEntry:
         hardware=_text(facts["hardware"], f"{at}.hardware"),
         train_minutes=_number(facts["train_minutes"], f"{at}.train_minutes", 0.0, 1e9),
         library_versions={
-            _text(library, f"a key of {at}.library_versions"): _text(
-                version, f"{at}.library_versions[{library!r}]"
-            )
+            _text(library, f"a key of {at}.library_versions"): _text(version, f"{at}.library_versions[{library!r}]")
             for library, version in _object(facts["library_versions"], f"{at}.library_versions").items()
         },
         licence=_text(facts["licence"], f"{at}.licence"),

@@ -1,0 +1,133 @@
+"""Model cards and the README's result table, written from the manifest and nothing else."""
+
+from conam_zoo.datasets import DATASETS
+from conam_zoo.weights import Manifest, WeightEntry
+
+__all__ = ["model_card", "result_table"]
+
+# Best published top-1 of the same backbone, in percent: CIFAR-10, CIFAR-100. pytorchcv's metadata table (with or
+# without attention) unless noted; the recipe behind those is stronger than the usual one and its length not stated.
+BEST_PUBLISHED: dict[str, dict[str, tuple[float, str]]] = {
+    "resnet20_conam": {"cifar10": (94.03, "pytorchcv"), "cifar100": (72.29, "pytorchcv, DIA")},
+    "resnet32_conam": {"cifar10": (93.53, "pytorch-cifar-models"), "cifar100": (70.16, "pytorch-cifar-models")},
+    "resnet44_conam": {"cifar10": (94.01, "pytorch-cifar-models"), "cifar100": (71.63, "pytorch-cifar-models")},
+    "resnet56_conam": {"cifar10": (95.87, "pytorchcv, SE"), "cifar100": (77.06, "pytorchcv, SE")},
+    "resnet110_conam": {"cifar10": (96.37, "pytorchcv, SE"), "cifar100": (79.14, "pytorchcv, SE")},
+    "wide_resnet16_4_conam": {"cifar10": (94.98, "WideResNet authors")},
+    "wide_resnet16_8_conam": {"cifar10": (95.73, "WideResNet authors"), "cifar100": (79.57, "WideResNet authors")},
+    "wide_resnet40_4_conam": {"cifar10": (95.49, "WideResNet authors"), "cifar100": (79.08, "WideResNet authors")},
+    "wide_resnet28_10_conam": {"cifar10": (97.61, "pytorchcv"), "cifar100": (82.12, "pytorchcv")},
+    "densenet40_12_conam": {"cifar10": (94.76, "DenseNet authors"), "cifar100": (75.58, "DenseNet authors")},
+    "densenetbc100_12_conam": {"cifar10": (95.84, "pytorchcv"), "cifar100": (78.81, "pytorchcv")},
+}
+
+
+def result_table(manifest: Manifest) -> str:
+    """The README's table of all weights, in Markdown."""
+    rows = [
+        "| weights | top-1 | top-5 | NLL | ECE | best published net | parameters | MACs | epochs, hardware |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --- |",
+    ]
+    for name, entry in sorted(manifest.entries.items()):
+        best = BEST_PUBLISHED.get(entry.arch, {}).get(entry.tag)
+        metrics = entry.metrics
+        rows.append(
+            f"| `{name}` | {metrics.top1_percent:.2f} % | {metrics.top5_percent:.2f} % | {metrics.nll:.3f} | "
+            f"{metrics.ece:.3f} | {f'{best[0]:.2f} % ({best[1]})' if best else 'none known'} | "
+            f"{entry.params / 1e6:.2f} M | {entry.macs / 1e6:.0f} M | {entry.epochs}, {entry.hardware} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def model_card(entry: WeightEntry, manifest: Manifest) -> str:
+    """The README.md of a Hub repository, in Markdown with the Hub's metadata block."""
+    facts = DATASETS[entry.dataset]
+    metrics = entry.metrics
+    published = manifest.hub_namespace is not None and entry.revision is not None
+    hub_id = entry.hub_id(manifest.hub_namespace) if manifest.hub_namespace else None
+    code = manifest.code_repository or "OWNER/REPOSITORY"
+    status = (
+        f"Published as `{hub_id}` at revision `{entry.revision}`."
+        if published
+        else "Not published on the Hub yet: the publishing account is still to be set in `weights_manifest.json`."
+    )
+    versions = ", ".join(f"{library} {version}" for library, version in sorted(entry.library_versions.items()))
+    return f"""---
+license: {entry.licence.lower()}
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+- conam
+datasets:
+- {entry.dataset}
+metrics:
+- accuracy
+---
+
+# {entry.name}
+
+{entry.arch} with ConAM, the confidence attention module, trained on {facts.title}. {status}
+
+| measured on the {facts.title} test images | |
+| --- | --: |
+| top-1 | {metrics.top1_percent:.2f} % |
+| top-5 | {metrics.top5_percent:.2f} % |
+| NLL | {metrics.nll:.4f} |
+| ECE (15 bins) | {metrics.ece:.4f} |
+| parameters | {entry.params:,} |
+| multiply-accumulates of one image | {entry.macs:,} |
+
+The figures are those of this file, stored as {entry.dtype} and evaluated in float32 on all 10,000 test images, without
+test-time augmentation. They are reproduced by `conam evaluate {entry.name} --data {entry.dataset}`.
+
+## Usage
+
+```python
+import conam_zoo  # registers the models with timm
+import timm
+
+model = timm.create_model("{entry.name}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+or, with nothing installed but the dependencies (`{code}` is where the code is kept):
+
+```python
+import torch
+
+model = torch.hub.load("{code}", "{entry.arch}", pretrained=True, tag="{entry.tag}")
+```
+
+## Training
+
+- Command: `conam train {entry.recipe} --data {entry.dataset} --output RUN --set seed={entry.seed}`
+- {entry.epochs} epochs on all 50,000 training images, last epoch, seed {entry.seed}; no choice was made on test images.
+- {entry.train_minutes:.0f} minutes on {entry.hardware}, with {versions}.
+- `log.csv` holds the log of every epoch:
+
+![curves of the training](curves.png)
+
+## Limitations
+
+Trained on 32 x 32 pictures of {len(facts.classes)} classes: larger pictures are scaled down, anything else than these
+classes is classified as one of them, and the probabilities are not calibrated beyond what the ECE above says.
+
+## Source
+
+ConAM is described in Xue, Yuan and Neri, "ConAM: Confidence Attention Module for Convolutional Neural Networks",
+arXiv 2110.14369v1, 2021; the authors withdrew the preprint in 2022. This is an independent reimplementation, and the
+weights are this project's own.
+
+```bibtex
+@misc{{xue2021conam,
+  title = {{ConAM: Confidence Attention Module for Convolutional Neural Networks}},
+  author = {{Xue and Yuan and Neri}},
+  year = {{2021}},
+  eprint = {{2110.14369v1}},
+  archivePrefix = {{arXiv}},
+  note = {{withdrawn by the authors in 2022}}
+}}
+```
+"""

@@ -1,0 +1,114 @@
+"""From a finished run to shippable weights: the folder that mirrors the Hub repository, and the manifest entry."""
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from conam_zoo.data import ImageSplit, read_split
+from conam_zoo.datasets import DATASETS
+from conam_zoo.errors import UserError
+from conam_zoo.files import write_text
+from conam_zoo.models import StagedClassifier
+from conam_zoo.models.lookup import count_params_and_macs, open_model
+from conam_zoo.training.card import model_card
+from conam_zoo.training.engine import Scores
+from conam_zoo.training.evaluate import evaluate_on
+from conam_zoo.training.export import export_model
+from conam_zoo.weights import ManifestError, Metrics, WeightEntry, dump_manifest, find_checkout, load_manifest
+
+__all__ = ["pack"]
+
+LICENCE = "Apache-2.0"
+HALF_PRECISION_TOLERANCE = 0.02  # points of top-1 that storing float16 may change
+
+
+def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEntry:
+    """Turn a run into ``weights/<name.tag>/`` and an entry of ``weights_manifest.json``.
+
+    The weights are stored as float16 if their top-1 stays within 0.02 points, else as float32. The metrics of the
+    entry are those of the stored file, read back. Existing weights of that name are replaced as a whole, the manifest
+    last.
+
+    Args:
+        run: A finished run folder.
+        data: Where the data set is; its test split is evaluated.
+        checkout: The checkout to write to; the one this package runs from if None.
+
+    Raises:
+        UserError: If the run is unfinished, was a choosing run (``holdout``), or has no checkout to go to.
+    """
+    checkout = checkout or find_checkout()
+    if checkout is None:
+        raise UserError("Weights are packed into a checkout of conam_zoo: run from one.")
+    record_path = run / "run.json"
+    if not record_path.is_file():
+        raise UserError(f"{run} is not a finished run: it has no run.json.")
+    record = json.loads(record_path.read_text())
+    recipe = record["recipe"]
+    if recipe["holdout"]:
+        raise UserError(f"{run} held out {recipe['holdout']} training images: pack a run that trained on all of them.")
+    name = f"{recipe['model']}.{recipe['dataset']}"
+    split = read_split(data, "test", recipe["dataset"])
+
+    with tempfile.TemporaryDirectory(dir=checkout, prefix=".packing-") as scratch:
+        folder = Path(scratch) / name
+        source = open_model(f"local-dir:{run / 'final'}")
+        exact = evaluate_on(source, split)
+        dtype, scores, sha256 = _store(source, folder, recipe["dataset"], split, exact)
+        params, macs = count_params_and_macs(recipe["model"], **recipe["model_args"])
+        facts = DATASETS[recipe["dataset"]]
+        entry = WeightEntry(
+            name=name,
+            repository=name,
+            revision=None,
+            file="model.safetensors",
+            sha256=sha256,
+            size_bytes=(folder / "model.safetensors").stat().st_size,
+            dtype=str(dtype).removeprefix("torch."),
+            params=params,
+            macs=macs,
+            model_args=recipe["model_args"],
+            dataset=recipe["dataset"],
+            num_classes=len(facts.classes),
+            classes=facts.classes,
+            input_size=facts.input_size,
+            mean=facts.mean,
+            std=facts.std,
+            metrics=Metrics(**{key: round(value, 4) for key, value in asdict(scores).items()}),
+            recipe=name,
+            seed=recipe["seed"],
+            epochs=recipe["epochs"],
+            hardware=record["hardware"],
+            train_minutes=round(record["train_minutes"], 1),
+            library_versions=record["library_versions"],
+            licence=LICENCE,
+        )
+        for extra in ("log.csv", "curves.png"):
+            shutil.copyfile(run / extra, folder / extra)
+        manifest_path = checkout / "weights_manifest.json"
+        manifest = load_manifest(manifest_path)
+        write_text(folder / "README.md", model_card(entry, manifest))
+        destination = checkout / "weights" / name
+        destination.parent.mkdir(exist_ok=True)
+        if destination.exists():
+            shutil.rmtree(destination)
+        folder.replace(destination)
+    dump_manifest(replace(manifest, entries={**manifest.entries, name: entry}), manifest_path)
+    return entry
+
+
+def _store(
+    source: StagedClassifier, folder: Path, tag: str, split: ImageSplit, exact: Scores
+) -> tuple[torch.dtype, Scores, str]:
+    """Write the folder in half precision if that is good enough, else in full; with the scores of what was written."""
+    for dtype in (torch.float16, torch.float32):
+        sha256 = export_model(source, folder, tag=tag, dtype=dtype)
+        stored = open_model(f"local-dir:{folder}")
+        scores = evaluate_on(stored, split)
+        if abs(scores.top1_percent - exact.top1_percent) <= HALF_PRECISION_TOLERANCE:
+            return dtype, scores, sha256
+    raise ManifestError(f"{folder.name} scores otherwise when it is read back: nothing was packed.")

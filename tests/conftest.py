@@ -1,0 +1,63 @@
+"""What all tests share: the real images where they are given, and small synthetic ones everywhere.
+
+Where ``CONAM_DATA`` names a folder with ``cifar10/`` in one of the layouts of ``conam_zoo.data``, the tests on real
+images run, and a skip of any test is a failure.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CONAM_DATA"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although CONAM_DATA is set: {item.nodeid}: {report.longrepr}"
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The top folder of the checkout."""
+    return CHECKOUT
+
+
+@pytest.fixture(scope="session")
+def cifar_root() -> Path:
+    """The folder that holds ``cifar10/``."""
+    root = os.environ.get("CONAM_DATA")
+    if not root:
+        pytest.skip("CONAM_DATA is not set: it names a folder that holds cifar10/ as arrays or image folders")
+    assert (Path(root) / "cifar10").is_dir(), f"CONAM_DATA={root} holds no cifar10/"
+    return Path(root)
+
+
+def write_arrays(root: Path, classes: tuple[str, ...], sizes: dict[str, int], seed: int = 0) -> Path:
+    """Write a learnable data set as arrays: each class has a colour of its own, under noise."""
+    generator = np.random.default_rng(seed)
+    root.mkdir(parents=True, exist_ok=True)
+    colours = np.linspace(0, 255, len(classes))[:, None] * np.array([1.0, 0.5, 0.0]) + np.array([0.0, 60.0, 120.0])
+    for split, count in sizes.items():
+        labels = np.arange(count) % len(classes)
+        noise = generator.normal(0, 25, (count, 32, 32, 3))
+        images = (colours[labels][:, None, None, :] + noise).clip(0, 255).astype(np.uint8)
+        np.save(root / f"{split}_images.npy", images)
+        np.save(root / f"{split}_labels.npy", labels.astype(np.uint8))
+    (root / "classes.txt").write_text("\n".join(classes) + "\n")
+    return root
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> Path:
+    """160 training and 60 test pictures with the classes of CIFAR-10, as arrays, below ``data/cifar10``."""
+    from conam_zoo.datasets import DATASETS
+
+    write_arrays(tmp_path / "data" / "cifar10", DATASETS["cifar10"].classes, {"train": 160, "test": 60})
+    return tmp_path / "data"

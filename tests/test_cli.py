@@ -1,0 +1,158 @@
+"""The ``conam`` command: what a person types, what comes back, and one sentence for what is wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conam_zoo import cli
+from conam_zoo.models.lookup import model_names
+
+
+@pytest.fixture
+def conam(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run the command in this process; gives (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["conam", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run folder of one epoch on synthetic images, and its data."""
+    from conftest import write_arrays
+
+    from conam_zoo.datasets import DATASETS
+    from conam_zoo.training.recipe import load_recipe
+    from conam_zoo.training.train import train
+
+    root = tmp_path_factory.mktemp("trained")
+    write_arrays(root / "data" / "cifar10", DATASETS["cifar10"].classes, {"train": 64, "test": 40})
+    train(load_recipe("resnet20_conam.cifar10", ["epochs=1", "warmup_epochs=0"]), root / "data", root / "run")
+    return root / "run", root / "data"
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.jpg"
+    Image.effect_noise((90, 60), 60).convert("RGB").save(path)
+    return path
+
+
+def test_list_shows_every_model_and_patterns_narrow_it(conam) -> None:
+    code, out, _ = conam("list")
+    assert code == 0
+    assert all(name in out for name in model_names())
+    _, out, _ = conam("list", "wide_*", "--json", "-")
+    assert [row["model"] for row in json.loads(out)] == [n for n in model_names() if n.startswith("wide_")]
+
+
+def test_info_names_the_sites(conam) -> None:
+    code, out, _ = conam("info", "resnet56_conam", "--json", "-")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["parameters"] == 858_970
+    assert list(facts["sites"]) == ["layer1.0.attn", "layer2.0.attn", "layer3.0.attn"]
+    assert facts["weights"] == {}
+
+
+def test_predict_prints_and_draws(conam, trained: tuple[Path, Path], photo: Path, tmp_path: Path) -> None:
+    model = f"local-dir:{trained[0] / 'final'}"
+    code, out, _ = conam("predict", model, photo, photo, "--output", tmp_path / "sheet.png")
+    assert code == 0
+    assert out.count("photo.jpg") == 2
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert min(sheet.size) > 300
+    code, out, _ = conam("predict", model, photo, "--json", "-")
+    (row,) = json.loads(out)
+    assert len(row["top"]) == 5
+    assert 0 < sum(entry["probability"] for entry in row["top"]) <= 1.0001
+
+
+def test_evaluate_agrees_with_the_run(conam, trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, data = trained
+    code, _, _ = conam("evaluate", f"local-dir:{run / 'final'}", "--data", data, "--json", tmp_path / "scores.json")
+    assert code == 0
+    result = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads((run / "run.json").read_text())["scores"]
+    assert {key: result[key] for key in scores} == pytest.approx(scores)
+    assert result["images"] == 40
+
+
+def test_train_runs_and_resumes_nothing_when_done(conam, trained: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "batch_size=32"]
+    arguments = ["train", "resnet20_conam.cifar10", "--data", trained[1], "--output", tmp_path / "run", *settings]
+    code, out, _ = conam(*arguments)
+    assert code == 0
+    assert "top-1" in out
+    code, _, err = conam(*arguments)
+    assert code == 2
+    assert "--resume" in err
+
+
+BAD = {
+    "unknown model": (["predict", "resnet21_conam", "PHOTO"], "did you mean resnet"),
+    "unknown tag": (["predict", "resnet20_conam.imagenet", "PHOTO"], "no tag 'imagenet'"),
+    "no weights": (["predict", "resnet110_conam.cifar100", "PHOTO"], "no pretrained weights"),
+    "missing image": (["predict", "MODEL", "nothing.png"], "no image file nothing.png"),
+    "corrupt image": (["predict", "MODEL", "TEXT"], "is not an image"),
+    "no model folder": (["predict", "local-dir:/nowhere", "PHOTO"], "not a model folder"),
+    "missing data": (["evaluate", "MODEL", "--data", "/nowhere"], "data folder /nowhere does not exist"),
+    "unknown recipe": (["train", "nonsense", "--data", "DATA", "--output", "OUT"], "no recipe 'nonsense'"),
+    "missing training data": (
+        ["train", "resnet20_conam.cifar10", "--data", "/nowhere", "--output", "OUT"],
+        "data folder /nowhere does not exist",
+    ),
+    "bad setting": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "epohcs=1"],
+        "no setting 'epohcs'",
+    ),
+    "unwritable run": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "/dev/null/run"],
+        "cannot be written",
+    ),
+    "unwritable picture": (["predict", "MODEL", "PHOTO", "--output", "/dev/null/x.png"], "cannot be written"),
+    "unknown picture format": (["predict", "MODEL", "PHOTO", "--output", "OUT.xyz"], "cannot be written"),
+    "unwritable json": (["list", "--json", "/dev/null/x.json"], "cannot be written"),
+    "verify unknown": (["verify", "resnet20"], "There is no model 'resnet20'"),
+    "no such pattern": (["list", "vgg*"], "No model matches 'vgg*'"),
+    "pack of nothing": (["pack", "DATA", "--data", "DATA"], "not a finished run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_sentence_and_exit_code_2(
+    case: str, conam, trained: tuple[Path, Path], photo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    places = {
+        "PHOTO": photo,
+        "MODEL": f"local-dir:{trained[0] / 'final'}",
+        "TEXT": tmp_path / "text.png",
+        "DATA": trained[1],
+        "OUT": tmp_path / "out",
+        "OUT.xyz": tmp_path / "out.xyz",
+    }
+    arguments, sentence = BAD[case]
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = conam(*(places.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+
+
+@pytest.mark.parametrize("command", ["list", "info", "verify", "predict", "train", "evaluate", "pack", "tables"])
+def test_every_command_explains_itself(command: str, conam) -> None:
+    code, out, _ = conam(command, "--help")
+    assert code == 0
+    assert "Usage: conam" in out

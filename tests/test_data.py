@@ -1,0 +1,118 @@
+"""Reading splits, and augmenting batches."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_arrays
+from PIL import Image
+
+from conam_zoo.data import BatchAugmentation, normalize, read_split
+from conam_zoo.datasets import DATASETS
+from conam_zoo.errors import UserError
+
+
+def test_arrays_and_image_folders_give_the_same_split(tmp_path: Path) -> None:
+    arrays = write_arrays(tmp_path / "arrays", ("ant", "bee", "cow"), {"train": 12, "test": 6})
+    split = read_split(arrays, "train")
+    for index, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+        folder = tmp_path / "tree" / "train" / split.classes[int(label)]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(folder / f"{index:03d}.png")
+    tree = read_split(tmp_path / "tree", "train")
+    order = split.labels.argsort(stable=True)
+    assert tree.classes == split.classes
+    assert torch.equal(tree.labels, split.labels[order])
+    assert torch.equal(tree.images, split.images[order])
+
+
+def test_the_data_sets_name_below_the_folder_is_found(small_data: Path) -> None:
+    assert len(read_split(small_data, "test", "cifar10")) == 60
+
+
+def test_val_serves_as_test(tmp_path: Path) -> None:
+    for name in ("train/a", "val/a"):
+        (tmp_path / name).mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "val" / "a" / "1.png")
+    assert len(read_split(tmp_path, "test")) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda root: (root / "train_labels.npy").unlink(), "train_labels.npy is missing"),
+        (lambda root: (root / "train_images.npy").unlink(), "has neither train_images.npy nor a folder train"),
+        (lambda root: np.save(root / "train_labels.npy", np.zeros(3, np.uint8)), "does not fit"),
+        (lambda root: np.save(root / "train_labels.npy", np.full(12, 9, np.uint8)), "does not fit"),
+        (lambda root: np.save(root / "train_images.npy", np.zeros((12, 32, 32))), "must hold uint8"),
+    ],
+)
+def test_bad_arrays_are_refused_in_a_sentence(tmp_path: Path, spoil, sentence: str) -> None:
+    root = write_arrays(tmp_path, ("ant", "bee", "cow"), {"train": 12})
+    spoil(root)
+    with pytest.raises(UserError, match=sentence):
+        read_split(root, "train")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_split(tmp_path / "nowhere", "train")
+
+
+def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"broken\.png cannot be read"):
+        read_split(tmp_path, "train")
+
+
+def test_normalize_has_the_layout_and_values_of_the_usual_transform() -> None:
+    images = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8)
+    mean, std = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
+    result = normalize(images, mean, std)
+    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_augmented_image_is_a_shifted_and_perhaps_mirrored_window_of_its_own_source() -> None:
+    images = torch.randint(256, (64, 8, 10, 3), dtype=torch.uint8)
+    augmented = BatchAugmentation(images, padding=2, flip=True)(torch.arange(64), torch.Generator().manual_seed(1))
+    padded = torch.from_numpy(np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect"))
+    found = set()
+    for source, result in zip(padded, augmented, strict=True):
+        matches = []
+        for top, left in itertools.product(range(5), range(5)):
+            window = source[top : top + 8, left : left + 10]
+            matches += [(top, left, False)] if torch.equal(window, result) else []
+            matches += [(top, left, True)] if torch.equal(window.flip(1), result) else []
+        assert len(matches) == 1
+        found.add(matches[0])
+    assert len(found) > 25  # images draw for themselves
+    assert {mirrored for _, _, mirrored in found} == {False, True}
+
+
+def test_without_crop_and_flip_images_are_untouched() -> None:
+    images = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8)
+    order = torch.tensor([3, 1, 5])
+    assert torch.equal(BatchAugmentation(images, 0, False)(order, torch.Generator().manual_seed(0)), images[order])
+
+
+def test_augmentation_depends_on_the_generator_alone() -> None:
+    images = torch.randint(256, (32, 8, 8, 3), dtype=torch.uint8)
+    augment = BatchAugmentation(images, 2, True)
+    first = augment(torch.arange(32), torch.Generator().manual_seed(7))
+    torch.rand(3)
+    assert torch.equal(first, augment(torch.arange(32), torch.Generator().manual_seed(7)))
+    assert not torch.equal(first, augment(torch.arange(32), torch.Generator().manual_seed(8)))
+
+
+def test_the_stated_statistics_are_those_of_the_real_training_pixels(cifar_root: Path) -> None:
+    split = read_split(cifar_root, "train", "cifar10")
+    pixels = split.images.double() / 255
+    facts = DATASETS["cifar10"]
+    assert split.classes == facts.classes
+    np.testing.assert_allclose(pixels.mean((0, 1, 2)), facts.mean, atol=6e-6)
+    np.testing.assert_allclose(pixels.std((0, 1, 2), correction=0), facts.std, atol=6e-6)
