@@ -15,9 +15,10 @@ What is this project's own, because the paper is silent:
 - Sizes that ``p`` does not divide: the patches at the right and lower edge are smaller, their mean counts only real
   pixels, and ``g`` stays the mean over all pixels. A map smaller than a patch is one patch.
 - The hidden width defaults to C, both linear layers have biases and keep PyTorch's default initialisation.
-- Contexts, embedding, dot product and softmax are computed in at least float32, also under autocast and in half
-  precision models, because the logits are unbounded. Embeddings are clamped to 1e17, so that the dot product of huge
-  activations stays finite in float32; no value below that is touched.
+- Embedding, dot product and softmax are computed in at least float32, also under autocast and in half precision
+  models, because the logits are unbounded. The patch means of a half precision map are summed in float32 too, but
+  rounded once to the map's type. Patch means and embeddings are clamped to 1e17, so that the global context and the
+  dot product of huge activations stay finite in float32; no value below that is touched.
 """
 
 import torch
@@ -38,11 +39,15 @@ def _extents(size: int, patch_size: int, like: Tensor) -> Tensor:
     return (size - starts).clamp(max=patch_size).to(like.dtype)
 
 
-def _contexts(x: Tensor, patch_size: int) -> Tensor:
-    """Local contexts with the global one behind them, in at least float32: (N, C, H, W) -> (N, P + 1, C)."""
+def _contexts(x: Tensor, patch_size: int, limit: float = 1e17) -> Tensor:
+    """Local contexts with the global one behind them, in at least float32: (N, C, H, W) -> (N, P + 1, C).
+
+    ``limit`` bounds the local contexts: two infinite sums of opposite sign would make the global one NaN.
+    """
     means = _patch_means(x, patch_size)
     if means.dtype == torch.bfloat16 or means.dtype == torch.float16:
         means = means.float()
+    means = means.clamp(-limit, limit)
     local_contexts = means.flatten(2).transpose(1, 2)  # (N, P, C)
     height, width = x.shape[2], x.shape[3]
     if height % patch_size == 0 and width % patch_size == 0:
@@ -60,7 +65,6 @@ def _agreement(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     ``limit`` bounds the embeddings: its square times 3e4 channels is still a finite float32.
     """
     dtype = contexts.dtype
-    contexts = contexts.clamp(-limit, limit)
     hidden = F.relu(F.linear(contexts, w1.to(dtype), b1.to(dtype)))
     embedded = F.relu(F.linear(hidden, w2.to(dtype), b2.to(dtype))).clamp(max=limit)
     return (embedded[:, :-1] * embedded[:, -1:]).sum(dim=2)

@@ -6,6 +6,7 @@ passed on as a state dict, so nothing is unpickled and what was checked is what 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,6 +108,9 @@ def build(
         WeightsError: If no verified weights can be had.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    entry = load_manifest().entries.get(f"{variant}.{cfg.tag}") if pretrained else None
+    for key, value in (entry.model_args if entry else {}).items():
+        kwargs.setdefault(key, value)
     features_only = bool(kwargs.get("features_only", False))
     overlay = dict(pretrained_cfg_overlay or {})
     if pretrained:
@@ -118,6 +122,7 @@ def build(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         feature_cfg={"out_indices": (0, 1, 2, 3)},
+        pretrained_filter_fn=partial(_fitting, variant=variant),
         cache_dir=cache_dir,
         **kwargs,
     )
@@ -127,20 +132,58 @@ def build(
     return model
 
 
+def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str) -> dict[str, Tensor]:
+    """The tensors as they are, if the body of the model has exactly those.
+
+    timm drops the head of another class count and then loads without strictness; this keeps a file of another net from
+    passing as one of this.
+
+    Raises:
+        WeightsError: If a tensor is missing, is too many, or has another shape.
+    """
+    own = model.state_dict()
+    head, stem = ("fc.weight", "fc.bias"), "conv1.weight"
+    for name in sorted(set(own) ^ set(state_dict)):
+        if name not in head:
+            where = "have no" if name in own else "have a"
+            raise WeightsError(
+                f"These weights do not fit {variant} as asked for, they {where} tensor {name}: "
+                "ask for the net and the attn arguments that they were trained with."
+            )
+    for name, tensor in state_dict.items():
+        if name in own and name not in (*head, stem) and tensor.shape != own[name].shape:
+            raise WeightsError(
+                f"These weights do not fit {variant} as asked for, their {name} has shape {tuple(tensor.shape)} "
+                f"and not {tuple(own[name].shape)}: ask for the net and the attn arguments that they were trained with."
+            )
+    return state_dict
+
+
 def _state_dict(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Tensor]:
-    """The tensors that a configuration names, verified wherever a hash is known."""
+    """The tensors that a configuration names, verified wherever a hash is known.
+
+    A source of the caller's own comes first: a folder, a Hub repository, a state dict, a file. A file given for a
+    name that the manifest knows has to be the published one.
+
+    Raises:
+        WeightsError: If there are none, or they are not what they should be.
+    """
     name = f"{variant}.{cfg.tag}"
+    manifest = load_manifest()
+    entry = manifest.entries.get(name)
     if cfg.source == "local-dir" and cfg.file:
         return read_folder(Path(cfg.file))
     if cfg.source == "hf-hub" and cfg.hf_hub_id:
         return read_hub_folder(cfg.hf_hub_id, cache_dir)
     if cfg.state_dict:
-        return cfg.state_dict
-    manifest = load_manifest()
-    entry = manifest.entries.get(name)
+        return dict(cfg.state_dict)
     if cfg.file:
         path = Path(cfg.file)
         return read_verified(path, entry) if entry else read_safetensors(path)
+    if cfg.url:
+        raise WeightsError(f"Weights are not read from a URL ({cfg.url}): download the file, and name it with 'file'.")
+    if cfg.hf_hub_id and (entry is None or cfg.hf_hub_id != _published(entry, manifest.hub_namespace)["hf_hub_id"]):
+        return read_hub_folder(cfg.hf_hub_id, cache_dir)
     if entry is None:
         have = ", ".join(sorted(manifest.entries)) or "none yet"
         raise WeightsError(

@@ -177,7 +177,6 @@ class ConAMDenseNet(StagedClassifier):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups: stem, then blocks (``coarse``) or dense layers, then the final norm."""
         if coarse:
-            blocks: Any = [(r"^block(\d+)|^transition(\d+)", None), (r"^bn1", (99999,))]
             blocks = [(r"^(?:block|transition)(\d+)", None), (r"^bn1", (99999,))]
         else:
             blocks = [

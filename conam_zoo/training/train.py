@@ -77,6 +77,7 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train_split, holdout_split = _training_images(recipe, data)
     make_folder(output)
+    environment = describe_environment()  # now: the checkout may have moved on when the training is done
     torch.manual_seed(recipe.seed)
     model: StagedClassifier = timm.create_model(
         f"{recipe.model}.{recipe.dataset}", num_classes=len(train_split.classes), **recipe.model_args
@@ -162,7 +163,7 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
                 + (f"  held out {row['holdout_top1_percent']:.2f} %" if holdout_split else "")
                 + f"  {row['seconds']:.0f} s"
             )
-    return _finish(recipe, final, data, output, log, holdout_split, command, console)
+    return _finish(recipe, final, data, output, log, holdout_split, {"command": command, **environment}, console)
 
 
 def _show_step(progress: Progress, task: TaskID, step: int) -> None:
@@ -200,7 +201,7 @@ def _finish(
     output: Path,
     log: list[dict[str, Any]],
     holdout_split: ImageSplit | None,
-    command: str,
+    provenance: dict[str, Any],
     console: Console,
 ) -> dict[str, Any]:
     """Evaluate once, and write everything that a reader of the run wants."""
@@ -212,12 +213,11 @@ def _finish(
     exported = export_model(final, output / "final", tag=None)
     run = {
         "recipe": recipe.to_dict(),
-        "command": command,
         "evaluated_on": on,
         "scores": asdict(scores),
         "train_minutes": sum(row["seconds"] for row in log) / 60,
         "sha256": exported,
-        **describe_environment(),
+        **provenance,
     }
     write_text(output / "run.json", json.dumps(run, indent=2) + "\n")
     return run
