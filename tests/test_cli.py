@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_arrays
 from PIL import Image
 
 from conam_zoo import cli
@@ -28,8 +29,6 @@ def conam(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run folder of one epoch on synthetic images, and its data."""
-    from conftest import write_arrays
-
     from conam_zoo.datasets import DATASETS
     from conam_zoo.training.recipe import load_recipe
     from conam_zoo.training.train import train
@@ -115,6 +114,23 @@ BAD = {
         ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "epohcs=1"],
         "no setting 'epohcs'",
     ),
+    "unknown optimiser": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "opt=sgdx"],
+        "no optimiser 'sgdx'",
+    ),
+    "unknown model in a setting": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "model=resnet20"],
+        "did you mean resnet20_conam",
+    ),
+    "unknown model argument": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "model_args={depth=3}"],
+        "which resnet20_conam refuses",
+    ),
+    "wrong number of classes": (["evaluate", "MODEL", "--data", "THREE"], "has 3 classes, but the model has 10"),
+    "wrong number of classes in a setting": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "model_args={num_classes=5}"],
+        "the classes are those of the data set",
+    ),
     "unwritable run": (
         ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "/dev/null/run"],
         "cannot be written",
@@ -133,7 +149,9 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(
     case: str, conam, trained: tuple[Path, Path], photo: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.png").write_text("no picture")
+    three = write_arrays(tmp_path / "three", ("ant", "bee", "cow"), {"test": 3})
     places = {
+        "THREE": three,
         "PHOTO": photo,
         "MODEL": f"local-dir:{trained[0] / 'final'}",
         "TEXT": tmp_path / "text.png",

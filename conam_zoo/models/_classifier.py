@@ -33,6 +33,8 @@ class StagedClassifier(nn.Module):
 
     def __init__(self, sites: AttentionSites, num_classes: int, in_chans: int) -> None:
         super().__init__()
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes!r}, but it must be a whole number, 0 for no classifier.")
         self.attn_layer = sites.attn_layer
         self.attn_placement = sites.attn_placement
         self.patch_sizes = sites.patch_sizes

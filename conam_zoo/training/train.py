@@ -1,6 +1,7 @@
 """A whole training: from a recipe and a data folder to a run folder."""
 
 import csv
+import difflib
 import io
 import json
 import time
@@ -21,7 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
@@ -30,6 +31,7 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder, write_text
 from conam_zoo.models import StagedClassifier
+from conam_zoo.models.lookup import check_model_name
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
 from conam_zoo.training.curves import draw_curves
 from conam_zoo.training.engine import train_one_epoch
@@ -75,14 +77,12 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
         raise UserError(f"{output} was begun with another recipe ({', '.join(changed)} differ): resume it unchanged.")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _check_names(recipe)
     train_split, holdout_split = _training_images(recipe, data)
     make_folder(output)
     environment = describe_environment()  # now: the checkout may have moved on when the training is done
     torch.manual_seed(recipe.seed)
-    model: StagedClassifier = timm.create_model(
-        f"{recipe.model}.{recipe.dataset}", num_classes=len(train_split.classes), **recipe.model_args
-    )
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = _model(recipe).to(device).to(memory_format=torch.channels_last)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     optimizer = create_optimizer_v2(
         model, opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
@@ -164,6 +164,28 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
                 + f"  {row['seconds']:.0f} s"
             )
     return _finish(recipe, final, data, output, log, holdout_split, {"command": command, **environment}, console)
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Refuse a recipe that names a model, an optimiser or model arguments that do not exist."""
+    check_model_name(f"{recipe.model}.{recipe.dataset}")
+    if recipe.opt not in list_optimizers():
+        near = difflib.get_close_matches(recipe.opt, list_optimizers(), n=3) or ["sgd", "adamw"]
+        raise UserError(f"timm has no optimiser {recipe.opt!r}: did you mean {' or '.join(near)}?")
+    if "num_classes" in recipe.model_args:
+        raise UserError("The setting model_args holds num_classes, but the classes are those of the data set.")
+    with torch.device("meta"):
+        _model(recipe)
+
+
+def _model(recipe: Recipe) -> StagedClassifier:
+    try:
+        model: StagedClassifier = timm.create_model(f"{recipe.model}.{recipe.dataset}", **recipe.model_args)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"The setting model_args is {recipe.model_args}, which {recipe.model} refuses: {error}"
+        ) from error
+    return model
 
 
 def _show_step(progress: Progress, task: TaskID, step: int) -> None:
