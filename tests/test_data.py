@@ -116,3 +116,28 @@ def test_the_stated_statistics_are_those_of_the_real_training_pixels(cifar_root:
     assert split.classes == facts.classes
     np.testing.assert_allclose(pixels.mean((0, 1, 2)), facts.mean, atol=6e-6)
     np.testing.assert_allclose(pixels.std((0, 1, 2), correction=0), facts.std, atol=6e-6)
+
+
+class _StandIn:
+    """What this package uses of torchvision's CIFAR10."""
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        assert download
+        self.data = np.full((4 if train else 2, 32, 32, 3), 7, np.uint8)
+        self.targets = [0, 9, 1, 2] if train else [3, 4]
+
+
+def test_the_word_cifar10_means_torchvisions_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", _StandIn)
+    split = read_split("cifar10", "train")
+    assert split.images.shape == (4, 32, 32, 3)
+    assert split.labels.tolist() == [0, 9, 1, 2]
+    assert split.classes == DATASETS["cifar10"].classes
+    assert len(read_split("cifar10", "test")) == 2
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cifar10 could not be downloaded by torchvision"):
+        read_split("cifar10", "train")  # the tests have no network
