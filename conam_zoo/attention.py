@@ -66,7 +66,8 @@ def _agreement(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     """
     dtype = contexts.dtype
     hidden = F.relu(F.linear(contexts, w1.to(dtype), b1.to(dtype)))
-    embedded = F.relu(F.linear(hidden, w2.to(dtype), b2.to(dtype))).clamp(max=limit)
+    embedded = F.relu(F.linear(hidden, w2.to(dtype), b2.to(dtype)))
+    embedded = embedded.to(dtype).clamp(max=limit)  # TorchScript cannot switch autocast off: there it comes in bf16
     return (embedded[:, :-1] * embedded[:, -1:]).sum(dim=2)
 
 

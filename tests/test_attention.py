@@ -377,3 +377,13 @@ def test_docstring_examples() -> None:
     results = doctest.testmod(conam_zoo.attention)
     assert results.attempted >= 4
     assert results.failed == 0
+
+
+def test_a_scripted_module_keeps_dot_product_and_softmax_in_float32_under_autocast() -> None:
+    module = ConAM(16, 8)
+    scripted = torch.jit.script(module)
+    x = torch.randn(2, 16, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        confidence, result = scripted.confidence(x), scripted(x)
+    assert confidence.dtype == torch.float32
+    torch.testing.assert_close(result, module(x).detach(), atol=0.02, rtol=0.02)
