@@ -41,6 +41,6 @@ def evaluate_on(model: StagedClassifier, split: ImageSplit) -> Scores:
         )
     model = model.to(memory_format=torch.channels_last)
     split = split.to(next(model.parameters()).device)
-    with torch.backends.cudnn.flags(allow_tf32=False):  # float32 means float32 on a GPU too
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 means float32 on a GPU too
         logits = predict_logits(model, split.images, cfg["mean"], cfg["std"])
     return score(logits, split.labels)
