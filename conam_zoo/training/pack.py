@@ -1,6 +1,7 @@
 """From a finished run to shippable weights: the folder that mirrors the Hub repository, and the manifest entry."""
 
 import json
+import math
 import shutil
 import tempfile
 from dataclasses import asdict, replace
@@ -109,6 +110,7 @@ def _store(
         sha256 = export_model(source, folder, tag=tag, dtype=dtype)
         stored = open_model(f"local-dir:{folder}")
         scores = evaluate_on(stored, split)
-        if abs(scores.top1_percent - exact.top1_percent) <= HALF_PRECISION_TOLERANCE:
+        close = abs(scores.top1_percent - exact.top1_percent) <= HALF_PRECISION_TOLERANCE
+        if close and math.isfinite(scores.nll):  # overflown weights may hit the right classes by chance
             return dtype, scores, sha256
     raise ManifestError(f"{folder.name} scores otherwise when it is read back: nothing was packed.")

@@ -1,0 +1,101 @@
+"""From a run to a folder of weights and a manifest entry."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import CHECKOUT
+
+from conam_zoo.errors import UserError
+from conam_zoo.training.evaluate import evaluate
+from conam_zoo.training.pack import pack
+from conam_zoo.training.recipe import load_recipe
+from conam_zoo.training.tables import generated_files
+from conam_zoo.training.train import train
+from conam_zoo.weights import load_manifest
+
+NAME = "resnet20_conam.cifar10"
+EMPTY = {"schema_version": 1, "hub_namespace": None, "code_repository": None, "entries": {}}
+
+
+@pytest.fixture
+def empty_checkout(tmp_path: Path) -> Path:
+    """A checkout without weights."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "weights_manifest.json").write_text(json.dumps(EMPTY))
+    shutil.copyfile(CHECKOUT / "README.md", folder / "README.md")
+    return folder
+
+
+def _run(small_data: Path, output: Path, *settings: str) -> Path:
+    train(load_recipe(NAME, ["epochs=1", "warmup_epochs=0", "batch_size=32", *settings]), small_data, output)
+    return output
+
+
+def test_a_run_becomes_verified_weights(small_data: Path, empty_checkout: Path, tmp_path: Path) -> None:
+    run = _run(small_data, tmp_path / "run", "seed=5")
+    entry = pack(run, small_data, empty_checkout)
+    assert load_manifest(empty_checkout / "weights_manifest.json").entries == {NAME: entry}
+    folder = empty_checkout / "weights" / NAME
+    assert {p.name for p in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "log.csv",
+        "curves.png",
+    }
+    data = (folder / "model.safetensors").read_bytes()
+    assert (entry.sha256, entry.size_bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert (entry.seed, entry.epochs, entry.dtype) == (5, 1, "float16")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert next(model.parameters()).dtype == torch.float32
+    scores, _ = evaluate(model, small_data, "cifar10")
+    assert scores.top1_percent == pytest.approx(entry.metrics.top1_percent, abs=1e-3)
+    assert scores.nll == pytest.approx(entry.metrics.nll, abs=1e-3)
+    exact = json.loads((run / "run.json").read_text())["scores"]["top1_percent"]
+    assert abs(entry.metrics.top1_percent - exact) <= 0.02
+    assert [p.name for p in empty_checkout.iterdir() if p.name.startswith(".packing")] == []
+    table = generated_files(empty_checkout)[empty_checkout / "README.md"]
+    assert f"| `{NAME}` | {entry.metrics.top1_percent:.2f} % |" in table
+    assert f"{entry.metrics.top1_percent:.2f} %" in (folder / "README.md").read_text()
+
+
+def test_packing_again_replaces_the_weights_and_keeps_other_entries(
+    small_data: Path, empty_checkout: Path, tmp_path: Path
+) -> None:
+    first = pack(_run(small_data, tmp_path / "a", "seed=1"), small_data, empty_checkout)
+    second = pack(_run(small_data, tmp_path / "b", "seed=2"), small_data, empty_checkout)
+    assert first.sha256 != second.sha256
+    assert load_manifest(empty_checkout / "weights_manifest.json").entry(NAME).sha256 == second.sha256
+
+
+def test_weights_that_half_precision_would_spoil_stay_float32(
+    small_data: Path, empty_checkout: Path, tmp_path: Path
+) -> None:
+    run = _run(small_data, tmp_path / "run")
+    model = timm.create_model(f"local-dir:{run / 'final'}", pretrained=True)
+    with torch.no_grad():  # a scale that float16 rounds to zero, undone by one that it cannot hold
+        model.bn1.weight.mul_(1e-9)
+        model.bn1.bias.mul_(1e-9)
+        model.layer1[0].conv1.weight.mul_(1e9)
+    from conam_zoo.training.export import export_model
+
+    export_model(model, run / "final", tag=None)
+    assert pack(run, small_data, empty_checkout).dtype == "float32"
+
+
+def test_what_must_not_be_shipped_is_refused_and_nothing_changes(
+    small_data: Path, empty_checkout: Path, tmp_path: Path
+) -> None:
+    run = _run(small_data, tmp_path / "run", "holdout=40")
+    with pytest.raises(UserError, match="held out 40 training images"):
+        pack(run, small_data, empty_checkout)
+    with pytest.raises(UserError, match="not a finished run"):
+        pack(tmp_path, small_data, empty_checkout)
+    assert json.loads((empty_checkout / "weights_manifest.json").read_text()) == EMPTY
+    assert not (empty_checkout / "weights").exists()
