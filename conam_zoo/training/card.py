@@ -3,7 +3,7 @@
 from conam_zoo.datasets import DATASETS
 from conam_zoo.weights import Manifest, WeightEntry
 
-__all__ = ["model_card", "result_table"]
+__all__ = ["model_card", "recipe_head", "result_table"]
 
 # Best published top-1 of the same backbone, in percent: CIFAR-10, CIFAR-100. pytorchcv's metadata table (with or
 # without attention) unless noted; the recipe behind those is stronger than the usual one and its length not stated.
@@ -39,16 +39,39 @@ def result_table(manifest: Manifest) -> str:
     return "\n".join(rows) + "\n"
 
 
-def model_card(entry: WeightEntry, manifest: Manifest) -> str:
-    """The README.md of a Hub repository, in Markdown with the Hub's metadata block."""
+def recipe_head(name: str, manifest: Manifest) -> str:
+    """The comment that a recipe opens with: command, hardware, time and result of the shipped weights."""
+    entry = manifest.entries.get(name)
+    hardware, time, result = "-", "not run yet", "not run yet"
+    if entry is not None:
+        hardware = entry.hardware
+        time = f"{entry.train_minutes:.0f} minutes for {entry.epochs} epochs"
+        result = f"{entry.metrics.top1_percent:.2f} % top-1 on the test images, last epoch, seed {entry.seed}"
+    dataset = name.partition(".")[2]
+    return (
+        f"# Command   conam train {name} --data {dataset} --output runs/{name}\n"
+        f"# Hardware  {hardware}\n# Time      {time}\n# Result    {result}\n"
+    )
+
+
+def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = None) -> str:
+    """The README.md of a Hub repository, in Markdown with the Hub's metadata block.
+
+    It does not name the commit that it is part of: that is known only afterwards, and stands in the manifest.
+
+    Args:
+        entry: The weights.
+        manifest: The manifest that they stand in.
+        namespace: The account that they are about to be published by; None: write what is so now.
+    """
     facts = DATASETS[entry.dataset]
     metrics = entry.metrics
-    published = manifest.hub_namespace is not None and entry.revision is not None
-    hub_id = entry.hub_id(manifest.hub_namespace) if manifest.hub_namespace else None
+    if namespace is None and entry.revision is not None:
+        namespace = manifest.hub_namespace
     code = manifest.code_repository or "OWNER/REPOSITORY"
     status = (
-        f"Published as `{hub_id}` at revision `{entry.revision}`."
-        if published
+        f"Published as `{entry.hub_id(namespace)}`; the code pins the commit in `weights_manifest.json`."
+        if namespace
         else "Not published on the Hub yet: the publishing account is still to be set in `weights_manifest.json`."
     )
     versions = ", ".join(f"{library} {version}" for library, version in sorted(entry.library_versions.items()))

@@ -1,10 +1,10 @@
-"""Rewriting what is generated from the manifest: the README's result table and the model cards."""
+"""Rewriting what is generated from the manifest: the README's result table, model cards, heads of recipes."""
 
 from pathlib import Path
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
-from conam_zoo.training.card import model_card, result_table
+from conam_zoo.training.card import model_card, recipe_head, result_table
 from conam_zoo.weights import find_checkout, load_manifest
 
 __all__ = ["generated_files", "rewrite_tables"]
@@ -23,6 +23,10 @@ def generated_files(checkout: Path) -> dict[Path, str]:
     files = {checkout / "README.md": before + begin + "\n" + result_table(manifest) + "\n" + end + after}
     for name, entry in manifest.entries.items():
         files[checkout / "weights" / name / "README.md"] = model_card(entry, manifest)
+    for path in sorted((checkout / "conam_zoo" / "training" / "recipes").glob("*.toml")):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        body = "".join(line for line in lines if not line.startswith("#"))
+        files[path] = recipe_head(path.stem, manifest) + body
     return files
 
 
