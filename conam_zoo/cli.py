@@ -35,7 +35,10 @@ Json = Annotated[
 ]
 
 
-@app.command("list")
+@app.command(
+    "list",
+    epilog="Examples: conam list 'wide_*' · conam list '*.cifar100' --pretrained · conam list --json -",
+)
 def list_command(
     pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'resnet*' or '*.cifar100'.")] = "*",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only what has weights.")] = False,
@@ -71,7 +74,7 @@ def list_command(
     _console().print(table)
 
 
-@app.command()
+@app.command(epilog="Example: conam info resnet56_conam")
 def info(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     json_file: Json = None,
@@ -122,10 +125,13 @@ def info(
     _console().print(table)
 
 
-@app.command()
+@app.command(epilog="Example: conam verify resnet20_conam.cifar10")
 def verify(
     model: Annotated[
         str | None, typer.Argument(help="A name such as resnet20_conam.cifar10; all weights if left out.")
+    ] = None,
+    mirror: Annotated[
+        Path | None, typer.Option(help="Check this mirror, which then has to be complete, not $CONAM_ZOO_MIRROR.")
     ] = None,
     json_file: Json = None,
 ) -> None:
@@ -149,9 +155,9 @@ def verify(
             "detail": copy.detail,
         }
         for entry in chosen
-        for copy in check_copies(entry, namespace=manifest.hub_namespace)
+        for copy in check_copies(entry, namespace=manifest.hub_namespace, mirror=mirror)
     ]
-    good = {row["weights"] for row in rows if row["status"] == "good"}
+    good = {r["weights"] for r in rows if r["status"] == "good" and (mirror is None or r["place"] == "mirror")}
     failed = any(row["status"] == "wrong" for row in rows) or good != {entry.name for entry in chosen}
     if not _json_only(rows, json_file):
         table = Table(box=None)
@@ -165,7 +171,27 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: conam mirror /media/stick/weights 'resnet*'; there: conam verify --mirror DIR")
+def mirror(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to fill; made if need be.")],
+    pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'resnet*' or '*.cifar100'.")] = "*",
+) -> None:
+    """Fill a directory with verified weights, for machines without network: set CONAM_ZOO_MIRROR to it there."""
+    from fnmatch import fnmatch
+
+    from conam_zoo.weights import load_manifest
+    from conam_zoo.weights.mirror import fill_mirror
+
+    manifest = load_manifest()
+    chosen = [entry for name, entry in sorted(manifest.entries.items()) if fnmatch(name, pattern)]
+    if not chosen:
+        raise UserError(f"No weights match {pattern!r}: 'conam list --pretrained' shows those that there are.")
+    for entry in chosen:
+        path, written = fill_mirror(entry, directory, namespace=manifest.hub_namespace)
+        _console().print(f"{'written' if written else 'is there'}: {path}", highlight=False)
+
+
+@app.command(epilog="Example: conam predict resnet20_conam.cifar10 cat.jpg dog.png --output sheet.png")
 def predict(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     images: Annotated[list[Path], typer.Argument(help="Pictures of any size, mode and format that Pillow reads.")],
@@ -176,6 +202,7 @@ def predict(
     json_file: Json = None,
 ) -> None:
     """Classify pictures: the five most probable classes of each."""
+    from conam_zoo.analysis.predict import percent
     from conam_zoo.analysis.predict import predict as run
     from conam_zoo.models.lookup import open_model
 
@@ -195,14 +222,14 @@ def predict(
         table.add_column(title, justify="right" if title == "probability" else "left", overflow="fold")
     for prediction in predictions:
         (name, value), *others = prediction.top
-        then = ", ".join(f"{other} {share:.1%}" for other, share in others)
-        table.add_row(prediction.path.name, f"[bold]{name}[/]", f"[bold]{value:.1%}[/]", then)
+        then = ", ".join(f"{other} {percent(share)}" for other, share in others)
+        table.add_row(prediction.path.name, f"[bold]{name}[/]", f"[bold]{percent(value)}[/]", then)
     _console().print(table)
     if output is not None:
         _console().print(f"written: {output}", highlight=False)
 
 
-@app.command()
+@app.command(epilog="Example: conam train resnet20_conam.cifar10 --data cifar10 --output runs/first --set epochs=1")
 def train(
     recipe: Annotated[
         str, typer.Argument(help="A recipe of the package, such as resnet20_conam.cifar10, or a .toml file.")
@@ -219,8 +246,7 @@ def train(
 ) -> None:
     """Train a recipe, then evaluate once on the test split.
 
-    The test split is not opened before the end. 'conam train resnet20_conam.cifar10 --data cifar10 --output runs/first
-    --set epochs=1' is a first try of a minute or two.
+    The test split is not opened before the end.
     """
     from conam_zoo.training.recipe import load_recipe
     from conam_zoo.training.train import train as run
@@ -228,19 +254,21 @@ def train(
     run(load_recipe(recipe, settings), data, output, resume=resume, command=shlex.join(["conam", *sys.argv[1:]]))
 
 
-@app.command()
+@app.command(epilog="Example: conam evaluate resnet20_conam.cifar10 --data cifar10 --json scores.json")
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     data: Annotated[str, typer.Option(help=DATA_HELP)],
     json_file: Json = None,
 ) -> None:
     """Measure a model on the test split of its data set, in float32, without test-time augmentation."""
+    import torch
+
     from conam_zoo.datasets import DATASETS
     from conam_zoo.models.lookup import open_model
     from conam_zoo.training.evaluate import evaluate as run
     from conam_zoo.weights import load_manifest
 
-    net = open_model(model)
+    net = open_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
     cfg = net.pretrained_cfg
     name = f"{cfg['architecture']}.{cfg.get('tag')}"
     known = [facts.name for facts in DATASETS.values() if facts.classes == tuple(cfg.get("label_names") or ())]
@@ -259,17 +287,64 @@ def evaluate(
     _console().print(table)
 
 
-@app.command(rich_help_panel="For those who publish")
+@app.command(
+    rich_help_panel="For those who publish",
+    epilog="Example: conam pack runs/resnet20_conam.cifar10 --data cifar10",
+)
 def pack(
     run: Annotated[Path, typer.Argument(help="A finished run folder, trained on all training images.")],
     data: Annotated[str, typer.Option(help=DATA_HELP)],
 ) -> None:
     """Turn a run into weights/NAME.TAG of the checkout and an entry of the manifest."""
+    from conam_zoo.analysis.card_picture import draw_card_picture
     from conam_zoo.training.pack import pack as run_pack
+    from conam_zoo.weights import find_checkout
 
     entry = run_pack(run, data)
+    checkout = find_checkout() or Path()
+    draw_card_picture(checkout / "weights" / entry.name, checkout / "examples" / "photos")
     _console().print(f"{entry.name}: {entry.metrics.top1_percent:.2f} %, {entry.size_bytes:,} bytes as {entry.dtype}")
     tables()
+
+
+@app.command(
+    rich_help_panel="For those who publish",
+    epilog="Example: conam publish resnet20_conam.cifar10 --namespace ACCOUNT --dry-run",
+)
+def publish(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Weights of the manifest, such as X.cifar10.")],
+    namespace: Annotated[str, typer.Option(help="The Hugging Face account to publish under.")],
+    private: Annotated[bool, typer.Option("--private", help="Create repositories that only the account sees.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all files, show what would be sent.")] = False,
+) -> None:
+    """Upload weights to the Hugging Face Hub, read them back, and pin their commits in the manifest."""
+    import tomllib
+
+    from conam_zoo.training.card import model_card
+    from conam_zoo.weights import find_checkout, load_manifest
+    from conam_zoo.weights.publish import publish as run_publish
+
+    checkout = find_checkout()
+    if checkout is None:
+        raise UserError("Weights are published from a checkout of conam_zoo: run from one.")
+    manifest_path = checkout / "weights_manifest.json"
+    manifest = load_manifest(manifest_path)
+    cards = {name: model_card(manifest.entry(name), manifest, namespace) for name in names}
+    tag = "v" + tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    for done in run_publish(
+        names,
+        namespace=namespace,
+        cards=cards,
+        tag=tag,
+        manifest_path=manifest_path,
+        private=private,
+        dry_run=dry_run,
+    ):
+        state = f"{'published' if done.changed else 'is there'} at {done.revision}" if done.revision else "to be sent"
+        files = ", ".join(f"{name} ({size:,} bytes)" for name, size in done.files.items())
+        _console().print(f"{done.name}: {state}, {done.hub_id}, tag {done.tag}, {files}", highlight=False)
+    if not dry_run:
+        tables()
 
 
 @app.command(rich_help_panel="For those who publish")

@@ -169,7 +169,9 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(
     assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
 
 
-@pytest.mark.parametrize("command", ["list", "info", "verify", "predict", "train", "evaluate", "pack", "tables"])
+@pytest.mark.parametrize(
+    "command", ["list", "info", "verify", "predict", "train", "evaluate", "pack", "publish", "mirror", "tables"]
+)
 def test_every_command_explains_itself(command: str, conam) -> None:
     code, out, _ = conam(command, "--help")
     assert code == 0

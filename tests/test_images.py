@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conam_zoo.analysis.predict import percent
 from conam_zoo.errors import UserError
 from conam_zoo.images import read_image
 
@@ -59,3 +60,11 @@ def test_what_is_no_picture_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
     with pytest.raises(UserError, match=r"cut\.png is damaged"):
         read_image(tmp_path / "cut.png")
+
+
+@pytest.mark.parametrize(
+    ("probability", "text"),
+    [(0.0, "<0.1%"), (0.0004, "<0.1%"), (0.0005, "0.1%"), (0.125, "12.5%"), (0.9994, "99.9%"), (1.0, ">99.9%")],
+)
+def test_probabilities_are_never_shown_as_certain_or_impossible(probability: float, text: str) -> None:
+    assert percent(probability) == text

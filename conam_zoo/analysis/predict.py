@@ -11,7 +11,7 @@ from conam_zoo.analysis.confidence import confidence_maps
 from conam_zoo.images import read_image
 from conam_zoo.models import StagedClassifier
 
-__all__ = ["Prediction", "predict"]
+__all__ = ["Prediction", "percent", "predict"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,13 @@ class Prediction:
     seen: Image.Image
     top: list[tuple[str, float]]
     maps: dict[str, Tensor]
+
+
+def percent(probability: float) -> str:
+    """A probability for people: one decimal, without calling anything certain or impossible."""
+    if probability < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if probability >= 0.9995 else f"{probability:.1%}"
 
 
 def predict(model: StagedClassifier, paths: list[Path]) -> list[Prediction]:

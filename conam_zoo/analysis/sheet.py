@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from conam_zoo.analysis.predict import Prediction
+from conam_zoo.analysis.predict import Prediction, percent
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 
@@ -65,7 +65,7 @@ def _draw_bars(axes: Axes, prediction: Prediction) -> None:
     positions = range(len(names))
     axes.barh(list(positions), values, color=["#6cb4c9"] + ["#d3dfe4"] * (len(names) - 1), height=0.72)
     for position, name, value in zip(positions, names, values, strict=True):
-        axes.text(0.02, position, f"{name}  {value:.1%}", va="center", fontsize=8, color="black")
+        axes.text(0.02, position, f"{name}  {percent(value)}", va="center", fontsize=8, color="black")
     axes.set_xlim(0, 1)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks([])

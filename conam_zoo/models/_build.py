@@ -122,7 +122,7 @@ def build(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         feature_cfg={"out_indices": (0, 1, 2, 3)},
-        pretrained_filter_fn=partial(_fitting, variant=variant),
+        pretrained_filter_fn=partial(_fitting, variant=variant, num_classes=cfg.num_classes),
         cache_dir=cache_dir,
         **kwargs,
     )
@@ -132,14 +132,15 @@ def build(
     return model
 
 
-def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str) -> dict[str, Tensor]:
+def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, num_classes: int) -> dict[str, Tensor]:
     """The tensors as they are, if the body of the model has exactly those.
 
     timm drops the head of another class count and then loads without strictness; this keeps a file of another net from
     passing as one of this.
 
     Raises:
-        WeightsError: If a tensor is missing, is too many, or has another shape.
+        WeightsError: If a tensor is missing, is too many, or has another shape, or if the head has not the number of
+            classes that the configuration states, ``num_classes``.
     """
     own = model.state_dict()
     head, stem = ("fc.weight", "fc.bias"), "conv1.weight"
@@ -156,6 +157,12 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str) -> d
                 f"These weights do not fit {variant} as asked for, their {name} has shape {tuple(tensor.shape)} "
                 f"and not {tuple(own[name].shape)}: ask for the net and the attn arguments that they were trained with."
             )
+    found = len(state_dict[head[0]]) if head[0] in state_dict else num_classes
+    if found != num_classes:
+        raise WeightsError(
+            f"These weights do not fit {variant} as asked for, they have {found} classes and its configuration says "
+            f"{num_classes}: give num_classes={found} in pretrained_cfg_overlay if these are the right weights."
+        )
     return state_dict
 
 
@@ -174,6 +181,10 @@ def _state_dict(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) 
     if cfg.source == "local-dir" and cfg.file:
         return read_folder(Path(cfg.file))
     if cfg.source == "hf-hub" and cfg.hf_hub_id:
+        namespace = manifest.hub_namespace
+        for known in manifest.entries.values():  # the commit that the manifest pins is held to the manifest
+            if namespace and cfg.hf_hub_id == f"{known.hub_id(namespace)}@{known.revision}":
+                return find_verified(known, cache_dir=cache_dir, namespace=namespace).state_dict
         return read_hub_folder(cfg.hf_hub_id, cache_dir)
     if cfg.state_dict:
         return dict(cfg.state_dict)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models._classifier import StagedClassifier
+from conam_zoo.weights.folder import fetch_config
 
 __all__ = ["check_model_name", "count_params_and_macs", "model_names", "open_model"]
 
@@ -48,17 +49,26 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a model folder: it has no config.json.")
-        try:
-            architecture = json.loads((folder / "config.json").read_text())["architecture"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder / 'config.json'} does not name an architecture: copy the folder again."
-            ) from error
-        check_model_name(architecture)
-    elif not name.startswith("hf-hub:"):
+        check_model_name(_architecture(folder / "config.json"))
+    elif name.startswith("hf-hub:"):
+        # timm would wait half a minute for a Hub that is away, and read a net of its own in its own ways.
+        check_model_name(_architecture(fetch_config(name.removeprefix("hf-hub:"), kwargs.get("cache_dir"))))
+    else:
         check_model_name(name)
     model: StagedClassifier = timm.create_model(name, pretrained=pretrained, **kwargs).eval()
     return model
+
+
+def _architecture(config: Path) -> str:
+    """The architecture that a config.json names.
+
+    Raises:
+        UserError: It names none.
+    """
+    try:
+        return str(json.loads(config.read_text())["architecture"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config} does not name an architecture: copy the folder again.") from error
 
 
 def count_params_and_macs(name: str, **kwargs: Any) -> tuple[int, int]:

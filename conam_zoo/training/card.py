@@ -74,6 +74,11 @@ def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = N
         if namespace
         else "Not published on the Hub yet: the publishing account is still to be set in `weights_manifest.json`."
     )
+    by_repository = (
+        f'or by repository, `timm.create_model("hf-hub:{entry.hub_id(namespace)}", pretrained=True)`, or\n\n'
+        if namespace
+        else ""
+    )
     versions = ", ".join(f"{library} {version}" for library, version in sorted(entry.library_versions.items()))
     return f"""---
 license: {entry.licence.lower()}
@@ -87,6 +92,19 @@ datasets:
 - {entry.dataset}
 metrics:
 - accuracy
+model-index:
+- name: {entry.name}
+  results:
+  - task:
+      type: image-classification
+    dataset:
+      name: {facts.title}
+      type: {entry.dataset}
+      split: test
+    metrics:
+    - type: accuracy
+      name: Top-1 accuracy in percent
+      value: {metrics.top1_percent:.2f}
 ---
 
 # {entry.name}
@@ -115,7 +133,7 @@ model = timm.create_model("{entry.name}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-or, with nothing installed but the dependencies (`{code}` is where the code is kept):
+{by_repository}or, with nothing installed but the dependencies (`{code}` is where the code is kept):
 
 ```python
 import torch
@@ -131,6 +149,13 @@ model = torch.hub.load("{code}", "{entry.arch}", pretrained=True, tag="{entry.ta
 - `log.csv` holds the log of every epoch:
 
 ![curves of the training](curves.png)
+
+## Confidence maps
+
+What the net makes of two photographs, and the confidence of each patch at every ConAM site. Photographs: Frank-2.0,
+Stefan van der Walt, both CC0.
+
+![photographs, most probable classes, confidence maps](confidence.png)
 
 ## Limitations
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .hub import WeightsError, WrongWeightsError, _parse
+from .hub import HubError, WeightsError, WrongWeightsError, _parse, _reason, ask_hub, download
+from .manifest import REVISION_PATTERN
+from .redact import redact, tells_secrets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,21 +49,50 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
     """Read the weights of a Hub repository that the caller names, `owner/name` or `owner/name@revision`.
 
+    A copy in the cache that is not what its config.json says is fetched once more.
+
     Raises:
         WrongWeightsError: The weights are not those whose hash the repository's config.json states.
         WeightsError: The repository or a file of it cannot be had.
     """
-    from huggingface_hub import hf_hub_download
+    config = fetch_config(hub_id, cache_dir)
+    # The commit that the config came from: a branch may have moved on since.
+    pinned = f"{hub_id.partition('@')[0]}@{config.parent.name}"
+    weights = _fetch(pinned, WEIGHTS_FILE, cache_dir)
+    try:
+        return read_folder(weights.parent)
+    except WrongWeightsError:
+        if not weights.is_symlink():
+            weights.unlink(missing_ok=True)  # a forced download would leave a file of its own as it is
+        return read_folder(_fetch(pinned, WEIGHTS_FILE, cache_dir, afresh=True).parent)
+
+
+def fetch_config(hub_id: str, cache_dir: str | Path | None = None) -> Path:
+    """The config.json of a Hub repository, in the cache.
+
+    Raises:
+        WeightsError: It cannot be had.
+    """
+    return _fetch(hub_id, "config.json", cache_dir)
+
+
+def _fetch(hub_id: str, file: str, cache_dir: str | Path | None, *, afresh: bool = False) -> Path:
+    """A file of a repository: from the cache if the revision is a commit, or the Hub does not answer."""
+    from huggingface_hub import try_to_load_from_cache
 
     repository, _, revision = hub_id.partition("@")
+    cached = None
     try:
-        paths = [
-            Path(hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir, etag_timeout=5))
-            for name in ("config.json", WEIGHTS_FILE)
-        ]
-    except Exception as error:  # the client, its HTTP library and its transport have no common base
-        reason = " ".join(str(error).split())[:200]
+        if not afresh:
+            cached = try_to_load_from_cache(repository, file, cache_dir=cache_dir, revision=revision or None)
+        if isinstance(cached, str) and re.fullmatch(REVISION_PATTERN, revision):
+            return Path(cached)
+        size_bytes = ask_hub(repository, file, revision or None).size or 0
+        return download(repository, file, revision or None, cache_dir, size_bytes=size_bytes, afresh=afresh)
+    except (HubError, OSError, ValueError) as error:
+        if isinstance(cached, str):
+            return Path(cached)
+        reason = str(error) if isinstance(error, HubError) else _reason(error)
         raise WeightsError(
-            f"The Hub repository {hub_id} could not be read ({reason}): check its name and the network."
-        ) from error
-    return read_folder(paths[0].parent)
+            f"The Hub repository {redact(hub_id)} could not be read ({redact(reason)}): check its name and the network."
+        ) from (None if tells_secrets(error) else error)

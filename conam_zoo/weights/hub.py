@@ -12,14 +12,16 @@ import contextlib
 import hashlib
 import logging
 import os
-import queue
-import threading
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from .manifest import WeightEntry, find_checkout
+from .patience import call_patiently
+from .redact import redact, tells_secrets, token_would_travel_openly
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -31,10 +33,16 @@ MIRROR_VARIABLE = "CONAM_ZOO_MIRROR"
 
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _REQUEST_TIMEOUT_S = 5.0
 # The request timeout counts per address and not at all while a name is looked up, so a silent network can
 # take many times as long; this bounds the whole first contact.
 _CONTACT_DEADLINE_S = 8.0
+# Once the file is on its way, silence is borne as long, or as long as the client's next chunk takes at this rate.
+_SLOWEST_BYTES_PER_S = 125_000
+_CLIENT_CHUNK_BYTES = 10 << 20
+_RETRY_AFTER_S = 1.0
 _LOCK_TIMEOUT_S = 600.0
 _LARGEST_HEADER_BYTES = 100_000_000  # the bound that safetensors itself sets
 _CHUNK_BYTES = 1 << 20
@@ -48,7 +56,7 @@ class WrongWeightsError(WeightsError):
     """A file is not the one that the manifest describes."""
 
 
-class _HubError(Exception):
+class HubError(Exception):
     """Why the Hub gave no file: a clause for a longer sentence."""
 
 
@@ -112,8 +120,9 @@ def find_verified(
     In this order: `$CONAM_ZOO_MIRROR/<name>/<file>`; `weights/<name>/<file>` of the checkout; the Hub cache;
     the Hub, at the pinned revision. A wrong copy in the first two is passed over with a warning; a wrong one
     in the cache or from the Hub is fetched once more and then refused. `HF_ENDPOINT`, `HF_HOME`,
-    `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and the user's token are honoured. A Hub that does not answer is given up
-    within ten seconds; one that answers and then stalls is retried as huggingface_hub does, about a minute.
+    `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and the user's token are honoured. A Hub that does not answer, or stalls, is
+    given up within ten seconds; for a file above 1 MB a stall is borne as long as 100 kB/s would need for the next
+    10 MiB.
 
     Args:
         entry: What to find.
@@ -135,15 +144,28 @@ def find_verified(
         raise WeightsError(_nothing_found(entry, tried, ""))
     try:
         return _fetch(entry, entry.hub_id(namespace), entry.revision, cache_dir)
-    except _HubError as failure:
-        raise WeightsError(_nothing_found(entry, [*tried, str(failure)], "go online, ")) from failure.__cause__
+    except HubError as failure:
+        # A traceback shows the cause as well.
+        cause = None if tells_secrets(failure.__cause__) else failure.__cause__
+        raise WeightsError(_nothing_found(entry, [*tried, str(failure)], "go online, ")) from cause
 
 
 def check_copies(
-    entry: WeightEntry, *, cache_dir: str | Path | None = None, namespace: str | None = None
+    entry: WeightEntry,
+    *,
+    cache_dir: str | Path | None = None,
+    namespace: str | None = None,
+    mirror: Path | None = None,
 ) -> list[CopyStatus]:
-    """Compare each local copy of `entry` with the manifest: mirror, checkout, Hub cache; no network."""
-    return [found for found, _ in _examine_places(entry, cache_dir, namespace)]
+    """Compare each local copy of `entry` with the manifest: mirror, checkout, Hub cache; no network.
+
+    Args:
+        entry: What to check.
+        cache_dir: The Hub cache to look into instead of the default one.
+        namespace: The manifest's `hub_namespace`.
+        mirror: The mirror to look into instead of the one in `CONAM_ZOO_MIRROR`.
+    """
+    return [found for found, _ in _examine_places(entry, cache_dir, namespace, mirror)]
 
 
 def _nothing_found(entry: WeightEntry, tried: list[str], online: str) -> str:
@@ -205,12 +227,14 @@ def _parse(data: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def _examine_places(
-    entry: WeightEntry, cache_dir: str | Path | None, namespace: str | None
+    entry: WeightEntry, cache_dir: str | Path | None, namespace: str | None, mirror: Path | None = None
 ) -> Iterator[tuple[CopyStatus, bytes | None]]:
     """Mirror, checkout and cache, each looked at only when its turn comes."""
-    mirror = os.environ.get(MIRROR_VARIABLE)
-    if mirror:
-        yield _examine("mirror", Path(mirror).expanduser() / entry.name / entry.file, entry)
+    set_mirror = os.environ.get(MIRROR_VARIABLE)
+    if mirror is None and set_mirror:
+        mirror = Path(set_mirror).expanduser()
+    if mirror is not None:
+        yield _examine("mirror", mirror / entry.name / entry.file, entry)
     else:
         yield CopyStatus("mirror", None, "missing", f"{MIRROR_VARIABLE} is not set"), None
 
@@ -258,7 +282,7 @@ def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path
 
     Raises:
         WrongWeightsError: The Hub announces or delivers another file.
-        _HubError: The Hub delivers none.
+        HubError: The Hub delivers none.
     """
     # Before the lock: processes that start together each learn within the deadline that the Hub is away.
     _announced_is_right(entry, hub_id, revision)
@@ -274,7 +298,7 @@ def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path
                 # of its own, as it is without symbolic links, it would leave that as it is.
                 with contextlib.suppress(OSError):
                     wrong.path.unlink()
-            path = _download(entry, hub_id, revision, cache_dir, afresh)
+            path = download(hub_id, entry.file, revision, cache_dir, size_bytes=entry.size_bytes, afresh=afresh)
             found, data = _examine("hub", path, entry)
             if data is not None:
                 return VerifiedWeights(path, "hub", _parse(data, path))
@@ -287,28 +311,9 @@ def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path
 
 def _announced_is_right(entry: WeightEntry, hub_id: str, revision: str) -> None:
     """Ask the Hub for the file's size and hash, briefly; refuse before downloading what cannot be right."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    answers: queue.SimpleQueue[HfFileMetadata | Exception] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            url = hf_hub_url(hub_id, entry.file, revision=revision)
-            answers.put(get_hf_file_metadata(url, timeout=_REQUEST_TIMEOUT_S))
-        except Exception as error:  # handed to the waiting thread, whatever it is
-            answers.put(error)
-
-    # A daemon, so that a look-up nobody waits for any more does not hold up the end of the program.
-    threading.Thread(target=ask, name="conam_zoo-hub-preflight", daemon=True).start()
-    try:
-        answer = answers.get(timeout=_CONTACT_DEADLINE_S)
-    except queue.Empty:
-        answer = TimeoutError(f"no answer within {_CONTACT_DEADLINE_S:.0f} seconds")
-    if isinstance(answer, Exception):
-        raise _HubError(_what_the_hub_said(answer, entry, hub_id, revision)) from answer
-
+    answer = ask_hub(hub_id, entry.file, revision)
     if answer.etag is None:
-        raise _HubError(f"what answered for {hub_id} is not a Hub (no ETag), so look for a proxy or login page")
+        raise HubError(f"what answered for {hub_id} is not a Hub (no ETag), so look for a proxy or login page")
     # The etag of a large file is its SHA-256, that of a small one a git hash, which says nothing here.
     announces_sha256 = len(answer.etag) == 64
     if (announces_sha256 and answer.etag != entry.sha256) or answer.size not in (None, entry.size_bytes):
@@ -321,34 +326,117 @@ def _announced_is_right(entry: WeightEntry, hub_id: str, revision: str) -> None:
         )
 
 
-def _download(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None, afresh: bool) -> Path:
+def ask_hub(hub_id: str, file: str, revision: str | None) -> HfFileMetadata:
+    """Ask the Hub about a file, briefly.
+
+    Raises:
+        HubError: There is no answer, or it is not about a file.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    def ask(_: Callable[[], None]) -> HfFileMetadata:
+        url = hf_hub_url(hub_id, file, revision=revision)
+        return _twice(lambda: get_hf_file_metadata(url, timeout=_REQUEST_TIMEOUT_S))
+
+    refuse_open_token()
+    try:
+        return call_patiently(ask, _CONTACT_DEADLINE_S)
+    except Exception as error:  # the client, its HTTP library and its transport have no common base
+        raise HubError(_what_the_hub_said(error, hub_id, file, revision)) from error
+
+
+def download(
+    hub_id: str, file: str, revision: str | None, cache_dir: str | Path | None, *, size_bytes: int, afresh: bool = False
+) -> Path:
+    """Download a file into the Hub cache; it is not verified yet.
+
+    Args:
+        hub_id: The repository.
+        file: The file in it.
+        revision: Commit, tag or branch; None for the main branch.
+        cache_dir: The Hub cache to use instead of the default one.
+        size_bytes: Size of the file, which says how much patience is due.
+        afresh: Whether to download it even if there is a copy.
+
+    Raises:
+        HubError: It cannot be had.
+    """
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(
-            hf_hub_download(
+    def run(alive: Callable[[], None]) -> str:
+        return _twice(
+            lambda: hf_hub_download(
                 hub_id,
-                entry.file,
+                file,
                 revision=revision,
                 cache_dir=_cache_folder(cache_dir),
                 force_download=afresh,
                 etag_timeout=_REQUEST_TIMEOUT_S,
                 library_name="conam_zoo",
+                tqdm_class=_progress_bar(alive),
             )
         )
+
+    next_chunk_s = min(size_bytes, _CLIENT_CHUNK_BYTES) / _SLOWEST_BYTES_PER_S
+    try:
+        return Path(call_patiently(run, max(_CONTACT_DEADLINE_S, next_chunk_s)))
     # Three libraries may raise here (the client, its HTTP library, the Xet transport), without a common base;
     # callers are promised one kind of error, and the original stays attached as its cause.
     except Exception as error:
-        raise _HubError(_what_the_hub_said(error, entry, hub_id, revision)) from error
+        raise HubError(_what_the_hub_said(error, hub_id, file, revision)) from error
 
 
-def _what_the_hub_said(error: Exception, entry: WeightEntry, hub_id: str, revision: str) -> str:
+def _twice(request: Callable[[], T]) -> T:
+    """Make a request, and once more if the Hub stumbles: a status of 500 and above is often gone a moment later."""
+    from huggingface_hub import errors
+
+    try:
+        return request()
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise
+    time.sleep(_RETRY_AFTER_S)
+    return request()
+
+
+def _progress_bar(alive: Callable[[], None]) -> type:
+    """The client's own progress bar, which also tells of every chunk that brings the download further than before."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        arrived: float = 0
+        furthest: float = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.arrived += n or 0  # goes down where the client starts anew
+            if self.arrived > self.furthest:
+                self.furthest = self.arrived
+                alive()
+            return super().update(n)
+
+    return Bar
+
+
+def refuse_open_token() -> None:
+    """Refuse to send the user's token unencrypted.
+
+    Raises:
+        HubError: The token would go over plain http to another machine.
+    """
+    from huggingface_hub import constants
+
+    if token_would_travel_openly():
+        raise HubError(
+            f"HF_ENDPOINT is {redact(constants.ENDPOINT)} and would send the token in use unencrypted, so give an "
+            "https address or leave the token out"
+        )
+
+
+def _what_the_hub_said(error: Exception, hub_id: str, file: str, revision: str | None) -> str:
     """An exception of the Hub client as one clause."""
     from huggingface_hub import constants, errors
 
-    # A failed download hides its reason behind "not found locally", a forced one behind a ValueError.
-    if isinstance(error, errors.LocalEntryNotFoundError | ValueError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
+    error = _underlying(error)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the Hub was not asked because HF_HUB_OFFLINE is set"
     if isinstance(error, errors.GatedRepoError):
@@ -358,10 +446,22 @@ def _what_the_hub_said(error: Exception, entry: WeightEntry, hub_id: str, revisi
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the Hub repository {hub_id} has no revision {revision}"
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f"the Hub repository {hub_id} at {revision} has no file {entry.file}"
+        return f"the Hub repository {hub_id} at {revision or 'main'} has no file {file}"
+    endpoint = redact(constants.ENDPOINT)
     if isinstance(error, errors.HfHubHTTPError):
-        return f"the Hub at {constants.ENDPOINT} answered with status {error.response.status_code}"
-    return f"{hub_id} could not be fetched from {constants.ENDPOINT} ({_reason(error)})"
+        if error.response.status_code == 401:
+            return f"the Hub at {endpoint} does not accept the token in use, so renew it or log out"
+        return f"the Hub at {endpoint} answered with status {error.response.status_code}"
+    return f"{hub_id} could not be fetched from {endpoint} ({redact(_reason(error))})"
+
+
+def _underlying(error: Exception) -> Exception:
+    """What went wrong: a failed download hides it behind "not found locally", a forced one behind a ValueError."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError | ValueError) and isinstance(error.__cause__, Exception):
+        return error.__cause__
+    return error
 
 
 @contextlib.contextmanager
@@ -393,6 +493,7 @@ def _one_process_at_a_time(entry: WeightEntry, cache_dir: str | Path | None) -> 
 def _reason(error: BaseException) -> str:
     """An exception in a few words on one line, fit to stand in brackets."""
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    text = re.split(r"(?<=[.!?])\s+(?=[A-Z])", text, maxsplit=1)[0]  # one sentence of it is enough
     if len(text) > 160:
         text = text[:157] + "..."
     return f"{type(error).__name__}: {text.rstrip('.')}" if text else type(error).__name__
