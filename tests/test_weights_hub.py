@@ -34,11 +34,13 @@ from conam_zoo.weights import (
     WeightsError,
     WrongWeightsError,
     check_copies,
+    client,
     dump_manifest,
     find_verified,
     hub,
     read_safetensors,
     read_verified,
+    verified_file,
 )
 
 pytestmark = pytest.mark.enable_socket  # pytest-socket's mark: the loopback server needs one
@@ -243,7 +245,7 @@ def test_the_hash_is_compared_before_anything_is_parsed(
     def never(*_: object) -> None:
         raise AssertionError("parsed before it was verified")
 
-    monkeypatch.setattr(hub, "_parse", never)
+    monkeypatch.setattr(verified_file, "parse_safetensors", never)
     garbage = put(tmp_path / "model.safetensors", b"\xff" * len(data))
     with pytest.raises(WrongWeightsError, match="expected SHA-256"):
         read_verified(garbage, entry)
@@ -253,13 +255,13 @@ def test_what_was_checked_is_what_is_used(
     tmp_path: Path, entry: WeightEntry, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = put(tmp_path / "model.safetensors", data)
-    parse = hub._parse
+    parse = verified_file.parse_safetensors
 
     def swap_then_parse(checked: bytes, name: Path) -> dict[str, torch.Tensor]:
         path.write_bytes(damaged(data))  # between the check and the use
         return parse(checked, name)
 
-    monkeypatch.setattr(hub, "_parse", swap_then_parse)
+    monkeypatch.setattr(verified_file, "parse_safetensors", swap_then_parse)
     assert torch.equal(read_verified(path, entry)["fc.bias"], torch.ones(4))
 
 
@@ -563,7 +565,7 @@ def test_a_hub_that_is_not_even_found_in_time_is_given_up(
 
     done = threading.Event()
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: done.wait(30))
-    monkeypatch.setattr(hub, "_CONTACT_DEADLINE_S", 0.2)
+    monkeypatch.setattr(client, "_CONTACT_DEADLINE_S", 0.2)
     monkeypatch.setattr(hub, "find_checkout", lambda: None)
     start = time.monotonic()
     with pytest.raises(WeightsError, match="no answer within") as refused:

@@ -3,16 +3,8 @@
 Light to import: torch, safetensors and huggingface_hub are imported when a file is first read or fetched.
 """
 
-from .hub import (
-    CopyStatus,
-    VerifiedWeights,
-    WeightsError,
-    WrongWeightsError,
-    check_copies,
-    find_verified,
-    read_safetensors,
-    read_verified,
-)
+from .errors import WeightsError, WrongWeightsError
+from .hub import VerifiedWeights, check_copies, find_verified
 from .manifest import (
     Manifest,
     ManifestError,
@@ -24,6 +16,7 @@ from .manifest import (
     load_manifest,
     parse_manifest,
 )
+from .verified_file import CopyStatus, read_safetensors, read_verified
 
 __all__ = [
     "CopyStatus",

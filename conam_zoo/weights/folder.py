@@ -12,9 +12,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .hub import HubError, WeightsError, WrongWeightsError, _parse, _reason, ask_hub, download
+from .client import ask_hub, download
+from .errors import HubError, WeightsError, WrongWeightsError, in_brief
 from .manifest import REVISION_PATTERN
 from .redact import redact, tells_secrets
+from .verified_file import parse_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +45,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             f"{path} is not the file that its config.json describes, expected SHA-256 {stated}, found {found}: "
             "copy the folder again."
         )
-    return _parse(data, path)
+    return parse_safetensors(data, path)
 
 
 def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
@@ -92,7 +94,7 @@ def _fetch(hub_id: str, file: str, cache_dir: str | Path | None, *, afresh: bool
     except (HubError, OSError, ValueError) as error:
         if isinstance(cached, str):
             return Path(cached)
-        reason = str(error) if isinstance(error, HubError) else _reason(error)
+        reason = str(error) if isinstance(error, HubError) else in_brief(error)
         raise WeightsError(
             f"The Hub repository {redact(hub_id)} could not be read ({redact(reason)}): check its name and the network."
         ) from (None if tells_secrets(error) else error)

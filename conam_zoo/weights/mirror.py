@@ -7,8 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .hub import WeightsError, WrongWeightsError, _examine, _reason, find_verified
+from .errors import WeightsError, WrongWeightsError, in_brief
+from .hub import find_verified
 from .manifest import WeightEntry
+from .verified_file import examine
 
 
 def fill_mirror(
@@ -31,7 +33,7 @@ def fill_mirror(
         WeightsError: There is no verified copy to be had, or the directory cannot be written.
     """
     path = _place(entry, directory)
-    if _examine("mirror", path, entry)[0].status == "good" and not path.is_symlink():
+    if examine("mirror", path, entry)[0].status == "good" and not path.is_symlink():
         return path, False
     source = find_verified(entry, cache_dir=cache_dir, namespace=namespace).path
     temporary = None
@@ -41,14 +43,14 @@ def fill_mirror(
         temporary = Path(name)
         with os.fdopen(handle, "wb") as copy, source.open("rb") as file:
             shutil.copyfileobj(file, copy)
-        found = _examine("mirror", temporary, entry)[0]
+        found = examine("mirror", temporary, entry)[0]
         if found.status != "good":
             raise WrongWeightsError(f"{found.detail}; {source} was changed meanwhile, so run the command again.")
         temporary.chmod(0o644)  # mkstemp made it private, and a mirror is for others
         os.replace(temporary, path)
     except OSError as error:
         raise WeightsError(
-            f"The mirror {directory} cannot be written ({_reason(error)}): choose a directory with space and rights."
+            f"The mirror {directory} cannot be written ({in_brief(error)}): choose a directory with space and rights."
         ) from error
     finally:
         if temporary is not None:

@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .hub import HubError, WeightsError, WrongWeightsError, _reason, _underlying, read_verified, refuse_open_token
+from .client import refuse_open_token, underlying
+from .errors import HubError, WeightsError, WrongWeightsError, in_brief
 from .manifest import HUB_NAME_PATTERN, Manifest, WeightEntry, dump_manifest, load_manifest
 from .redact import redact, tells_secrets
+from .verified_file import read_verified
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -126,7 +128,7 @@ def _prepare(entry: WeightEntry, namespace: str, card: str, manifest_path: Path)
         config = json.loads(contents[CONFIG])
         stated = (config.get("sha256"), config.get("architecture"), config.get("num_classes"))
     except (OSError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{folder} cannot be published ({_reason(error)}): pack the weights again.") from error
+        raise WeightsError(f"{folder} cannot be published ({in_brief(error)}): pack the weights again.") from error
     if hashlib.sha256(contents[entry.file]).hexdigest() != entry.sha256:
         raise WrongWeightsError(f"{folder / entry.file} changes while it is read: publish it when it is at rest.")
     if stated != (entry.sha256, entry.arch, entry.num_classes):
@@ -216,8 +218,8 @@ def _step(doing: str, upload: _Upload, up: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as raised:  # the client, its HTTP library and its transport have no common base
-        error = _underlying(raised)
-        reason = redact(str(error) if isinstance(error, WeightsError | HubError) else _reason(error))
+        error = underlying(raised)
+        reason = redact(str(error) if isinstance(error, WeightsError | HubError) else in_brief(error))
         if isinstance(error, errors.HfHubHTTPError):
             status = error.response.status_code
             reason = f"the Hub answered with status {status}"
