@@ -5,7 +5,8 @@ images run, and a skip of any test is a failure.
 """
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +62,18 @@ def small_data(tmp_path: Path) -> Path:
 
     write_arrays(tmp_path / "data" / "cifar10", DATASETS["cifar10"].classes, {"train": 160, "test": 60})
     return tmp_path / "data"
+
+
+@pytest.fixture
+def conam(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process; gives (exit code, standard output, standard error)."""
+    from conam_zoo import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["conam", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run

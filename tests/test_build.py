@@ -1,5 +1,6 @@
 """Which weights a call gets: sources of the caller's own, and weights that do not fit."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import conam_zoo  # noqa: F401 (registers the models)
+from conam_zoo.models.lookup import count_params_and_macs, model_names
 from conam_zoo.training.export import export_model
 from conam_zoo.weights import WeightsError
 
@@ -47,6 +49,13 @@ def test_weights_of_another_net_are_refused_even_where_timm_would_not_be_strict(
 def test_a_net_without_weights_says_which_have_some() -> None:
     with pytest.raises(WeightsError, match=rf"no pretrained weights for {NAME}\.cifar10: choose one that has them"):
         timm.create_model(NAME, pretrained=True)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_the_size_in_a_builders_docstring_is_its_size(name: str) -> None:
+    stated = re.search(r"([\d.]+) M parameters", timm.model_entrypoint(name).__doc__)
+    decimals = len(stated[1].partition(".")[2])
+    assert stated[1] == f"{count_params_and_macs(name)[0] / 1e6:.{decimals}f}"
 
 
 def test_a_url_is_not_read() -> None:

@@ -1,29 +1,13 @@
 """The ``conam`` command: what a person types, what comes back, and one sentence for what is wrong."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import write_arrays
 from PIL import Image
 
-from conam_zoo import cli
 from conam_zoo.models.lookup import model_names
-
-
-@pytest.fixture
-def conam(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run the command in this process; gives (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["conam", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import save
 from small_entry import entry_for
 
-from conam_zoo import cli, weights
+from conam_zoo import weights
 from conam_zoo.weights import Manifest, WeightsError, dump_manifest, find_verified, hub, load_manifest, manifest
 from conam_zoo.weights.mirror import fill_mirror
 
@@ -38,20 +37,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(weights, "load_manifest", lambda path=None: found)
     monkeypatch.setattr(manifest, "find_checkout", lambda: folder)
     return folder
-
-
-@pytest.fixture
-def conam(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run the command in this process; gives (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["conam", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 def test_a_mirror_alone_is_enough(checkout: Path, tmp_path: Path, conam, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,11 +211,11 @@ def densenet40_12_conam(pretrained: bool = False, **kwargs: Any) -> ConAMDenseNe
 
 @register_model
 def densenetbc100_12_conam(pretrained: bool = False, **kwargs: Any) -> ConAMDenseNet:
-    """DenseNet-BC-100 (k = 12) with ConAM; 0.9 M parameters."""
+    """DenseNet-BC-100 (k = 12) with ConAM; 0.84 M parameters."""
     return build(ConAMDenseNet, "densenetbc100_12_conam", pretrained, depth=100, growth=12, bottleneck=True, **kwargs)
 
 
 @register_model
 def densenetbc190_40_conam(pretrained: bool = False, **kwargs: Any) -> ConAMDenseNet:
-    """DenseNet-BC-190 (k = 40) with ConAM; 28.0 M parameters."""
+    """DenseNet-BC-190 (k = 40) with ConAM; 28.3 M parameters."""
     return build(ConAMDenseNet, "densenetbc190_40_conam", pretrained, depth=190, growth=40, bottleneck=True, **kwargs)
