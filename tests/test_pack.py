@@ -10,6 +10,7 @@ import timm
 import torch
 from conftest import CHECKOUT
 
+import conam_zoo.training.pack as pack_module
 from conam_zoo.errors import UserError
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.pack import pack
@@ -19,6 +20,7 @@ from conam_zoo.training.train import train
 from conam_zoo.weights import load_manifest
 
 NAME = "resnet20_conam.cifar10"
+SHORT = ("epochs=1", "warmup_epochs=0", "batch_size=32")
 EMPTY = {"schema_version": 1, "hub_namespace": None, "code_repository": None, "entries": {}}
 
 
@@ -33,10 +35,17 @@ def empty_checkout(tmp_path: Path) -> Path:
 
 
 def _run(small_data: Path, output: Path, *settings: str) -> Path:
-    train(load_recipe(NAME, ["epochs=1", "warmup_epochs=0", "batch_size=32", *settings]), small_data, output)
+    train(load_recipe(NAME, [*SHORT, *settings]), small_data, output)
     return output
 
 
+@pytest.fixture
+def short_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the short settings were those of the packaged recipe."""
+    monkeypatch.setattr(pack_module, "load_recipe", lambda name: load_recipe(name, list(SHORT)))
+
+
+@pytest.mark.usefixtures("short_recipe")
 def test_a_run_becomes_verified_weights(small_data: Path, empty_checkout: Path, tmp_path: Path) -> None:
     run = _run(small_data, tmp_path / "run", "seed=5")
     entry = pack(run, small_data, empty_checkout)
@@ -65,6 +74,7 @@ def test_a_run_becomes_verified_weights(small_data: Path, empty_checkout: Path, 
     assert f"{entry.metrics.top1_percent:.2f} %" in (folder / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("short_recipe")
 def test_packing_again_replaces_the_weights_and_keeps_other_entries(
     small_data: Path, empty_checkout: Path, tmp_path: Path
 ) -> None:
@@ -74,6 +84,7 @@ def test_packing_again_replaces_the_weights_and_keeps_other_entries(
     assert load_manifest(empty_checkout / "weights_manifest.json").entry(NAME).sha256 == second.sha256
 
 
+@pytest.mark.usefixtures("short_recipe")
 def test_weights_that_half_precision_would_spoil_stay_float32(
     small_data: Path, empty_checkout: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +106,9 @@ def test_what_must_not_be_shipped_is_refused_and_nothing_changes(
     run = _run(small_data, tmp_path / "run", "holdout=40")
     with pytest.raises(UserError, match="held out 40 training images"):
         pack(run, small_data, empty_checkout)
+    other = _run(small_data, tmp_path / "other")
+    with pytest.raises(UserError, match=r"\(batch_size, epochs, warmup_epochs differ\)"):
+        pack(other, small_data, empty_checkout)
     with pytest.raises(UserError, match="not a finished run"):
         pack(tmp_path, small_data, empty_checkout)
     assert json.loads((empty_checkout / "weights_manifest.json").read_text()) == EMPTY

@@ -1,5 +1,6 @@
 """The two loops: one epoch of training, one pass of evaluation."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from conam_zoo.data import BatchAugmentation, ImageSplit, normalize
 
-__all__ = ["EpochResult", "NonFiniteLossError", "Scores", "predict_logits", "score", "train_one_epoch"]
+__all__ = ["EpochResult", "NonFiniteLossError", "Scores", "batches_of", "predict_logits", "score", "train_one_epoch"]
 
 ECE_BINS = 15
 
@@ -36,6 +37,11 @@ class Scores:
     top5_percent: float
     nll: float
     ece: float
+
+
+def batches_of(order: Tensor, batch_size: int) -> list[Tensor]:
+    """The indices (N,) in batches; a single image left over is no batch, because batch norm cannot train on it."""
+    return [batch for batch in order.split(batch_size) if len(batch) > 1]
 
 
 def train_one_epoch(
@@ -67,8 +73,9 @@ def train_one_epoch(
     torch.manual_seed(seed * 100_003 + epoch)
     device = split.labels.device
     order = torch.randperm(len(split), generator=generator)
-    batches = [batch for batch in order.split(batch_size) if len(batch) > 1]
-    loss_sum, hits, seen = 0.0, 0, 0
+    batches = batches_of(order, batch_size)
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    loss_sum, seen = 0.0, 0
     model.train()
     for step, indices in enumerate(batches):
         images = normalize(augmentation(indices, generator), mean, std)
@@ -77,7 +84,7 @@ def train_one_epoch(
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         loss_value = loss.item()
-        if not torch.isfinite(loss.detach()):
+        if not math.isfinite(loss_value):
             lr = optimizer.param_groups[0]["lr"]
             raise NonFiniteLossError(
                 f"The loss is {loss_value} in epoch {epoch + 1}, step {step + 1} of {len(batches)}, at learning rate "
@@ -91,10 +98,10 @@ def train_one_epoch(
         if ema is not None:
             ema.update(model, step=updates)
         loss_sum += loss_value * len(indices)
-        hits += int((logits.detach().argmax(1) == labels).sum())
+        hits += (logits.detach().argmax(1) == labels).sum()
         seen += len(indices)
         on_step(step + 1)
-    return EpochResult(loss_sum / seen, 100 * hits / seen)
+    return EpochResult(loss_sum / seen, 100 * hits.item() / seen)
 
 
 @torch.inference_mode()

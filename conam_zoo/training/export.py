@@ -1,7 +1,6 @@
 """A model as a folder in timm's Hub layout, with the hash of its weights beside them."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from conam_zoo.files import write_atomically, write_text
+from conam_zoo.files import write_atomically
 from conam_zoo.models import StagedClassifier
 
 __all__ = ["export_model"]
@@ -43,9 +42,8 @@ def export_model(model: StagedClassifier, folder: Path, *, tag: str | None, dtyp
         "patch_sizes": list(model.patch_sizes),
     }
     config_path = folder / "config.json"
-    write_atomically(config_path, lambda path: save_config_for_hf(model, str(path), model_args=model_args))
-    config = json.loads(config_path.read_text())
-    config["pretrained_cfg"]["tag"] = tag
-    config["sha256"] = sha256
-    write_text(config_path, json.dumps(config, indent=2) + "\n")
+    own = {"sha256": sha256, "pretrained_cfg": {"tag": tag}}
+    write_atomically(
+        config_path, lambda path: save_config_for_hf(model, str(path), model_config=own, model_args=model_args)
+    )
     return sha256

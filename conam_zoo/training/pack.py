@@ -19,7 +19,8 @@ from conam_zoo.training.card import model_card
 from conam_zoo.training.engine import Scores
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.export import export_model
-from conam_zoo.weights import ManifestError, Metrics, WeightEntry, dump_manifest, find_checkout, load_manifest
+from conam_zoo.training.recipe import load_recipe
+from conam_zoo.weights import Metrics, WeightEntry, dump_manifest, find_checkout, load_manifest
 
 __all__ = ["pack"]
 
@@ -40,7 +41,8 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
         checkout: The checkout to write to; the one this package runs from if None.
 
     Raises:
-        UserError: If the run is unfinished, was a choosing run (``holdout``), or has no checkout to go to.
+        UserError: If the run is unfinished, was a choosing run (``holdout``), was trained with other settings than the
+            packaged recipe of its name (the seed may differ), or has no checkout to go to.
     """
     checkout = checkout or find_checkout()
     if checkout is None:
@@ -53,6 +55,12 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
     if recipe["holdout"]:
         raise UserError(f"{run} held out {recipe['holdout']} training images: pack a run that trained on all of them.")
     name = f"{recipe['model']}.{recipe['dataset']}"
+    packaged = load_recipe(name).to_dict()
+    if changed := sorted(key for key, value in packaged.items() if key != "seed" and recipe.get(key) != value):
+        raise UserError(
+            f"{run} was trained with other settings than the recipe {name} ({', '.join(changed)} differ): "
+            "change the recipe first, so that its command gives these weights."
+        )
     split = read_split(data, "test", recipe["dataset"])
 
     with tempfile.TemporaryDirectory(dir=checkout, prefix=".packing-") as scratch:
@@ -113,4 +121,4 @@ def _store(
         close = abs(scores.top1_percent - exact.top1_percent) <= HALF_PRECISION_TOLERANCE
         if close and math.isfinite(scores.nll):  # overflown weights may hit the right classes by chance
             return dtype, scores, sha256
-    raise ManifestError(f"{folder.name} scores otherwise when it is read back: nothing was packed.")
+    raise UserError(f"{folder.name} scores otherwise when it is read back: nothing was packed.")

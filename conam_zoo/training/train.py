@@ -34,7 +34,7 @@ from conam_zoo.models import StagedClassifier
 from conam_zoo.models.lookup import check_model_name
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
 from conam_zoo.training.curves import draw_curves
-from conam_zoo.training.engine import train_one_epoch
+from conam_zoo.training.engine import batches_of, train_one_epoch
 from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.export import export_model
@@ -87,7 +87,7 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
     optimizer = create_optimizer_v2(
         model, opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
-    steps = len([b for b in torch.arange(len(train_split)).split(recipe.batch_size) if len(b) > 1])
+    steps = len(batches_of(torch.arange(len(train_split)), recipe.batch_size))
     scheduler = CosineLRScheduler(
         optimizer,
         t_initial=recipe.epochs * steps,
@@ -115,15 +115,10 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
         f"{recipe.model} ({params:,} parameters) on {len(train_split):,} images of {train_split.source}, "
         f"{recipe.epochs} epochs, {recipe.precision} on {device.type}" + (f", from epoch {len(log) + 1}" if log else "")
     )
-    columns = (
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         for epoch in range(len(log), recipe.epochs):
-            task = progress.add_task("", total=steps, epoch=f"{epoch + 1}/{recipe.epochs}", note="")
+            task = progress.add_task("", total=steps, epoch=f"{epoch + 1}/{recipe.epochs}")
             started = time.perf_counter()
             result = train_one_epoch(
                 model,
@@ -155,9 +150,7 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
             save_checkpoint(
                 checkpoint_path, model=model, ema=ema.module if ema else None, optimizer=optimizer, facts=facts
             )
-            progress.update(
-                task, note=f"loss {row['loss']:.3f}  train {row['train_top1_percent']:.1f} %", visible=False
-            )
+            progress.remove_task(task)
             console.print(
                 f"epoch {epoch + 1:3d}  loss {row['loss']:.4f}  train {row['train_top1_percent']:.2f} %"
                 + (f"  held out {row['holdout_top1_percent']:.2f} %" if holdout_split else "")
