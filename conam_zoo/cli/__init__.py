@@ -1,0 +1,26 @@
+"""The ``conam`` command: arguments in, calls out. ``conam --help`` lists the commands in the order of the imports."""
+
+import logging
+import sys
+
+from conam_zoo.cli import zoo, predicting, training, publishing  # noqa: F401, I001 (each registers its commands)
+from conam_zoo.cli._shared import app
+from conam_zoo.errors import UserError
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command; bad input ends in one sentence and exit code 2."""
+    from conam_zoo.training.engine import NonFiniteLossError
+    from conam_zoo.weights import ManifestError, WeightsError
+
+    logging.basicConfig(level=logging.WARNING, format="conam: %(message)s")
+    try:
+        app(prog_name="conam")
+    except (UserError, WeightsError, ManifestError, NonFiniteLossError) as error:
+        sys.stderr.write(f"conam: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("conam: interrupted\n")
+        sys.exit(130)

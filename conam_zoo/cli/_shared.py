@@ -1,0 +1,48 @@
+"""What the commands share: the application, the words for common options, and how results are printed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+__all__ = ["DATA_HELP", "MODEL_HELP", "Json", "app", "console", "json_only"]
+
+app = typer.Typer(
+    name="conam",
+    help="Small image classifiers with ConAM, the confidence attention module, registered in timm.",
+    epilog="Start with 'conam list', then 'conam predict resnet20_conam.cifar10 PICTURE.jpg'.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL_HELP = "A name such as resnet20_conam.cifar10, local-dir:FOLDER for a model of your own, or hf-hub:OWNER/NAME."
+DATA_HELP = (
+    "A folder with train/CLASS/* and test/CLASS/* pictures, or with the arrays {train,test}_{images,labels}.npy and "
+    "classes.txt; or the word cifar10 or cifar100, to have torchvision download it."
+)
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result as JSON to this file; - prints only JSON.")
+]
+
+
+def console() -> Console:
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+def json_only(result: Any, json_file: Path | None) -> bool:
+    """Write the result as JSON if that was asked for; True if nothing else is to be printed."""
+    if json_file is None:
+        return False
+    text = json.dumps(result, indent=2) + "\n"
+    if str(json_file) == "-":
+        sys.stdout.write(text)
+        return True
+    from conam_zoo.files import write_text
+
+    write_text(json_file, text)
+    return False

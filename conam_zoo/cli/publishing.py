@@ -1,0 +1,78 @@
+"""Commands for those who publish: pack, publish, tables."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conam_zoo.cli._shared import DATA_HELP, app, console
+from conam_zoo.errors import UserError
+
+
+@app.command(
+    rich_help_panel="For those who publish",
+    epilog="Example: conam pack runs/resnet20_conam.cifar10 --data cifar10",
+)
+def pack(
+    run: Annotated[Path, typer.Argument(help="A finished run folder, trained on all training images.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+) -> None:
+    """Turn a run into weights/NAME.TAG of the checkout and an entry of the manifest."""
+    from conam_zoo.analysis.card_picture import draw_card_picture
+    from conam_zoo.training.pack import pack as run_pack
+    from conam_zoo.weights import find_checkout
+
+    entry = run_pack(run, data)
+    checkout = find_checkout() or Path()
+    draw_card_picture(checkout / "weights" / entry.name, checkout / "examples" / "photos")
+    console().print(f"{entry.name}: {entry.metrics.top1_percent:.2f} %, {entry.size_bytes:,} bytes as {entry.dtype}")
+    tables()
+
+
+@app.command(
+    rich_help_panel="For those who publish",
+    epilog="Example: conam publish resnet20_conam.cifar10 --namespace ACCOUNT --dry-run",
+)
+def publish(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Weights of the manifest, such as X.cifar10.")],
+    namespace: Annotated[str, typer.Option(help="The Hugging Face account to publish under.")],
+    private: Annotated[bool, typer.Option("--private", help="Create repositories that only the account sees.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all files, show what would be sent.")] = False,
+) -> None:
+    """Upload weights to the Hugging Face Hub, read them back, and pin their commits in the manifest."""
+    import tomllib
+
+    from conam_zoo.training.card import model_card
+    from conam_zoo.weights import find_checkout, load_manifest
+    from conam_zoo.weights.publish import publish as run_publish
+
+    checkout = find_checkout()
+    if checkout is None:
+        raise UserError("Weights are published from a checkout of conam_zoo: run from one.")
+    manifest_path = checkout / "weights_manifest.json"
+    manifest = load_manifest(manifest_path)
+    cards = {name: model_card(manifest.entry(name), manifest, namespace) for name in names}
+    tag = "v" + tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    for done in run_publish(
+        names,
+        namespace=namespace,
+        cards=cards,
+        tag=tag,
+        manifest_path=manifest_path,
+        private=private,
+        dry_run=dry_run,
+    ):
+        state = f"{'published' if done.changed else 'is there'} at {done.revision}" if done.revision else "to be sent"
+        files = ", ".join(f"{name} ({size:,} bytes)" for name, size in done.files.items())
+        console().print(f"{done.name}: {state}, {done.hub_id}, tag {done.tag}, {files}", highlight=False)
+    if not dry_run:
+        tables()
+
+
+@app.command(rich_help_panel="For those who publish")
+def tables() -> None:
+    """Rewrite the README's result table and the model cards from the manifest."""
+    from conam_zoo.training.tables import rewrite_tables
+
+    changed = rewrite_tables()
+    console().print("\n".join(f"written: {path}" for path in changed) or "All tables are up to date.", highlight=False)

@@ -1,0 +1,182 @@
+"""Commands on the zoo itself: list, info, verify, mirror."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from conam_zoo.cli._shared import MODEL_HELP, Json, app, console, json_only
+from conam_zoo.errors import UserError
+
+
+@app.command(
+    "list",
+    epilog="Examples: conam list 'wide_*' · conam list '*.cifar100' --pretrained · conam list --json -",
+)
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'resnet*' or '*.cifar100'.")] = "*",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only what has weights.")] = False,
+    json_file: Json = None,
+) -> None:
+    """List the models, and the weights there are for them."""
+    from fnmatch import fnmatch
+
+    from conam_zoo.datasets import DATASETS
+    from conam_zoo.models.lookup import count_params_and_macs, model_names
+    from conam_zoo.weights import load_manifest
+
+    entries = load_manifest().entries
+    rows: list[dict[str, Any]] = []
+    for name in model_names():
+        weights = [f"{name}.{tag}" for tag in DATASETS if f"{name}.{tag}" in entries]
+        hits = [full for full in (name, *(f"{name}.{tag}" for tag in DATASETS)) if fnmatch(full, pattern)]
+        if not hits or (pretrained and not any(full in hits or name in hits for full in weights)):
+            continue
+        params, macs = count_params_and_macs(name)
+        top1 = {full: entries[full].metrics.top1_percent for full in weights}
+        rows.append({"model": name, "params": params, "macs": macs, "top1_percent": top1})
+    if json_only(rows, json_file):
+        return
+    if not rows:
+        raise UserError(f"No model{' with weights' if pretrained else ''} matches {pattern!r}: 'conam list' shows all.")
+    table = Table(box=None)
+    for title in ("model", "parameters", "MACs", "weights (top-1)"):
+        table.add_column(title, justify="right" if title in ("parameters", "MACs") else "left")
+    for row in rows:
+        tops = ", ".join(f"{name.partition('.')[2]} {value:.2f} %" for name, value in row["top1_percent"].items())
+        table.add_row(row["model"], f"{row['params'] / 1e6:.2f} M", f"{row['macs'] / 1e6:.0f} M", tops or "-")
+    console().print(table)
+
+
+@app.command(epilog="Example: conam info resnet56_conam")
+def info(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    json_file: Json = None,
+) -> None:
+    """Show what a model is: size, input, where its attention stands, and its weights."""
+    from timm.models import split_model_name_tag
+
+    from conam_zoo.attention import ConAM
+    from conam_zoo.models.lookup import count_params_and_macs, open_model
+    from conam_zoo.weights import load_manifest
+
+    net = open_model(model, pretrained=False, **({} if ":" in model else {"device": "meta"}))
+    cfg = net.pretrained_cfg
+    params, macs = count_params_and_macs(cfg["architecture"]) if ":" not in model else (_parameters(net), None)
+    name, tag = split_model_name_tag(model) if ":" not in model else (model, "")
+    entries = load_manifest().entries
+    facts: dict[str, Any] = {
+        "model": model,
+        "parameters": params,
+        "macs": macs,
+        "input_size": list(cfg["input_size"]),
+        "mean": list(cfg["mean"]),
+        "std": list(cfg["std"]),
+        "classes": cfg["num_classes"],
+        "attention": f"{net.attn_layer}, {net.attn_placement}",
+        "sites": {
+            n: f"{m.channels} channels, patch side {m.patch_size}"
+            for n, m in net.named_modules()
+            if isinstance(m, ConAM)
+        },
+        "features": [f"{f['module']}: {f['num_chs']} channels, 1/{f['reduction']}" for f in net.feature_info],
+    }
+    weights = [e for n, e in sorted(entries.items()) if n == f"{name}.{tag}" or (not tag and e.arch == name)]
+    facts["weights"] = {entry.name: _weight_facts(entry) for entry in weights}
+    if json_only(facts, json_file):
+        return
+    table = Table(box=None, show_header=False)
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            for inner, text in value.items() or {"none": ""}.items():
+                shown = ", ".join(f"{k} {v}" for k, v in text.items()) if isinstance(text, dict) else text
+                table.add_row(key, f"{inner}  {shown}")
+                key = ""
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            table.add_row(key, "\n".join(value))
+        else:
+            table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    console().print(table)
+
+
+@app.command(epilog="Example: conam verify resnet20_conam.cifar10")
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(help="A name such as resnet20_conam.cifar10; all weights if left out.")
+    ] = None,
+    mirror: Annotated[
+        Path | None, typer.Option(help="Check this mirror, which then has to be complete, not $CONAM_ZOO_MIRROR.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Check every local copy of the weights against the manifest; exit code 1 if one is wrong or none is good."""
+    from conam_zoo.models.lookup import check_model_name
+    from conam_zoo.weights import check_copies, load_manifest
+
+    manifest = load_manifest()
+    if model is not None:
+        check_model_name(model)
+    chosen = [e for n, e in sorted(manifest.entries.items()) if model is None or n == model or e.arch == model]
+    if not chosen:
+        subject = f"for {model}" if model else "in the manifest"
+        raise UserError(f"There are no weights {subject}: 'conam list --pretrained' shows those that there are.")
+    rows: list[dict[str, Any]] = [
+        {
+            "weights": entry.name,
+            "place": copy.place,
+            "status": copy.status,
+            "path": copy.path and str(copy.path),
+            "detail": copy.detail,
+        }
+        for entry in chosen
+        for copy in check_copies(entry, namespace=manifest.hub_namespace, mirror=mirror)
+    ]
+    good = {r["weights"] for r in rows if r["status"] == "good" and (mirror is None or r["place"] == "mirror")}
+    failed = any(row["status"] == "wrong" for row in rows) or good != {entry.name for entry in chosen}
+    if not json_only(rows, json_file):
+        table = Table(box=None)
+        for title in ("weights", "place", "status", "detail"):
+            table.add_column(title, overflow="fold")
+        for row in rows:
+            colour = {"good": "green", "wrong": "red", "missing": "dim"}[row["status"]]
+            table.add_row(row["weights"], row["place"], f"[{colour}]{row['status']}[/]", escape(row["detail"]))
+        console().print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: conam mirror /media/stick/weights 'resnet*'; there: conam verify --mirror DIR")
+def mirror(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to fill; made if need be.")],
+    pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'resnet*' or '*.cifar100'.")] = "*",
+) -> None:
+    """Fill a directory with verified weights, for machines without network: set CONAM_ZOO_MIRROR to it there."""
+    from fnmatch import fnmatch
+
+    from conam_zoo.weights import load_manifest
+    from conam_zoo.weights.mirror import fill_mirror
+
+    manifest = load_manifest()
+    chosen = [entry for name, entry in sorted(manifest.entries.items()) if fnmatch(name, pattern)]
+    if not chosen:
+        raise UserError(f"No weights match {pattern!r}: 'conam list --pretrained' shows those that there are.")
+    for entry in chosen:
+        path, written = fill_mirror(entry, directory, namespace=manifest.hub_namespace)
+        console().print(f"{'written' if written else 'is there'}: {path}", highlight=False)
+
+
+def _parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _weight_facts(entry: Any) -> dict[str, Any]:
+    return {
+        "top1_percent": entry.metrics.top1_percent,
+        "dataset": entry.dataset,
+        "sha256": entry.sha256,
+        "size_bytes": entry.size_bytes,
+        "licence": entry.licence,
+        "revision": entry.revision,
+    }
