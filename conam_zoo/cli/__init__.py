@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from conam_zoo.cli import zoo, predicting, training, publishing  # noqa: F401, I001 (each registers its commands)
+from conam_zoo.cli import zoo, predicting, training, publishing  # noqa: F401 (each registers its commands)
 from conam_zoo.cli._shared import app
 from conam_zoo.errors import UserError
 
