@@ -1,5 +1,6 @@
 """The ``conam`` command: arguments in, calls out. ``conam --help`` lists the commands in the order of the imports."""
 
+# ruff: noqa: I001 (the order of the imports is that of the help)
 import logging
 import sys
 
