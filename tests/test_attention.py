@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import conam_zoo.attention
 from conam_zoo import ConAM
+from conam_zoo.attention import equations, passes
 
 # Height, width, patch side: divided, not divided, a map smaller than a patch in one or both directions, one pixel.
 SIZES = [
@@ -387,3 +388,110 @@ def test_a_scripted_module_keeps_dot_product_and_softmax_in_float32_under_autoca
         confidence, result = scripted.confidence(x), scripted(x)
     assert confidence.dtype == torch.float32
     torch.testing.assert_close(result, module(x).detach(), atol=0.02, rtol=0.02)
+
+
+# The backward pass of its own
+
+
+def by_the_equations(module: ConAM, x: Tensor) -> Tensor:
+    confidence = equations._confidence(
+        x, module.patch_size, module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias
+    )
+    return equations._recalibrate(x, confidence, module.patch_size)
+
+
+def gradients_of(output: Tensor, module: ConAM, x: Tensor, weight: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(output, [x, *module.parameters()], weight))
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("of_gradient", sorted(LAYOUTS))
+@pytest.mark.parametrize("of_map", sorted(LAYOUTS))
+def test_its_gradients_are_those_of_the_equations(of_map: str, of_gradient: str) -> None:
+    module = attention(dtype=torch.float64)
+    x = LAYOUTS[of_map](noise(*DIVIDED, dtype=torch.float64)).requires_grad_()
+    weight = LAYOUTS[of_gradient](noise(*DIVIDED, seed=1, dtype=torch.float64))
+    assert passes.applies(x, module.patch_size)
+    output = module(x)
+    assert "InFewPasses" in type(output.grad_fn).__name__
+    expected = by_the_equations(module, x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients_of(output, module, x, weight), gradients_of(expected, module, x, weight))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_its_gradients_under_autocast_are_close_to_the_exact_ones(layout: str, low: torch.dtype) -> None:
+    module = attention(16, 8)
+    x = LAYOUTS[layout](noise(4, 16, 32, 32).to(low)).requires_grad_()
+    weight = noise(4, 16, 32, 32, seed=1).to(low)
+    with torch.autocast("cpu", dtype=low):
+        output = module(x)
+    exact = x.detach().double().requires_grad_()
+    reference = copy.deepcopy(module).double()
+    wanted = gradients_of(by_the_equations(reference, exact), reference, exact, weight.double())
+    for found, expected in zip(gradients_of(output, module, x, weight), wanted, strict=True):
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < 4 * torch.finfo(low).eps
+
+
+def test_frozen_parameters_and_a_map_without_gradient() -> None:
+    module, x = attention(), noise(*DIVIDED)
+    module.fc1.requires_grad_(False)
+    module(x).square().sum().backward()
+    assert module.fc1.weight.grad is None
+    assert module.fc1.bias.grad is None
+    found = module.fc2.weight.grad.clone()
+    module.zero_grad()
+    by_the_equations(module, x).square().sum().backward()
+    torch.testing.assert_close(found, module.fc2.weight.grad)
+
+
+def test_clamped_patch_means_get_the_gradient_of_the_equations() -> None:
+    module = attention(patch_size=8, dtype=torch.float64)
+    with torch.no_grad():
+        module.fc1.weight *= 1e-17  # the means are huge, the embeddings are not
+    x = (noise(*DIVIDED, dtype=torch.float64) * 1e18).requires_grad_()
+    clamped = (torch.nn.functional.avg_pool2d(x, 8).abs() > equations.LIMIT).double().mean()
+    assert 0.2 < clamped < 0.8
+    weight = noise(*DIVIDED, seed=1, dtype=torch.float64)
+    found, expected = (gradients_of(f(x), module, x, weight) for f in (module, lambda x: by_the_equations(module, x)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_transforms_and_checkpointing_get_the_same_gradients() -> None:
+    module = attention(dtype=torch.float64)
+    x = noise(*DIVIDED, dtype=torch.float64).requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+    by_image = torch.func.vmap(torch.func.grad(lambda image: loss(image[None])))(x.detach())
+    torch.testing.assert_close(by_image, expected)
+    _, along = torch.func.jvp(loss, (x.detach(),), (torch.ones_like(x),))
+    torch.testing.assert_close(along, expected.sum())
+    checkpointed = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(checkpointed, x)[0], expected)
+    retained = loss(x)
+    torch.testing.assert_close(torch.autograd.grad(retained, x, retain_graph=True)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(retained, x)[0], expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_backward_pass_writes_one_gradient_map(memory_format: torch.memory_format) -> None:
+    module = attention(16, 8)
+    x = noise(4, 16, 32, 32).to(memory_format=memory_format).requires_grad_()
+    output = module(x)
+    with Recorder(x.numel()) as recorder:
+        output.backward(torch.ones_like(x))
+    # besides the sum of both terms: the seed of ones, and the product inside the dot products
+    assert recorder.full_size.total() <= 3
+    assert recorder.full_size["addcmul"] == 1
