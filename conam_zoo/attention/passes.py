@@ -1,4 +1,4 @@
-"""ConAM for training, with a backward pass of its own that reads and writes the map as seldom as possible.
+"""ConAM with a backward pass of its own that reads and writes the map as seldom as possible.
 
 Automatic differentiation of the equations writes two gradient maps, one of the scaling and one of the pooling, and adds
 them. Here the forward pass reads the map twice (to pool, to scale) and writes it once; the backward pass reads map and
@@ -24,14 +24,13 @@ __all__ = ["applies", "attend"]
 
 
 def applies(x: Tensor, patch_size: int) -> bool:
-    """Whether ``attend`` is to be used: eager training on whole patches.
+    """Whether ``attend`` is to be used: eagerly, on whole patches; with or without gradients, so that both agree.
 
     Compilers and tracers get the equations, which they fuse or record; so do transforms of ``torch.func`` and
     forward-mode differentiation, which a function with its own backward pass does not serve.
     """
     return (
-        torch.is_grad_enabled()
-        and x.dim() == 4
+        x.dim() == 4
         and x.shape[2] % patch_size == 0
         and x.shape[3] % patch_size == 0
         and x.numel() > 0
