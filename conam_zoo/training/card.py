@@ -41,13 +41,13 @@ def result_table(manifest: Manifest) -> str:
 
 def recipe_head(name: str, manifest: Manifest) -> str:
     """The comment that a recipe opens with: command, hardware, time and result of the shipped weights."""
-    entry = manifest.entries.get(name)
+    entry = next((entry for entry in manifest.entries.values() if entry.recipe == name), None)
     hardware, time, result = "-", "not run yet", "not run yet"
     if entry is not None:
         hardware = entry.hardware
         time = f"{entry.train_minutes:.0f} minutes for {entry.epochs} epochs"
         result = f"{entry.metrics.top1_percent:.2f} % top-1 on the test images, last epoch, seed {entry.seed}"
-    dataset = name.partition(".")[2]
+    dataset = name.split(".")[1]
     return (
         f"# Command   conam train {name} --data {dataset} --output runs/{name}\n"
         f"# Hardware  {hardware}\n# Time      {time}\n# Result    {result}\n"

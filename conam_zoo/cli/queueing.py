@@ -1,0 +1,95 @@
+"""The command that trains many recipes: queue."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from conam_zoo.cli._shared import DATA_HELP, app, console
+from conam_zoo.errors import UserError
+
+if TYPE_CHECKING:
+    from conam_zoo.training.queue import Job
+    from conam_zoo.weights import WeightEntry
+
+
+@app.command(
+    rich_help_panel="For those who publish",
+    epilog="Example: conam queue 'resnet20*' 'resnet56*' --data DATA --seed 0 --seed 1 --seed 2 --parallel 4",
+)
+def queue(
+    patterns: Annotated[
+        list[str] | None, typer.Argument(help="Patterns of packaged recipes, such as 'resnet*'; all if left out.")
+    ] = None,
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "",
+    output: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs"),
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", help="Seeds of each recipe; its own if left out. Repeatable.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of every recipe; nothing is packed then."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what is done and what would be trained.")] = False,
+) -> None:
+    """Train all recipes whose weights are not there yet, one after the other or several at a time, and pack them.
+
+    Called again, it goes on where it ended. A recipe whose weights are in the manifest is not trained again. The
+    weights of the recipe's own seed are packed; the results of all seeds go to benchmarks/seeds.json.
+    """
+    from conam_zoo.training.queue import plan_queue, run_queue
+    from conam_zoo.training.seeds import add_seed
+    from conam_zoo.weights import find_checkout, load_manifest
+
+    if not data:
+        raise UserError("The queue has no data: pass --data, a folder that holds cifar10/ and cifar100/.")
+    checkout = find_checkout()
+    if checkout is None and not settings:
+        raise UserError("The queue packs weights into a checkout of conam_zoo: run from one.")
+    entries = load_manifest().entries
+    jobs = plan_queue(patterns or [], output, seeds=seeds or [], settings=settings or [])
+    there = [job for job in jobs if job.ships and not job.is_done() and _ships_already(job, entries)]
+    jobs = [job for job in jobs if job not in there]
+    if dry_run:
+        table = Table(box=None)
+        for title in ("training", "epochs", "folder", "state"):
+            table.add_column(title, overflow="fold")
+        for job in (*there, *jobs):
+            state = "in the manifest" if job in there else "done" if job.is_done() else "to be trained"
+            table.add_row(job.name, str(job.recipe.epochs), str(job.folder), state)
+        console().print(table)
+        return
+
+    def tell(job: "Job", event: str) -> None:
+        console().print(f"{job.name}: {event}", highlight=False, markup=False)
+
+    def keep(job: "Job") -> None:
+        if checkout is None or settings:
+            return
+        run = json.loads((job.folder / "run.json").read_text(encoding="utf-8"))
+        add_seed(checkout / "benchmarks" / "seeds.json", job.recipe_name, run)
+        if job.ships and not _is_packed(job.folder, run):
+            from conam_zoo.cli.publishing import pack
+
+            pack(job.folder, data)
+            (job.folder / "packed").write_text(run["sha256"], encoding="utf-8")
+
+    results = run_queue(jobs, data, parallel=parallel, on_event=tell, on_done=keep)
+    failed = {name: result for name, result in results.items() if result != "done"}
+    console().print(f"{len(results) - len(failed)} done, {len(there)} in the manifest, {len(failed)} not done")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _ships_already(job: "Job", entries: "dict[str, WeightEntry]") -> bool:
+    """Whether the manifest has weights of this recipe, or of a longer one of the same net, which a suffix marks."""
+    entry = entries.get(job.weights)
+    return entry is not None and job.recipe_name in (job.weights, entry.recipe)
+
+
+def _is_packed(folder: Path, run: dict) -> bool:
+    marker = folder / "packed"
+    return marker.is_file() and marker.read_text(encoding="utf-8") == run["sha256"]

@@ -1,0 +1,215 @@
+"""Training many recipes with one call: resumable, several at a time, packing what comes out.
+
+Each job is a process of its own, ``python -m conam_zoo train``, with a run folder and a log file: one that fails does
+not stop the others, and a queue that is called again goes on where the last one ended.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from conam_zoo.errors import UserError
+from conam_zoo.files import make_folder
+from conam_zoo.training.checkpoint import has_checkpoint
+from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe
+
+__all__ = ["Job", "plan_queue", "run_queue"]
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One training of the queue.
+
+    Attributes:
+        recipe_name: The packaged recipe.
+        recipe: What it says, with the job's seed and settings.
+        settings: The settings that the job replaces in it.
+        folder: The run folder.
+        ships: Whether its weights are those that the recipe ships: its own seed, nothing replaced.
+    """
+
+    recipe_name: str
+    recipe: Recipe
+    settings: tuple[str, ...]
+    folder: Path
+    ships: bool
+
+    @property
+    def name(self) -> str:
+        """Recipe and seed."""
+        return f"{self.recipe_name}, seed {self.recipe.seed}"
+
+    @property
+    def weights(self) -> str:
+        """Name of the weights that it trains."""
+        return f"{self.recipe.model}.{self.recipe.dataset}"
+
+    def is_done(self) -> bool:
+        """Whether its run folder holds a finished run."""
+        return (self.folder / "run.json").is_file()
+
+    def command(self, data: str) -> list[str]:
+        """The command line that trains it, or goes on with it."""
+        settings = [word for setting in self.settings for word in ("--set", setting)]
+        arguments = ["train", self.recipe_name, "--data", data, "--output", str(self.folder), *settings]
+        return [sys.executable, "-m", "conam_zoo", *arguments, *(["--resume"] if has_checkpoint(self.folder) else [])]
+
+    def last_words(self) -> str:
+        """Last line of its log."""
+        log = self.folder.with_suffix(".log")
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def plan_queue(
+    patterns: Sequence[str], output: Path, *, seeds: Sequence[int] = (), settings: Sequence[str] = ()
+) -> list[Job]:
+    """The jobs of a queue: every recipe that a pattern names, with every seed.
+
+    Args:
+        patterns: Shell-style patterns of packaged recipes, such as ``"resnet*"``; none means all.
+        output: Folder of the run folders.
+        seeds: The seeds of each recipe; none means the recipe's own.
+        settings: Replacements such as ``"epochs=1"`` for all of them.
+
+    Raises:
+        UserError: If a pattern names no recipe, or a setting is not what it should be.
+    """
+    names: list[str] = []
+    for pattern in patterns or ["*"]:
+        hits = [name for name in list_recipes() if fnmatch(name, pattern)]
+        if not hits:
+            raise UserError(f"No recipe matches {pattern!r}: there are {', '.join(list_recipes())}.")
+        names += [name for name in hits if name not in names]
+    jobs = []
+    for name in names:
+        shipped = load_recipe(name)
+        for seed in dict.fromkeys(seeds or [shipped.seed]):
+            own = (*settings, f"seed={seed}")
+            recipe = load_recipe(name, list(own))
+            folder = output / f"{name}.seed{seed}"
+            jobs.append(Job(name, recipe, own, folder, ships=recipe == shipped))
+    return jobs
+
+
+def run_queue(
+    jobs: Sequence[Job],
+    data: str,
+    *,
+    parallel: int = 1,
+    on_event: Callable[[Job, str], None] = lambda job, event: None,
+    on_done: Callable[[Job], None] = lambda job: None,
+) -> dict[str, str]:
+    """Train all jobs, several at a time; those that are done are not trained again.
+
+    A job whose teacher is trained by another job of the queue waits for that one. SIGTERM and SIGINT are handed on to
+    the trainings, which save their state, and end the queue. On the CPU the cores are shared out evenly.
+
+    Args:
+        jobs: What ``plan_queue`` gave.
+        data: Where the data sets are; see ``conam_zoo.data.read_split``.
+        parallel: Trainings at a time.
+        on_event: Called with a job and a word: ``started``, ``resumed``, ``done``, ``failed: ...``, ``is there``.
+        on_done: Called once for each job that is done, before those that wait for it are started; its UserError makes
+            the job a failed one.
+
+    Returns:
+        For each job's name ``"done"``, ``"stopped"`` or why it failed.
+
+    Raises:
+        UserError: If the log of a job cannot be written.
+    """
+    results: dict[str, str] = {}
+    waiting = list(jobs)
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+
+    def finish(job: Job, event: str) -> None:
+        try:
+            on_done(job)
+        except UserError as error:
+            results[job.name], event = f"failed: {error}", f"failed: {error}"
+        else:
+            results[job.name] = "done"
+        on_event(job, event)
+
+    with _stop_requests() as stopping:
+        while waiting or running:
+            moved = False
+            for job in list(waiting):
+                if stopping or len(running) >= parallel:
+                    break
+                pending = {other.weights for other in (*waiting, *running) if other is not job and other.ships}
+                if job.recipe.teacher in pending:
+                    continue
+                waiting.remove(job)
+                moved = True
+                if job.is_done():
+                    finish(job, "is there")
+                    continue
+                command = job.command(data)
+                running[job] = _start(job, command, parallel)
+                on_event(job, "resumed" if "--resume" in command else "started")
+            if stopping:
+                for process in running.values():
+                    process.send_signal(signal.SIGTERM)
+                waiting.clear()
+            for job, process in list(running.items()):
+                if stopping:
+                    process.wait()
+                if process.poll() is None:
+                    continue
+                del running[job]
+                moved = True
+                if process.returncode == 0 and job.is_done():
+                    finish(job, "done")
+                elif stopping:
+                    results[job.name] = "stopped"
+                    on_event(job, "stopped")
+                else:
+                    results[job.name] = f"failed: {job.last_words()}"
+                    on_event(job, results[job.name])
+            if waiting and not running and not moved:
+                for job in waiting:
+                    results[job.name] = f"failed: its teacher {job.recipe.teacher} waits for it in turn"
+                    on_event(job, results[job.name])
+                waiting.clear()
+            if running:
+                time.sleep(POLL_SECONDS)
+    return results
+
+
+def _start(job: Job, command: list[str], parallel: int) -> subprocess.Popen[bytes]:
+    make_folder(job.folder.parent)
+    environment = dict(os.environ)
+    if parallel > 1 and not torch.cuda.is_available():
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
+    with open(job.folder.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that stays empty until a signal asks for an end."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""What several seeds of one recipe give: mean and deviation, in one JSON file that the tables are written from."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from conam_zoo.errors import UserError
+from conam_zoo.files import write_text
+
+__all__ = ["add_seed", "read_seeds", "seed_table"]
+
+
+def read_seeds(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each recipe and seed what its run measured; empty if there is no such file.
+
+    Raises:
+        UserError: If the file is not what ``add_seed`` wrote.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["recipes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a file of results by seed ({error}): restore it.") from error
+    return found
+
+
+def add_seed(path: Path, recipe: str, run: dict[str, Any]) -> None:
+    """Put the result of one finished run, its ``run.json``, into the file; a run of the same seed is replaced."""
+    results = read_seeds(path)
+    seeds = results.setdefault(recipe, {})
+    seeds[str(run["recipe"]["seed"])] = {
+        "top1_percent": run["scores"]["top1_percent"],
+        "nll": run["scores"]["nll"],
+        "ece": run["scores"]["ece"],
+        "evaluated_on": run["evaluated_on"],
+        "epochs": run["recipe"]["epochs"],
+        "train_minutes": round(run["train_minutes"], 1),
+        "hardware": run["hardware"],
+        "library_versions": run["library_versions"],
+        "code_commit": run["code_commit"],
+    }
+    ordered = {name: dict(sorted(results[name].items(), key=lambda item: int(item[0]))) for name in sorted(results)}
+    write_text(path, json.dumps({"recipes": ordered}, indent=2) + "\n")
+
+
+def seed_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Mean and standard deviation of top-1 over the seeds of each recipe, in Markdown."""
+    lines = ["| recipe | seeds | top-1, mean ± deviation | each seed | on |", "| --- | --: | --: | --- | --- |"]
+    for recipe, seeds in results.items():
+        top1 = [run["top1_percent"] for run in seeds.values()]
+        deviation = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+        each = ", ".join(f"{value:.2f} ({seed})" for seed, value in zip(seeds, top1, strict=True))
+        hardware = ", ".join(dict.fromkeys(run["hardware"] for run in seeds.values()))
+        lines.append(f"| `{recipe}` | {len(top1)} | {statistics.mean(top1):.2f}{deviation} % | {each} | {hardware} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,173 @@
+"""The queue: what it plans, in which order, what it does about failures, and that a second call goes on."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conam_zoo.errors import UserError
+from conam_zoo.training.queue import Job, plan_queue, run_queue
+from conam_zoo.training.recipe import list_recipes, load_recipe
+from conam_zoo.training.seeds import add_seed, read_seeds, seed_table
+
+NAME = "resnet20_conam.cifar10"
+
+
+def test_a_plan_has_every_recipe_that_a_pattern_names_with_every_seed(tmp_path: Path) -> None:
+    own = plan_queue([], tmp_path)
+    assert [job.recipe_name for job in own] == list_recipes()
+    assert all(job.ships and job.recipe == load_recipe(job.recipe_name) for job in own)
+    three = plan_queue([NAME, "resnet20_conam.cifar1?"], tmp_path, seeds=[0, 1, 2])
+    assert [(job.recipe_name, job.recipe.seed, job.ships) for job in three] == [(NAME, s, s == 0) for s in range(3)]
+    assert len({job.folder for job in three}) == 3
+    (short,) = plan_queue([NAME], tmp_path, settings=["epochs=4"])
+    assert (short.recipe.epochs, short.ships) == (4, False)
+    with pytest.raises(UserError, match="No recipe matches 'vgg\\*'"):
+        plan_queue(["vgg*"], tmp_path)
+    with pytest.raises(UserError, match="no setting 'epohcs'"):
+        plan_queue([NAME], tmp_path, settings=["epohcs=3"])
+
+
+def test_every_teacher_is_trained_by_the_same_queue() -> None:
+    recipes = [load_recipe(name) for name in list_recipes()]
+    trained = {f"{recipe.model}.{recipe.dataset}" for recipe in recipes if not recipe.teacher}
+    teachers = {recipe.teacher for recipe in recipes} - {""}
+    assert teachers
+    assert teachers <= trained
+
+
+@pytest.fixture
+def acted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replace the trainings by short scripts, one for each weights' name."""
+
+    def act(scripts: dict[str, str]) -> None:
+        def command(job: Job, data: str) -> list[str]:
+            prelude = f"import pathlib, signal, sys, time; folder = pathlib.Path({str(job.folder)!r})\n"
+            done = "\nfolder.mkdir(parents=True, exist_ok=True); (folder / 'run.json').write_text('{}')"
+            return [sys.executable, "-S", "-c", prelude + scripts.get(job.weights, "") + done]
+
+        monkeypatch.setattr(Job, "command", command)
+
+    return act
+
+
+def _jobs(tmp_path: Path, **teachers: str) -> list[Job]:
+    """One job for each ResNet, in the order given, with its teacher."""
+    jobs = []
+    for model, teacher in teachers.items():
+        (job,) = plan_queue([f"{model}_conam.cifar100"], tmp_path)
+        jobs.append(replace(job, recipe=replace(job.recipe, teacher=teacher and f"{teacher}_conam.cifar100")))
+    return jobs
+
+
+def test_a_student_waits_for_its_teacher(tmp_path: Path, acted: Callable[..., None]) -> None:
+    acted({"resnet110_conam.cifar100": "time.sleep(0.3)"})
+    events: list[tuple[str, str]] = []
+    jobs = _jobs(tmp_path, resnet32="resnet110", resnet44="", resnet110="")
+    results = run_queue(jobs, "data", parallel=3, on_event=lambda job, event: events.append((job.weights, event)))
+    assert set(results.values()) == {"done"}
+    assert events.index(("resnet32_conam.cifar100", "started")) > events.index(("resnet110_conam.cifar100", "done"))
+    assert events.index(("resnet44_conam.cifar100", "started")) < events.index(("resnet110_conam.cifar100", "done"))
+
+
+def test_a_failure_stops_nothing_else_and_is_told(tmp_path: Path, acted: Callable[..., None]) -> None:
+    acted({"resnet32_conam.cifar100": "print('conam: the disk is full'); sys.exit(2)"})
+    jobs = _jobs(tmp_path, resnet32="", resnet44="")
+    done: list[str] = []
+    results = run_queue(jobs, "data", on_done=lambda job: done.append(job.weights))
+    assert list(results.values()) == ["failed: conam: the disk is full", "done"]
+    assert done == ["resnet44_conam.cifar100"]
+    acted({})
+    events: list[tuple[str, str]] = []
+    again = run_queue(jobs, "data", on_event=lambda job, event: events.append((job.weights, event)))
+    assert set(again.values()) == {"done"}
+    assert ("resnet44_conam.cifar100", "is there") in events
+    assert ("resnet32_conam.cifar100", "started") in events
+
+
+def test_teachers_of_each_other_are_told_instead_of_waited_for(tmp_path: Path, acted: Callable[..., None]) -> None:
+    acted({})
+    results = run_queue(_jobs(tmp_path, resnet32="resnet44", resnet44="resnet32"), "data")
+    assert all("waits for it in turn" in result for result in results.values())
+
+
+def test_a_signal_is_handed_on_and_ends_the_queue(tmp_path: Path, acted: Callable[..., None]) -> None:
+    saved = tmp_path / "saved"
+    stop = f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(saved)!r}).touch(), sys.exit(143)))"
+    acted({"resnet32_conam.cifar100": f"{stop}; pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"})
+
+    def interrupt() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=interrupt, daemon=True).start()
+    jobs = _jobs(tmp_path, resnet32="", resnet44="")
+    assert run_queue(jobs, "data") == {jobs[0].name: "stopped"}
+    assert saved.exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_command_trains_two_seeds_and_a_second_call_finds_them_done(
+    small_data: Path, tmp_path: Path, conam: Callable[..., tuple[int, str, str]]
+) -> None:
+    short = [word for setting in ("epochs=1", "warmup_epochs=0", "batch_size=32") for word in ("--set", setting)]
+    call = ["queue", NAME, "--data", small_data, "--output", tmp_path / "runs", "--seed", 0, "--seed", 1, *short]
+    code, out, err = conam(*call, "--parallel", 2)
+    assert code == 0, err
+    assert out.count("started") == out.count(": done") == 2
+    for seed in (0, 1):
+        run = json.loads((tmp_path / "runs" / f"{NAME}.seed{seed}" / "run.json").read_text())
+        assert (run["recipe"]["seed"], run["recipe"]["epochs"]) == (seed, 1)
+    code, out, _ = conam(*call)
+    assert (code, out.count("is there"), out.count("started")) == (0, 2, 0)
+    code, out, _ = conam(*call, "--dry-run")
+    assert (code, out.count("done")) == (0, 2)
+
+
+def test_bad_calls_end_in_a_sentence(conam: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    code, _, err = conam("queue", NAME)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pass --data" in err
+    code, _, err = conam("queue", "vgg*", "--data", tmp_path)
+    assert code == 2
+    assert "No recipe matches 'vgg*'" in err
+
+
+def test_weights_that_are_in_the_manifest_are_not_trained_again(
+    conam: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, out, _ = conam("queue", NAME, "--data", tmp_path, "--output", tmp_path / "runs")
+    assert (code, out.strip()) == (0, "0 done, 1 in the manifest, 0 not done")
+
+
+def test_seeds_are_gathered_and_averaged(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks" / "seeds.json"
+    assert read_seeds(path) == {}
+    run = {
+        "scores": {"top1_percent": 92.0, "nll": 0.3, "ece": 0.02},
+        "evaluated_on": "test images",
+        "train_minutes": 10.04,
+        "hardware": "1 x device",
+        "library_versions": {"torch": "2"},
+        "code_commit": None,
+    }
+    recipe = load_recipe(NAME).to_dict()
+    for seed, top1 in ((10, 92.6), (2, 92.0), (2, 92.2)):
+        add_seed(
+            path, NAME, {**run, "recipe": {**recipe, "seed": seed}, "scores": {**run["scores"], "top1_percent": top1}}
+        )
+    results = read_seeds(path)
+    assert list(results[NAME]) == ["2", "10"]
+    assert f"| `{NAME}` | 2 | 92.40 ± 0.28 % | 92.20 (2), 92.60 (10) | 1 x device |" in seed_table(results)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="restore it"):
+        read_seeds(path)
