@@ -1,5 +1,7 @@
 """Reading pictures of all modes."""
 
+import io
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ from PIL import Image
 
 from conam_zoo.analysis.predict import percent
 from conam_zoo.errors import UserError
-from conam_zoo.images import read_image
+from conam_zoo.images import decode_image, read_image, resize_image
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "HSV", "YCbCr"])
@@ -60,6 +62,39 @@ def test_what_is_no_picture_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:500])
     with pytest.raises(UserError, match=r"cut\.png is damaged"):
         read_image(tmp_path / "cut.png")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_damage_of_any_kind_is_a_picture_or_a_sentence(form: str) -> None:
+    file = io.BytesIO()
+    Image.effect_noise((24, 24), 60).convert("RGB").save(file, form)
+    chance = random.Random(0)
+    sentences = []
+    for _ in range(60):
+        content = bytearray(file.getvalue())
+        for _ in range(chance.choice([1, 4, 40])):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        content = content[: chance.choice([len(content), len(content) // 2, 30, 0])]
+        try:
+            assert decode_image(io.BytesIO(content), "a picture").mode == "RGB"
+        except UserError as error:
+            sentences.append(str(error))
+    assert 15 < len(sentences) <= 60
+    assert all("a picture" in sentence for sentence in sentences)
+
+
+def test_a_palette_with_transparency_and_sixteen_bits_with_alpha(tmp_path: Path) -> None:
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "p.png", transparency=1)
+    assert np.asarray(read_image(tmp_path / "p.png")).min() == 255
+    Image.new("LA", (4, 4), (100, 128)).save(tmp_path / "la.png")
+    np.testing.assert_allclose(np.asarray(read_image(tmp_path / "la.png")), 177, atol=1)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (8, 8), (32, 32), (1, 100)])
+def test_resizing_gives_a_square(size: tuple[int, int]) -> None:
+    assert resize_image(Image.new("RGB", size, "red"), 32).size == (32, 32)
 
 
 @pytest.mark.parametrize(

@@ -493,6 +493,8 @@ def test_transform_leaves_a_small_image_whole() -> None:
         {"attn_layer": "se"},
         {"attn_placement": "block", "patch_sizes": (4, 8, 2)},
         {"attn_layer": "none"},
+        {"attn_layer": "conam_variant", "attn_args": {"shortcut": False}},
+        {"attn_site": "after_last_norm"},
         {"num_classes": 5, "in_chans": 1},
     ],
     ids=str,
@@ -503,7 +505,7 @@ def test_exported_folder_makes_the_same_model(arguments: dict[str, Any], tmp_pat
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = image(arguments.get("in_chans", 3)).float()
     assert torch.equal(run(loaded, x), run(model, x))
-    for attribute in ("attn_layer", "attn_placement", "patch_sizes", "num_classes"):
+    for attribute in ("attn_layer", "attn_placement", "patch_sizes", "attn_args", "attn_site", "num_classes"):
         assert getattr(loaded, attribute) == getattr(model, attribute)
     if "in_chans" not in arguments:  # else timm averages the statistics over the colours
         told, expected = resolve_model_data_config(loaded), resolve_model_data_config(model)

@@ -11,11 +11,11 @@ import torch
 from conftest import CHECKOUT
 
 import conam_zoo.training.pack as pack_module
+from conam_zoo.documents import generated_files
 from conam_zoo.errors import UserError
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.pack import pack
 from conam_zoo.training.recipe import load_recipe
-from conam_zoo.training.tables import generated_files
 from conam_zoo.training.train import train
 from conam_zoo.weights import load_manifest
 

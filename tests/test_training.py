@@ -1,4 +1,4 @@
-"""A whole training on small synthetic images: what it writes, that it learns, that it resumes exactly."""
+"""A whole training on small synthetic images: what it writes, that it learns, what it refuses."""
 
 import csv
 import json
@@ -10,13 +10,22 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 
-import conam_zoo.training.train as train_module
+import conam_zoo.training.engine as engine_module
+import conam_zoo.training.fit as fit_module
 from conam_zoo.errors import UserError
+from conam_zoo.models.lookup import count_params_and_macs
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
 from conam_zoo.training.engine import NonFiniteLossError, score
-from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe
-from conam_zoo.training.train import train
+from conam_zoo.training.fit import fit
+from conam_zoo.training.learner import Learner
+from conam_zoo.training.moving_average import MovingAverage
+from conam_zoo.training.plan import plan
+from conam_zoo.training.ranks import ranks
+from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict
+from conam_zoo.training.train import assemble, train
 
 TINY = ["epochs=2", "warmup_epochs=0.5", "batch_size=32", "lr=0.05", "ema_decay=0.5", "precision=fp32"]
 
@@ -38,8 +47,27 @@ def test_a_run_learns_and_writes_what_it_promises(recipe: Recipe, small_data: Pa
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'final'}", pretrained=True)
     assert model.pretrained_cfg["label_names"][0] == "airplane"
     final = load_file(tmp_path / "run" / "final" / "model.safetensors")
-    ema = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["ema"]
-    assert all(torch.equal(final[name], ema[name].to(final[name].dtype)) for name in final)
+    raw = load_file(tmp_path / "run" / "raw" / "model.safetensors")
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    for stored, kept in ((final, state["ema"]), (raw, state["model"])):
+        assert all(torch.equal(stored[name], kept[name].to(stored[name].dtype)) for name in stored)
+    assert not torch.equal(final["conv1.weight"], raw["conv1.weight"])
+    assert not (tmp_path / "run" / "ema").exists()  # it is final/
+    timm.create_model(f"local-dir:{tmp_path / 'run' / 'raw'}", pretrained=True)
+    assert load_recipe(str(tmp_path / "run" / "recipe.toml")) == replace(recipe, epochs=6)
+
+
+def test_tensorboard_shows_every_epoch_once_after_a_resume(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(recipe, small_data, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()  # as if the second epoch's end had been lost
+    train(recipe, small_data, tmp_path / "run", resume=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    for name in ("loss", "lr", "train_top1_percent"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in rows]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
@@ -52,32 +80,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_run_killed_between_epochs_resumes_to_bit_identical_weights(
-    recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = replace(recipe, model_args={"drop_rate": 0.2})  # dropout draws random numbers too
-    whole = train(recipe, small_data, tmp_path / "whole")
-    original = train_module.train_one_epoch
-
-    def dies_in_the_second_epoch(*args, **kwargs):
-        if kwargs["epoch"] == 1:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(train_module, "train_one_epoch", dies_in_the_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, small_data, tmp_path / "cut")
-    monkeypatch.setattr(train_module, "train_one_epoch", original)
-    resumed = train(recipe, small_data, tmp_path / "cut", resume=True)
-    assert resumed["sha256"] == whole["sha256"]
-    assert resumed["scores"] == whole["scores"]
-
-
 def test_the_test_split_is_not_opened_before_the_last_epoch_is_done(
     recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    load, epoch = np.load, train_module.train_one_epoch
+    load, epoch = np.load, fit_module.train_one_epoch
 
     def recording_load(path, *args, **kwargs):
         events.append(Path(path).name)
@@ -88,7 +95,7 @@ def test_the_test_split_is_not_opened_before_the_last_epoch_is_done(
         return epoch(*args, **kwargs)
 
     monkeypatch.setattr(np, "load", recording_load)
-    monkeypatch.setattr(train_module, "train_one_epoch", recording_epoch)
+    monkeypatch.setattr(fit_module, "train_one_epoch", recording_epoch)
     train(recipe, small_data, tmp_path / "run")
     assert events == [
         "train_images.npy",
@@ -112,9 +119,34 @@ def test_a_choosing_run_never_opens_the_test_split(recipe: Recipe, small_data: P
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(
     recipe: Recipe, small_data: Path, tmp_path: Path
 ) -> None:
+    output = tmp_path / "run"
     with pytest.raises(NonFiniteLossError, match=r"epoch \d, step \d of 5, at learning rate"):
-        train(replace(recipe, lr=1e30, epochs=3), small_data, tmp_path / "run")
-    assert not (tmp_path / "run" / "final").exists()
+        train(replace(recipe, lr=1e30, epochs=3), small_data, output, checkpoint_minutes=0)
+    assert not (output / "final").exists()
+    state = load_checkpoint(output / "checkpoint.safetensors")
+    assert state["facts"]["step"] >= 1
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+
+
+@pytest.mark.parametrize("every", [1, 20])
+def test_a_non_finite_loss_names_its_step_however_late_it_is_looked_at(
+    every: int, recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the losses are looked at every 20 steps; here the CPU does so, too."""
+    monkeypatch.setattr(engine_module, "steps_between_checks", lambda device: every)
+    accumulate, calls = Learner.accumulate, []
+
+    def fails_at_the_eighth_step(self, *args):
+        calls.append(1)
+        loss, hits = accumulate(self, *args)
+        return (loss * float("inf") if len(calls) == 8 else loss), hits
+
+    monkeypatch.setattr(Learner, "accumulate", fails_at_the_eighth_step)
+    with pytest.raises(NonFiniteLossError, match=r"The loss is inf in epoch 2, step 3 of 5, at learning rate 0.0\d+:"):
+        train(recipe, small_data, tmp_path / "run", checkpoint_minutes=0)
+    facts = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["facts"]
+    assert (facts["epoch"], facts["step"]) == (1, 2)
+    assert len(calls) == 8
 
 
 def test_a_second_run_into_the_same_folder_is_refused(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:
@@ -159,7 +191,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_packaged_recipe_is_whole_and_opens_with_its_facts(name: str, checkout: Path) -> None:
     recipe = load_recipe(name)
-    assert f"{recipe.model}.{recipe.dataset}" == name
+    assert name.split(".")[:2] == [recipe.model, recipe.dataset]  # a third part tells recipes of the same net apart
     assert recipe.holdout == 0
     head = (checkout / "conam_zoo" / "training" / "recipes" / f"{name}.toml").read_text().splitlines()[:4]
     assert [line.split()[1] for line in head] == ["Command", "Hardware", "Time", "Result"]
@@ -178,6 +210,11 @@ def test_every_packaged_recipe_is_whole_and_opens_with_its_facts(name: str, chec
         ("lr=-1", "out of its range"),
         ("precision=fp8", "out of its range"),
         ("ema_decay=0", "final_weights is 'ema'"),
+        ("model_args=3", "must be a table"),
+        ("grad_accumulation=0", "out of its range"),
+        ("distill_weight=1.5", "out of its range"),
+        ("distill_temperature=0", "out of its range"),
+        ("clip_grad=-1", "out of its range"),
     ],
 )
 def test_bad_settings_are_refused_in_a_sentence(setting: str, sentence: str) -> None:
@@ -192,6 +229,21 @@ def test_settings_replace_values_and_unknown_recipes_are_refused(tmp_path: Path)
     (tmp_path / "mine.toml").write_text("epochs = ")
     with pytest.raises(UserError, match="not valid TOML"):
         load_recipe(str(tmp_path / "mine.toml"))
+
+
+def test_a_recipe_survives_being_written(tmp_path: Path) -> None:
+    recipe = load_recipe("resnet20_conam.cifar10", ["lr=1e-7", "mixup=0.2", 'teacher=a "b" \\\\ c: é'])
+    recipe = replace(recipe, model_args={"patch_sizes": [8, 4, 2], "drop_rate": 0.1, "attn_layer": "se"})
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "recipe.toml")) == recipe
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict())), "it") == recipe
+
+
+def test_settings_that_came_later_may_be_absent() -> None:
+    recipe = load_recipe("resnet20_conam.cifar10")
+    late = ("cutout", "mixup", "cutmix", "grad_accumulation", "clip_grad", "teacher")
+    early = {key: value for key, value in recipe.to_dict().items() if key not in (*late, "distill_weight")}
+    assert recipe_from_dict(early, "an old run") == recipe
 
 
 def test_scores_agree_with_counting_by_hand() -> None:
@@ -213,3 +265,128 @@ def test_scores_agree_with_counting_by_hand() -> None:
         if inside.any():
             ece += inside.mean() * abs(confidence[inside].mean() - correct[inside].mean())
     assert scores.ece == pytest.approx(ece)
+
+
+def test_accumulated_batches_give_the_step_of_one_large_batch(recipe: Recipe, small_data: Path) -> None:
+    """With the batch norms in evaluation mode, where the batches do not see each other."""
+    weights = []
+    for accumulation in (1, 2):
+        changed = replace(recipe, grad_accumulation=accumulation, opt="sgd")
+        parts = assemble(changed, small_data, ranks())
+        parts.model.requires_grad_(True).eval()
+        learner = Learner(parts.model, changed, parts.batches.steps)
+        learner._frozen = list(parts.model.modules())
+        learner.train()
+        stream = parts.batches.epoch(0)
+        group = [next(stream) for _ in range(accumulation)]
+        loss, _ = learner.accumulate(group, sum(len(targets) for _, targets in group))
+        learner.step(1)
+        weights.append((loss, parts.model.fc.weight.detach(), parts.model.conv1.weight.detach()))
+    for one, two in zip(*weights, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_a_long_gradient_is_clipped(recipe: Recipe, small_data: Path) -> None:
+    parts = assemble(replace(recipe, clip_grad=1e-3), small_data, ranks())
+    learner = Learner(parts.model, replace(recipe, clip_grad=1e-3), parts.batches.steps)
+    learner.train()
+    batch = next(parts.batches.epoch(0))
+    learner.accumulate([batch], len(batch[1]))
+    learner.step(1)
+    norm = torch.stack([p.grad.norm() for p in parts.model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_frozen_layers_stay_as_they_were_and_groups_learn_at_their_own_rates(
+    recipe: Recipe, small_data: Path, tmp_path: Path
+) -> None:
+    recipe = replace(recipe, epochs=1, warmup_epochs=0.0, weight_decay=0.1)
+    parts = assemble(recipe, small_data, ranks())
+    model = parts.model
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("fc"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    groups = [{"params": [model.fc.weight], "lr_scale": 1.0}, {"params": [model.fc.bias], "lr_scale": 0.0}]
+    result = fit(model, recipe, parts.batches, tmp_path / "run", param_groups=groups)
+    changed = {name for name, tensor in result.raw.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"fc.weight"}  # no batch norm's statistics either
+    assert result.ema is result.final
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb"])
+def test_a_fused_optimiser_does_what_the_plain_one_does(opt: str, recipe: Recipe, small_data: Path) -> None:
+    weights = []
+    for fused in (True, False):
+        changed = replace(recipe, opt=opt, lr=1e-3, warmup_epochs=0.0)
+        parts = assemble(changed, small_data, ranks())
+        model = parts.model.to(memory_format=torch.channels_last if fused else torch.contiguous_format)
+        learner = Learner(model, changed, parts.batches.steps)
+        if not fused:
+            learner.optimizer = create_optimizer_v2(
+                model, opt=opt, lr=1e-3, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=False
+            )
+        for parameter in model.parameters():
+            position = torch.arange(parameter.numel()).reshape(parameter.shape)
+            parameter.grad = torch.empty_like(parameter).copy_(0.1 * torch.cos(0.37 * position))
+        for _ in range(3):
+            learner.optimizer.step()
+        weights.append(dict(model.named_parameters()))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_moving_average_is_that_of_timm() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    ours, theirs = MovingAverage(net, 0.9), ModelEmaV3(net, decay=0.9, use_warmup=True)
+    for step in range(1, 5):
+        net(torch.randn(2, 3, 5, 5))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ours.update(net, step=step)
+        theirs.update(net, step=step)
+    for name, tensor in theirs.module.state_dict().items():
+        assert torch.equal(ours.module.state_dict()[name], tensor), name
+    assert ours.module[1].num_batches_tracked == 4
+
+
+def test_a_compiled_net_learns_the_same(
+    recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled for a backend that runs the captured operations as they are, so that every bit has to agree."""
+    recipe = replace(recipe, epochs=1, warmup_epochs=0.0, batch_size=48)  # the last batch of 16 is not compiled
+    recipe = replace(recipe, model_args={"attn_layer": "none"})  # ConAM's own backward pass is not the compiled one
+    real, modes = torch.compile, []
+
+    def recording_compile(net, *, dynamic: bool, mode: str):
+        modes.append(mode)
+        return real(net, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", recording_compile)
+    compiled = train(recipe, small_data, tmp_path / "compiled", compile=True)
+    eager = train(recipe, small_data, tmp_path / "eager")
+    assert modes == ["default"]  # CUDA graphs are for GPUs
+    assert compiled["sha256"] == eager["sha256"]
+    assert compiled["compile_seconds"] > 0
+    assert eager["compile_seconds"] is None
+
+
+def test_a_plan_says_what_a_training_then_does_and_writes_nothing(
+    recipe: Recipe, small_data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    before = sorted(tmp_path.rglob("*"))
+    told = plan(replace(recipe, holdout=30), small_data, output)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (told.images, told.held_out, told.classes) == (130, 30, 10)
+    assert (told.steps_per_epoch, told.total_steps) == (5, 10)  # the last step has 2 images
+    assert (told.parameters, told.macs) == count_params_and_macs("resnet20_conam.cifar10")
+    assert told.estimated_minutes == pytest.approx(10 * told.seconds_per_step / 60)
+    assert told.peak_memory_bytes > 2**24
+    assert told.compile_seconds is None
+    train(replace(recipe, holdout=30), small_data, output)
+    made = {f"{path.name}/" if path.is_dir() else path.name for path in output.iterdir()}
+    assert made == set(told.files)
+    with pytest.raises(UserError, match="holds a training already"):
+        plan(recipe, small_data, output)

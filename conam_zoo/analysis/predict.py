@@ -3,15 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
+from torchvision.transforms import Compose
 
 from conam_zoo.analysis.confidence import confidence_maps
 from conam_zoo.images import read_image
 from conam_zoo.models import StagedClassifier
 
-__all__ = ["Prediction", "percent", "predict"]
+__all__ = ["Prediction", "class_names", "percent", "predict", "split_transform"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Prediction:
         path: The file.
         image: The picture, upright and RGB, in its own size.
         seen: What the net was shown: the picture after resizing, before normalisation.
+        probabilities: Of every class, (classes,).
         top: Class names with probabilities, best first, at most five.
         maps: For each ConAM site the confidence map, (rows, columns).
     """
@@ -29,6 +32,7 @@ class Prediction:
     path: Path
     image: Image.Image
     seen: Image.Image
+    probabilities: Tensor
     top: list[tuple[str, float]]
     maps: dict[str, Tensor]
 
@@ -38,6 +42,19 @@ def percent(probability: float) -> str:
     if probability < 0.0005:
         return "<0.1%"
     return ">99.9%" if probability >= 0.9995 else f"{probability:.1%}"
+
+
+def class_names(model: StagedClassifier) -> list[str]:
+    """Names of the classes in the order of the logits, from the model's configuration."""
+    return list(model.pretrained_cfg.get("label_names") or [f"class {index}" for index in range(model.num_classes)])
+
+
+def split_transform(model: StagedClassifier) -> tuple[Compose, Compose]:
+    """The model's evaluation transform in two halves: picture to picture seen, and that to a normalised tensor."""
+    steps = create_transform(**resolve_model_data_config(model)).transforms
+    resizes = [type(step).__name__ in ("Resize", "CenterCrop") for step in steps]
+    last = max((index + 1 for index, resize in enumerate(resizes) if resize), default=0)
+    return Compose(steps[:last]), Compose(steps[last:])
 
 
 def predict(model: StagedClassifier, paths: list[Path]) -> list[Prediction]:
@@ -51,16 +68,16 @@ def predict(model: StagedClassifier, paths: list[Path]) -> list[Prediction]:
         UserError: If a file cannot be read; nothing is classified then.
     """
     images = [read_image(path) for path in paths]
-    transform = create_transform(**resolve_model_data_config(model))
-    resize = [step for step in transform.transforms if type(step).__name__ in ("Resize", "CenterCrop")]
-    names = model.pretrained_cfg.get("label_names") or [f"class {index}" for index in range(model.num_classes)]
+    resize, normalize = split_transform(model)
+    names = class_names(model)
+    device = next(model.parameters()).device
     predictions = []
     for path, image in zip(paths, images, strict=True):
-        seen = image
-        for step in resize:
-            seen = step(seen)
-        logits, maps = confidence_maps(model, transform(image).unsqueeze(0))
-        probabilities, classes = logits.float().softmax(1)[0].topk(min(5, model.num_classes))
-        top = [(names[index], float(p)) for index, p in zip(classes.tolist(), probabilities, strict=True)]
-        predictions.append(Prediction(path, image, seen, top, {site: m[0].cpu() for site, m in maps.items()}))
+        seen = resize(image)
+        logits, maps = confidence_maps(model, normalize(seen).unsqueeze(0).to(device))
+        probabilities = logits.float().softmax(1)[0].cpu()
+        best = torch.topk(probabilities, min(5, model.num_classes))
+        top = [(names[index], float(p)) for index, p in zip(best.indices.tolist(), best.values, strict=True)]
+        sites = {site: m[0].cpu() for site, m in maps.items()}
+        predictions.append(Prediction(path, image, seen, probabilities, top, sites))
     return predictions

@@ -4,7 +4,17 @@
 import logging
 import sys
 
-from conam_zoo.cli import zoo, predicting, training, publishing  # noqa: F401 (each registers its commands)
+from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
+    zoo,
+    predicting,
+    explaining,
+    training,
+    finetuning,
+    benchmarking,
+    evidence,
+    publishing,
+    queueing,
+)
 from conam_zoo.cli._shared import app
 from conam_zoo.errors import UserError
 
@@ -14,6 +24,7 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Run the command; bad input ends in one sentence and exit code 2."""
     from conam_zoo.training.engine import NonFiniteLossError
+    from conam_zoo.training.stopping import TrainingStopped
     from conam_zoo.weights import ManifestError, WeightsError
 
     logging.basicConfig(level=logging.WARNING, format="conam: %(message)s")
@@ -22,6 +33,9 @@ def main() -> None:
     except (UserError, WeightsError, ManifestError, NonFiniteLossError) as error:
         sys.stderr.write(f"conam: {error}\n")
         sys.exit(2)
+    except TrainingStopped as stop:
+        sys.stderr.write(f"conam: {stop}\n")
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("conam: interrupted\n")
         sys.exit(130)

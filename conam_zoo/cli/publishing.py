@@ -72,7 +72,7 @@ def publish(
 @app.command(rich_help_panel="For those who publish")
 def tables() -> None:
     """Rewrite the README's result table and the model cards from the manifest."""
-    from conam_zoo.training.tables import rewrite_tables
+    from conam_zoo.documents import rewrite_tables
 
     changed = rewrite_tables()
     console().print("\n".join(f"written: {path}" for path in changed) or "All tables are up to date.", highlight=False)

@@ -1,6 +1,7 @@
 """The command that trains many recipes: queue."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +85,7 @@ def queue(
         raise typer.Exit(1)
 
 
-def _ships_already(job: "Job", entries: "dict[str, WeightEntry]") -> bool:
+def _ships_already(job: "Job", entries: "Mapping[str, WeightEntry]") -> bool:
     """Whether the manifest has weights of this recipe, or of a longer one of the same net, which a suffix marks."""
     entry = entries.get(job.weights)
     return entry is not None and job.recipe_name in (job.weights, entry.recipe)

@@ -38,9 +38,25 @@ class StagedClassifier(nn.Module):
         self.attn_layer = sites.attn_layer
         self.attn_placement = sites.attn_placement
         self.patch_sizes = sites.patch_sizes
+        self.attn_args = sites.attn_args
+        self.attn_site = sites.attn_site
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.grad_checkpointing = False
+
+    @torch.jit.ignore
+    def attention_arguments(self) -> dict[str, Any]:
+        """The arguments of the builder that say which attention stands where, ready for JSON."""
+        arguments: dict[str, Any] = {
+            "attn_layer": self.attn_layer,
+            "attn_placement": self.attn_placement,
+            "patch_sizes": list(self.patch_sizes),
+        }
+        if self.attn_args:
+            arguments["attn_args"] = dict(self.attn_args)
+        if self.attn_site != "before_first_conv":
+            arguments["attn_site"] = self.attn_site
+        return arguments
 
     def init_head(
         self, global_pool: str, drop_rate: float, device: torch.device | str | None, dtype: torch.dtype | None

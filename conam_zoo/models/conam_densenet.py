@@ -7,7 +7,7 @@ project's own decision: on the input of each dense block, or, for ``attn_placeme
 convolution of every dense layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,9 +93,12 @@ class ConAMDenseNet(StagedClassifier):
         global_pool: timm's pooling name; ``""`` for none.
         drop_rate: Dropout before the classifier.
         block_drop_rate: Dropout behind each dense layer (the paper's dropout).
-        attn_layer: ``"conam"``, ``"none"``, or timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``.
+        attn_layer: ``"conam"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``,
+            ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
         attn_placement: ``"stage"`` (input of each dense block) or ``"block"`` (every dense layer).
         patch_sizes: ConAM's patch side in each dense block, in pixels; 0 for no attention there.
+        attn_args: Switches of ``conam_zoo.attention_variants.ConfidenceForm`` by name, for ``"conam_variant"``.
+        attn_site: Only ``"before_first_conv"``: a dense layer ends in a convolution.
         device: Where the parameters are made.
         dtype: Their floating-point type.
 
@@ -123,11 +126,15 @@ class ConAMDenseNet(StagedClassifier):
         attn_layer: str = "conam",
         attn_placement: str = "stage",
         patch_sizes: Sequence[int] = (8, 4, 2),
+        attn_args: Mapping[str, Any] | None = None,
+        attn_site: str = "before_first_conv",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         placement: dict[str, Any] = {"device": device, "dtype": dtype}
-        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, num_stages=3)
+        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, 3, attn_args, attn_site)
+        if attn_site != "before_first_conv":
+            raise ValueError(f"attn_site is {attn_site!r}, but it must be before_first_conv in a DenseNet.")
         super().__init__(sites, num_classes, in_chans)
         layers_per_block = (depth - 4) // (6 if bottleneck else 3)
         per_layer = attn_placement == "block"

@@ -6,7 +6,7 @@ four-stage nets are the ImageNet ResNets with a 3x3 stride-1 stem and without ma
 (arXiv 2110.14369v1). The attention stands on the input of the residual branch, the identity path keeps the raw map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +25,17 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, attn: nn.Module | None, **placement: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        attn: nn.Module | None,
+        attn_site: str,
+        **placement: Any,
+    ) -> None:
         super().__init__()
+        self.attn_last = attn_site == "after_last_norm"
         self.attn = attn if attn is not None else nn.Identity()
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False, **placement)
         self.bn1 = nn.BatchNorm2d(width, **placement)
@@ -37,8 +46,11 @@ class BasicBlock(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.act1(self.bn1(self.conv1(self.attn(x))))
+        residual = x if self.attn_last else self.attn(x)
+        residual = self.act1(self.bn1(self.conv1(residual)))
         residual = self.bn2(self.conv2(residual))
+        if self.attn_last:
+            residual = self.attn(residual)
         return self.act2(residual + self.downsample(x))
 
 
@@ -50,9 +62,18 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, attn: nn.Module | None, **placement: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        attn: nn.Module | None,
+        attn_site: str,
+        **placement: Any,
+    ) -> None:
         super().__init__()
         out_channels = width * self.expansion
+        self.attn_last = attn_site == "after_last_norm"
         self.attn = attn if attn is not None else nn.Identity()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False, **placement)
         self.bn1 = nn.BatchNorm2d(width, **placement)
@@ -66,9 +87,12 @@ class Bottleneck(nn.Module):
         self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.act1(self.bn1(self.conv1(self.attn(x))))
+        residual = x if self.attn_last else self.attn(x)
+        residual = self.act1(self.bn1(self.conv1(residual)))
         residual = self.act2(self.bn2(self.conv2(residual)))
         residual = self.bn3(self.conv3(residual))
+        if self.attn_last:
+            residual = self.attn(residual)
         return self.act3(residual + self.downsample(x))
 
 
@@ -93,9 +117,12 @@ class ConAMResNet(StagedClassifier):
         in_chans: Channels of the images.
         global_pool: timm's pooling name; ``""`` for none.
         drop_rate: Dropout before the classifier.
-        attn_layer: ``"conam"``, ``"none"``, or timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``.
+        attn_layer: ``"conam"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``,
+            ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
         attn_placement: ``"stage"`` (first block of each stage) or ``"block"`` (every block).
         patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
+        attn_args: Switches of ``conam_zoo.attention_variants.ConfidenceForm`` by name, for ``"conam_variant"``.
+        attn_site: ``"before_first_conv"`` or ``"after_last_norm"``: where on the residual branch it stands.
         device: Where the parameters are made.
         dtype: Their floating-point type.
 
@@ -121,11 +148,13 @@ class ConAMResNet(StagedClassifier):
         attn_layer: str = "conam",
         attn_placement: str = "stage",
         patch_sizes: Sequence[int] = (8, 8, 4),
+        attn_args: Mapping[str, Any] | None = None,
+        attn_site: str = "before_first_conv",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         placement: dict[str, Any] = {"device": device, "dtype": dtype}
-        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, len(layers))
+        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, len(layers), attn_args, attn_site)
         super().__init__(sites, num_classes, in_chans)
         block_cls: type[BasicBlock | Bottleneck] = Bottleneck if block == "bottleneck" else BasicBlock
 
@@ -141,9 +170,13 @@ class ConAMResNet(StagedClassifier):
             blocks = []
             for index in range(depth):
                 first = index == 0
-                attn = sites.build(channels, stage, first=first, shrink=1 if first else stride, **placement)
-                blocks.append(block_cls(channels, width, stride if first else 1, attn, **placement))
-                channels = width * block_cls.expansion
+                out_channels = width * block_cls.expansion
+                last = attn_site == "after_last_norm"
+                at_site = out_channels if last else channels
+                shrink = stride if last or not first else 1  # the first block of a stage halves the map
+                attn = sites.build(at_site, stage, first=first, shrink=shrink, **placement)
+                blocks.append(block_cls(channels, width, stride if first else 1, attn, attn_site, **placement))
+                channels = out_channels
             reduction *= stride
             name = f"layer{stage + 1}"
             self.add_module(name, nn.Sequential(*blocks))

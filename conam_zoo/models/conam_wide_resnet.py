@@ -6,7 +6,7 @@ decision: directly before the first convolution of the residual branch, on the a
 without it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,9 +33,11 @@ class PreActBlock(nn.Module):
         stride: int,
         drop_rate: float,
         attn: nn.Module | None,
+        attn_site: str,
         **placement: Any,
     ) -> None:
         super().__init__()
+        self.attn_last = attn_site == "after_last_norm"
         self.bn1 = nn.BatchNorm2d(in_channels, **placement)
         self.act1 = nn.ReLU(inplace=True)
         self.attn = attn if attn is not None else nn.Identity()
@@ -52,7 +54,10 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = self.act1(self.bn1(x))
         shortcut = self.downsample(activated) if self.projects else x
-        residual = self.act2(self.bn2(self.conv1(self.attn(activated))))
+        residual = activated if self.attn_last else self.attn(activated)
+        residual = self.act2(self.bn2(self.conv1(residual)))
+        if self.attn_last:  # the last norm of a pre-activation block stands before its second convolution
+            residual = self.attn(residual)
         return self.conv2(self.drop(residual)) + shortcut
 
 
@@ -67,9 +72,12 @@ class ConAMWideResNet(StagedClassifier):
         global_pool: timm's pooling name; ``""`` for none.
         drop_rate: Dropout before the classifier.
         block_drop_rate: Dropout between the two convolutions of a block (the paper's dropout).
-        attn_layer: ``"conam"``, ``"none"``, or timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``.
+        attn_layer: ``"conam"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``,
+            ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
         attn_placement: ``"stage"`` (first block of each stage) or ``"block"`` (every block).
         patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
+        attn_args: Switches of ``conam_zoo.attention_variants.ConfidenceForm`` by name, for ``"conam_variant"``.
+        attn_site: ``"before_first_conv"`` or ``"after_last_norm"``: where on the residual branch it stands.
         device: Where the parameters are made.
         dtype: Their floating-point type.
 
@@ -94,11 +102,13 @@ class ConAMWideResNet(StagedClassifier):
         attn_layer: str = "conam",
         attn_placement: str = "stage",
         patch_sizes: Sequence[int] = (8, 8, 4),
+        attn_args: Mapping[str, Any] | None = None,
+        attn_site: str = "before_first_conv",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         placement: dict[str, Any] = {"device": device, "dtype": dtype}
-        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, num_stages=3)
+        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, 3, attn_args, attn_site)
         super().__init__(sites, num_classes, in_chans)
 
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **placement)
@@ -112,8 +122,11 @@ class ConAMWideResNet(StagedClassifier):
             blocks = []
             for index in range((depth - 4) // 6):
                 first = index == 0
-                attn = sites.build(channels, stage, first=first, shrink=1 if first else stride, **placement)
-                blocks.append(PreActBlock(channels, width, stride if first else 1, block_drop_rate, attn, **placement))
+                last = attn_site == "after_last_norm"
+                shrink = stride if last or not first else 1  # the first block of a stage halves the map
+                attn = sites.build(width if last else channels, stage, first=first, shrink=shrink, **placement)
+                block_stride = stride if first else 1
+                blocks.append(PreActBlock(channels, width, block_stride, block_drop_rate, attn, attn_site, **placement))
                 channels = width
             reduction *= stride
             name = f"layer{stage + 1}"

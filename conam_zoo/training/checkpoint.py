@@ -1,9 +1,12 @@
 """Training state in one safetensors file: the tensors as they are, all the rest as JSON in its header.
 
-No pickle is involved, and the file is replaced atomically, so that a killed run keeps its last whole checkpoint.
+No pickle is involved. A state is written to a file of its own, then the checkpoint before it is renamed to
+``checkpoint.previous.safetensors``, then the new one takes its place: whenever the process dies, one of them is whole.
 """
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from torch import Tensor, nn
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINT", "PREVIOUS", "has_checkpoint", "load_checkpoint", "load_latest", "save_checkpoint"]
+
+CHECKPOINT = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -48,7 +54,18 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     facts: dict[str, Any],
 ) -> None:
-    """Write the state of a training; ``facts`` are plain values (epoch, recipe, log)."""
+    """Write the state of a training; the state before it is kept beside it as ``PREVIOUS``.
+
+    Args:
+        path: The file; ``PREVIOUS`` stands in the same folder.
+        model: The net.
+        ema: The moving average of its weights, if there is one.
+        optimizer: With its momenta and learning rates.
+        facts: Plain values that JSON can hold: recipe, epoch, step, log.
+
+    Raises:
+        UserError: If it cannot be written, as on a full disk; the checkpoints that there were are still there.
+    """
     tensors: dict[str, Tensor] = {}
     state = {
         "model": model.state_dict(),
@@ -57,9 +74,55 @@ def save_checkpoint(
         "facts": facts,
     }
     skeleton = json.dumps(_flatten(state, "state", tensors))
-    # clone: tensors that share memory are refused by safetensors
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"state": skeleton}))
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata={"state": skeleton})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(str(error)) from error
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file under a good name
+        if path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+
+    try:
+        write_atomically(path, write)
+    except UserError as error:
+        sentence = str(error).rpartition(": ")[0]
+        raise UserError(
+            f"{sentence}: the checkpoints before are kept, so make room and continue with --resume."
+        ) from error
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a training has left its state in a run folder."""
+    return (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists()
+
+
+def load_latest(folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
+    """Read the newest whole state of a run folder, and remove what a killed process left half-written there.
+
+    Args:
+        folder: The run folder.
+        tell: Gets one sentence if the newest checkpoint is damaged or missing and the one before is taken.
+
+    Raises:
+        UserError: If there is no whole checkpoint.
+    """
+    for abandoned in folder.glob(f".{CHECKPOINT}.*"):
+        abandoned.unlink(missing_ok=True)
+    newest, previous = folder / CHECKPOINT, folder / PREVIOUS
+    if not previous.exists():
+        return load_checkpoint(newest)
+    try:
+        return load_checkpoint(newest)
+    except UserError:
+        state = load_checkpoint(previous)
+    tell(f"{newest} is {'damaged' if newest.exists() else 'missing'}: the checkpoint before it is taken.")
+    newest.unlink(missing_ok=True)  # or the next state would push the whole one out
+    return state
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -75,5 +138,5 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             skeleton = json.loads((file.metadata() or {})["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return _unflatten(skeleton, tensors)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of a training ({error}): remove it and start anew.") from error

@@ -1,18 +1,32 @@
 """The two loops: one epoch of training, one pass of evaluation."""
 
+import itertools
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from conam_zoo.data import BatchAugmentation, ImageSplit, normalize
+from conam_zoo.data import Batches, normalize
+from conam_zoo.training.learner import Learner
+from conam_zoo.training.ranks import ranks, total, widest
 
-__all__ = ["EpochResult", "NonFiniteLossError", "Scores", "batches_of", "predict_logits", "score", "train_one_epoch"]
+__all__ = [
+    "EpochSums",
+    "Interrupter",
+    "NonFiniteLossError",
+    "Scores",
+    "Wish",
+    "predict_logits",
+    "score",
+    "train_one_epoch",
+]
 
 ECE_BINS = 15
 
@@ -22,11 +36,20 @@ class NonFiniteLossError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class EpochResult:
-    """Means over the augmented training images of one epoch, measured while the weights changed."""
+class EpochSums:
+    """Sums over the augmented training images of an epoch so far, measured while the weights changed.
 
-    loss: float
-    top1_percent: float
+    Attributes:
+        loss: Sum of the loss over the images.
+        hits: Images whose most probable class was the right one, or the larger share of a mixed one.
+        seen: Images.
+        seconds: Time that went into them.
+    """
+
+    loss: float = 0.0
+    hits: int = 0
+    seen: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,78 +62,175 @@ class Scores:
     ece: float
 
 
-def batches_of(order: Tensor, batch_size: int) -> list[Tensor]:
-    """The indices (N,) in batches; a single image left over is no batch, because batch norm cannot train on it."""
-    return [batch for batch in order.split(batch_size) if len(batch) > 1]
+@dataclass(frozen=True)
+class Wish:
+    """What the loop should do at the end of a step: nothing, save the state, or save it and stop for a signal."""
+
+    save: bool = False
+    stop: int = 0  # the signal's number
+
+
+class Interrupter(Protocol):
+    """Saves and stops a training between two steps. With several ranks, what one of them wishes all do."""
+
+    def wish(self) -> Wish:
+        """Asked before every step's end, on every rank."""
+
+    def save(self, step: int, sums: EpochSums) -> None:
+        """Save the state after ``step`` steps of the epoch; called on every rank, with the sums over all."""
+
+    def stop(self, signal_number: int) -> None:
+        """Called after a saving; may raise to end the training if the number is not 0."""
 
 
 def train_one_epoch(
-    model: nn.Module,
-    split: ImageSplit,
-    augmentation: BatchAugmentation,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Scheduler,
-    ema: ModelEmaV3 | None,
+    learner: Learner,
+    batches: Batches,
     *,
     epoch: int,
-    batch_size: int,
-    label_smoothing: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    bf16: bool,
     seed: int,
-    on_step: Callable[[int], None],
-) -> EpochResult:
-    """One pass over the split in random order; the last, smaller batch counts too unless it is a single image.
+    first_step: int = 0,
+    sums: EpochSums | None = None,
+    on_step: Callable[[int], None] | None = None,
+    interruption: Interrupter | None = None,
+) -> EpochSums:
+    """One pass over the batches, or the rest of one; a step is one update, of ``grad_accumulation`` batches.
 
-    Order, augmentation and dropout are functions of ``seed`` and ``epoch`` alone, so that a resumed run draws what an
-    uninterrupted one would have drawn.
+    What a step draws, dropout included, is a function of ``seed``, ``epoch``, the step and the rank alone, so that a
+    resumed run draws what an uninterrupted one would have drawn.
+
+    Args:
+        learner: The net and what changes it.
+        batches: Images and targets on the net's device.
+        epoch: Which epoch, from 0.
+        seed: Seed of the training.
+        first_step: Where to start.
+        sums: Those of the steps before.
+        on_step: Told the number of steps done, now and then.
+        interruption: Says whether to save or stop, and does it.
+
+    Returns:
+        The sums of the epoch over all ranks.
 
     Raises:
-        NonFiniteLossError: If a loss is not finite; the weights of that step are not updated.
+        NonFiniteLossError: On all ranks, if a loss is not finite on any; nothing is saved after the step it was in.
     """
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    torch.manual_seed(seed * 100_003 + epoch)
-    device = split.labels.device
-    order = torch.randperm(len(split), generator=generator)
-    batches = batches_of(order, batch_size)
-    hits = torch.zeros((), dtype=torch.int64, device=device)
-    loss_sum, seen = 0.0, 0
-    model.train()
-    for step, indices in enumerate(batches):
-        images = normalize(augmentation(indices, generator), mean, std)
-        labels = split.labels[indices.to(device)]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        loss_value = loss.item()
-        if not math.isfinite(loss_value):
-            lr = optimizer.param_groups[0]["lr"]
-            raise NonFiniteLossError(
-                f"The loss is {loss_value} in epoch {epoch + 1}, step {step + 1} of {len(batches)}, at learning rate "
-                f"{lr:.4g}: lower lr or lengthen warmup_epochs; the checkpoint of the epoch before is kept."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        updates = epoch * len(batches) + step + 1
-        scheduler.step_update(updates)
-        if ema is not None:
-            ema.update(model, step=updates)
-        loss_sum += loss_value * len(indices)
-        hits += (logits.detach().argmax(1) == labels).sum()
-        seen += len(indices)
-        on_step(step + 1)
-    return EpochResult(loss_sum / seen, 100 * hits.item() / seen)
+    world_size = ranks().world_size
+    every = steps_between_checks(learner.device)
+    steps = math.ceil(batches.steps / learner.grad_accumulation)
+    before = sums or EpochSums()
+    own = EpochSums() if ranks().rank else before  # rank 0 carries what all had summed up
+    tally = Tally(epoch, steps, learner)
+    started = time.perf_counter()
+    learner.train()
+    stream = batches.epoch(epoch, first_step * learner.grad_accumulation)
+    for step in range(first_step, steps):
+        torch.manual_seed(step_seed(seed, epoch, step, ranks().rank))
+        group = list(itertools.islice(stream, learner.grad_accumulation))
+        # Only the last batches of an epoch can be smaller on one rank than on another.
+        images = sum(len(targets) for _, targets in group)
+        images_everywhere = images * world_size if step < steps - 1 else total([images])[0]
+        tally.add(step, *learner.accumulate(group, images_everywhere / world_size), images)
+        wish = interruption.wish() if interruption else Wish()
+        look = (step + 1) % every == 0 or step == steps - 1 or (world_size == 1 and (wish.save or wish.stop > 0))
+        if look:
+            bad, save_now, stop = widest([tally.first_bad(), wish.save, wish.stop])
+            if bad:
+                raise tally.error(steps - int(bad))
+        learner.step(epoch * steps + step + 1)
+        if look:
+            if (save_now or stop) and interruption:
+                interruption.save(step + 1, tally.sums(own, before.seconds + time.perf_counter() - started))
+                interruption.stop(int(stop))
+            if on_step:
+                on_step(step + 1)
+    return tally.sums(own, before.seconds + time.perf_counter() - started)
+
+
+def steps_between_checks(device: torch.device) -> int:
+    """How often the losses are looked at: always on a CPU, seldom where looking means to wait for the device."""
+    return 1 if device.type == "cpu" else 20
+
+
+def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """A seed for the random numbers of one step; neighbouring arguments give unrelated ones."""
+    return int(np.random.SeedSequence([seed % 2**64, epoch, step, rank]).generate_state(1, np.uint64)[0])
+
+
+class Tally:
+    """Losses and hits of the steps, fetched from the device only when somebody looks."""
+
+    def __init__(self, epoch: int, steps: int, learner: Learner) -> None:
+        self.epoch, self.steps, self.learner = epoch, steps, learner
+        self.loss, self.hits, self.seen = 0.0, 0, 0
+        self.waiting: list[tuple[int, Tensor, Tensor, int, float]] = []
+        self.bad: dict[int, tuple[float, float]] = {}
+
+    def add(self, step: int, loss: Tensor, hits: Tensor, images: int) -> None:
+        self.waiting.append((step, loss, hits, images, self.learner.lr))
+
+    def first_bad(self) -> int:
+        """How many steps before the epoch's end the first loss was that is not finite; 0 if there is none."""
+        losses = torch.stack([loss for _, loss, *_ in self.waiting]).tolist()
+        hits = torch.stack([hits for _, _, hits, *_ in self.waiting]).tolist()
+        for (step, _, _, images, lr), loss, hit in zip(self.waiting, losses, hits, strict=True):
+            if not math.isfinite(loss):
+                self.bad[step] = (loss, lr)
+            self.loss += loss
+            self.hits += int(hit)
+            self.seen += images
+        self.waiting.clear()
+        return self.steps - min(self.bad) if self.bad else 0
+
+    def error(self, step: int) -> NonFiniteLossError:
+        loss, lr = self.bad.get(step, ("not finite on another process", self.learner.lr))
+        return NonFiniteLossError(
+            f"The loss is {loss} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}, at learning rate "
+            f"{lr:.4g}: lower lr or lengthen warmup_epochs; the last good checkpoint is kept."
+        )
+
+    def sums(self, before: EpochSums, seconds: float) -> EpochSums:
+        """The sums over all ranks, those of the steps before included."""
+        loss, hits, seen = total([before.loss + self.loss, before.hits + self.hits, before.seen + self.seen])
+        return EpochSums(loss, int(hits), int(seen), seconds)
 
 
 @torch.inference_mode()
 def predict_logits(
-    model: nn.Module, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], batch_size: int = 500
+    model: nn.Module,
+    images: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int = 500,
+    *,
+    sharded: bool = False,
 ) -> Tensor:
-    """float32 logits (N, classes) of uint8 images (N, H, W, 3), in evaluation mode, without augmentation."""
+    """float32 logits (N, classes) of uint8 images (N, H, W, 3), in evaluation mode, without augmentation.
+
+    Args:
+        model: A net with the same weights on every rank.
+        images: All images, on every rank.
+        mean: Mean of each channel that the net expects, in [0, 1].
+        std: Standard deviation of each channel.
+        batch_size: Images that go through the net at once.
+        sharded: Let the ranks of the training take turns at the batches, and give all logits to every rank. The batches
+            are those of a single process, so the logits are the same to the last bit.
+    """
     model.eval()
-    return torch.cat([model(normalize(batch, mean, std)).float() for batch in images.split(batch_size)])
+    here = ranks() if sharded else None
+    if here is None or here.world_size == 1:
+        return torch.cat([model(normalize(batch, mean, std)).float() for batch in images.split(batch_size)])
+    parts: list[Tensor] = []
+    for number, batch in enumerate(images.split(batch_size)):
+        own = number % here.world_size == here.rank
+        # Every rank runs the first batch, for the number of classes; the others' batches are zero here.
+        logits = model(normalize(batch, mean, std)).float() if own or not parts else None
+        parts.append(logits if logits is not None else parts[0].new_zeros(len(batch), parts[0].shape[1]))
+        if not own:
+            parts[-1] = torch.zeros_like(parts[-1])
+    together = torch.cat(parts)
+    dist.all_reduce(together)
+    return together
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

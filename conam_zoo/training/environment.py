@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 
+from conam_zoo.training.ranks import ranks
+
 __all__ = ["describe_environment"]
 
 LIBRARIES = ("torch", "torchvision", "timm", "safetensors", "numpy")
 
 
 def describe_environment() -> dict[str, Any]:
-    """``hardware`` (a sentence part), ``library_versions`` and ``code_commit`` (None outside a checkout)."""
+    """``hardware`` (a sentence part), ``library_versions`` and ``code_commit`` (None outside a checkout).
+
+    The hardware is that of all processes of the training, taken to be like this one's.
+    """
     return {
         "hardware": _hardware(),
         "library_versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -23,8 +28,9 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _hardware() -> str:
+    processes = ranks().world_size
     if torch.cuda.is_available():
-        return f"1 x {torch.cuda.get_device_name(0)}"
+        return f"{processes} x {torch.cuda.get_device_name(0)}"
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -32,7 +38,8 @@ def _hardware() -> str:
             line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
-    return f"{torch.get_num_threads()} CPU threads ({cpu})"
+    several = f"{processes} processes with " if processes > 1 else ""
+    return f"{several}{torch.get_num_threads()} CPU threads ({cpu})"
 
 
 def _commit() -> str | None:

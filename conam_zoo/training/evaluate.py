@@ -22,8 +22,17 @@ def evaluate(model: StagedClassifier, data: str | Path, dataset: str | None = No
     return evaluate_on(model, split), split
 
 
-def evaluate_on(model: StagedClassifier, split: ImageSplit) -> Scores:
-    """Scores of a model on a split that is already read."""
+def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = False) -> Scores:
+    """Scores of a model on a split that is already read.
+
+    Args:
+        model: The net.
+        split: The images, on any device.
+        sharded: Share the work among the ranks of a training; all of them have to call this, with the same weights.
+
+    Raises:
+        UserError: If classes or size of the images are not those that the model was trained for.
+    """
     cfg = model.pretrained_cfg
     names = cfg.get("label_names")
     if len(split.classes) != model.num_classes:
@@ -42,5 +51,5 @@ def evaluate_on(model: StagedClassifier, split: ImageSplit) -> Scores:
     model = model.to(memory_format=torch.channels_last)
     split = split.to(next(model.parameters()).device)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 means float32 on a GPU too
-        logits = predict_logits(model, split.images, cfg["mean"], cfg["std"])
+        logits = predict_logits(model, split.images, cfg["mean"], cfg["std"], sharded=sharded)
     return score(logits, split.labels)

@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -36,11 +35,7 @@ def export_model(model: StagedClassifier, folder: Path, *, tag: str | None, dtyp
     write_atomically(weights_path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     sha256 = hashlib.sha256(weights_path.read_bytes()).hexdigest()
 
-    model_args: dict[str, Any] = {
-        "attn_layer": model.attn_layer,
-        "attn_placement": model.attn_placement,
-        "patch_sizes": list(model.patch_sizes),
-    }
+    model_args = model.attention_arguments()
     config_path = folder / "config.json"
     own = {"sha256": sha256, "pretrained_cfg": {"tag": tag}}
     write_atomically(

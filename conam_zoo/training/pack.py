@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from conam_zoo.training.card import model_card
 from conam_zoo.training.engine import Scores
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.export import export_model
-from conam_zoo.training.recipe import load_recipe
+from conam_zoo.training.recipe import list_recipes, load_recipe, recipe_from_dict
 from conam_zoo.weights import Metrics, WeightEntry, dump_manifest, find_checkout, load_manifest
 
 __all__ = ["pack"]
@@ -51,16 +52,11 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
     if not record_path.is_file():
         raise UserError(f"{run} is not a finished run: it has no run.json.")
     record = json.loads(record_path.read_text())
-    recipe = record["recipe"]
+    recipe = recipe_from_dict(record["recipe"], str(record_path)).to_dict()
     if recipe["holdout"]:
         raise UserError(f"{run} held out {recipe['holdout']} training images: pack a run that trained on all of them.")
     name = f"{recipe['model']}.{recipe['dataset']}"
-    packaged = load_recipe(name).to_dict()
-    if changed := sorted(key for key, value in packaged.items() if key != "seed" and recipe.get(key) != value):
-        raise UserError(
-            f"{run} was trained with other settings than the recipe {name} ({', '.join(changed)} differ): "
-            "change the recipe first, so that its command gives these weights."
-        )
+    recipe_name = _packaged_name(recipe, name, run)
     split = read_split(data, "test", recipe["dataset"])
 
     with tempfile.TemporaryDirectory(dir=checkout, prefix=".packing-") as scratch:
@@ -88,7 +84,7 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
             mean=facts.mean,
             std=facts.std,
             metrics=Metrics(**{key: round(value, 4) for key, value in asdict(scores).items()}),
-            recipe=name,
+            recipe=recipe_name,
             seed=recipe["seed"],
             epochs=recipe["epochs"],
             hardware=record["hardware"],
@@ -108,6 +104,22 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
         folder.replace(destination)
     dump_manifest(replace(manifest, entries={**manifest.entries, name: entry}), manifest_path)
     return entry
+
+
+def _packaged_name(recipe: dict[str, Any], name: str, run: Path) -> str:
+    """Name of the packaged recipe that the settings of a run are those of: ``name``, or ``name`` with a suffix."""
+    changed: list[str] = []
+    for candidate in list_recipes():
+        if candidate == name or candidate.startswith(f"{name}."):
+            packaged = load_recipe(candidate).to_dict()
+            differ = sorted(key for key, value in packaged.items() if key != "seed" and recipe[key] != value)
+            if not differ:
+                return candidate
+            changed = differ if candidate == name else changed
+    raise UserError(
+        f"{run} was trained with other settings than the recipe {name} ({', '.join(changed)} differ): "
+        "change the recipe first, so that its command gives these weights."
+    )
 
 
 def _store(

@@ -1,14 +1,15 @@
 """Recipes: every number of a training in one TOML document."""
 
+import json
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from conam_zoo.errors import UserError
 
-__all__ = ["Recipe", "list_recipes", "load_recipe"]
+__all__ = ["Recipe", "list_recipes", "load_recipe", "parse_settings", "recipe_from_dict"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Recipe:
         dataset: Data set, which is also the tag of the weights.
         model_args: Arguments of the builder beside ``num_classes``.
         epochs: Passes over the training images.
-        batch_size: Images in a step.
+        batch_size: Images in a step, over all processes and accumulated batches together.
         opt: Name of a timm optimiser; ``sgd`` is SGD with Nesterov momentum.
-        lr: Peak learning rate.
+        lr: Peak learning rate, that of ``batch_size`` images in a step on however many devices.
         momentum: Momentum of the optimiser.
         weight_decay: Applied to convolution and linear weights, not to norms and biases.
         warmup_epochs: Epochs over which the learning rate rises linearly from a hundredth of its peak.
@@ -34,7 +35,15 @@ class Recipe:
         final_weights: ``"ema"`` or ``"raw"``: which weights are evaluated and shipped. Fixed before the training.
         holdout: Training images kept out for choosing; 0 for a final run on all of them.
         precision: ``"bf16"`` (autocast) or ``"fp32"``.
-        seed: Of initialisation, order and augmentation.
+        seed: Of initialisation, order, augmentation and dropout.
+        cutout: Side in pixels of the square that is blanked in each image; 0 for none (DeVries and Taylor, 2017).
+        mixup: Alpha of mixup; 0 for none (Zhang et al., 2018).
+        cutmix: Alpha of CutMix; 0 for none (Yun et al., 2019).
+        grad_accumulation: Batches whose gradients are summed into one step of ``batch_size`` images.
+        clip_grad: Largest Euclidean norm of the whole gradient; 0 for any.
+        teacher: Model whose outputs are learnt as well, by name or ``local-dir:FOLDER``; empty for none.
+        distill_weight: Share of the teacher's part in the loss, in [0, 1].
+        distill_temperature: Divides the logits of teacher and student before they are compared (Hinton et al., 2015).
     """
 
     model: str
@@ -56,9 +65,22 @@ class Recipe:
     holdout: int
     precision: str
     seed: int
+    # Settings with a default came later: recipes and runs that do not name them mean these values.
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    grad_accumulation: int = 1
+    clip_grad: float = 0.0
+    teacher: str = ""
+    distill_weight: float = 0.5
+    distill_temperature: float = 4.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def to_toml(self) -> str:
+        """The recipe as a document that ``load_recipe`` reads back to an equal one."""
+        return "".join(f"{key} = {_toml(value)}\n" for key, value in self.to_dict().items())
 
 
 def list_recipes() -> list[str]:
@@ -90,12 +112,46 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"The recipe {name} is not valid TOML: {error}.") from error
-    for setting in settings or []:
+    return _checked(values | parse_settings(settings or []), name)
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """``key=value`` texts as a dictionary; whether a recipe knows the keys is not looked at.
+
+    Raises:
+        UserError: If a text has no ``=``.
+    """
+    values = {}
+    for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator:
             raise UserError(f"The setting {setting!r} has no '=': write --set key=value.")
         values[key.strip()] = _parse(value.strip())
-    return _checked(values, name)
+    return values
+
+
+def recipe_from_dict(values: dict[str, Any], name: str) -> Recipe:
+    """The recipe that ``Recipe.to_dict`` made, of this version or an earlier one.
+
+    Args:
+        values: Settings; those with a default may be absent.
+        name: What to call it in messages.
+
+    Raises:
+        UserError: If a setting is unknown, missing or out of its range.
+    """
+    return _checked(dict(values), name)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML; Python's standard library only reads that format."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)  # int and float: TOML knows inf, nan and exponents as Python writes them
 
 
 def _parse(value: str) -> Any:
@@ -111,7 +167,8 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
     known = ", ".join(types)
     if unknown := sorted(set(values) - set(types)):
         raise UserError(f"The recipe {name} has no setting {unknown[0]!r}: it knows {known}.")
-    if missing := sorted(set(types) - set(values)):
+    needed = {field.name for field in fields(Recipe) if field.default is MISSING}
+    if missing := sorted(needed - set(values)):
         raise UserError(f"The recipe {name} lacks the setting {missing[0]!r}.")
     for key, value in values.items():
         expected = types[key]
@@ -122,6 +179,8 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
         elif expected in (float, bool, str) and not isinstance(value, expected):
             kind = {float: "a number", bool: "true or false", str: "a text"}[expected]
             raise UserError(f"The setting {key} is {value!r}, but it must be {kind}.")
+        elif key == "model_args" and not isinstance(value, dict):
+            raise UserError(f"The setting model_args is {value!r}, but it must be a table such as {{drop_rate = 0.1}}.")
     recipe = Recipe(**values)
     ranges = {
         "epochs": recipe.epochs >= 1,
@@ -135,6 +194,13 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
         "holdout": recipe.holdout >= 0,
         "final_weights": recipe.final_weights in ("ema", "raw"),
         "precision": recipe.precision in ("bf16", "fp32"),
+        "cutout": recipe.cutout >= 0,
+        "mixup": recipe.mixup >= 0,
+        "cutmix": recipe.cutmix >= 0,
+        "grad_accumulation": recipe.grad_accumulation >= 1,
+        "clip_grad": recipe.clip_grad >= 0,
+        "distill_weight": 0 <= recipe.distill_weight <= 1,
+        "distill_temperature": recipe.distill_temperature > 0,
     }
     for key, good in ranges.items():
         if not good:

@@ -1,63 +1,60 @@
 """A whole training: from a recipe and a data folder to a run folder."""
 
-import csv
 import difflib
-import io
-import json
-import time
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
+from timm.optim import list_optimizers
+from torch import nn
 
-from conam_zoo.data import BatchAugmentation, ImageSplit, read_split
+from conam_zoo.data import AugmentationSettings, Batches, ImageSplit, choose_batches, read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
-from conam_zoo.files import make_folder, write_text
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.lookup import check_model_name
-from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
 from conam_zoo.training.curves import draw_curves
-from conam_zoo.training.engine import batches_of, train_one_epoch
 from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.export import export_model
+from conam_zoo.training.fit import FitResult, check_free, fit
+from conam_zoo.training.learner import images_per_batch
+from conam_zoo.training.ranks import Ranks, on_first_rank, process_group
 from conam_zoo.training.recipe import Recipe
+from conam_zoo.training.run_folder import write_recipe, write_run
+from conam_zoo.training.teacher import open_teacher
 
-__all__ = ["train"]
-
-CHECKPOINT = "checkpoint.safetensors"
-LOG_FIELDS = ("epoch", "lr", "loss", "train_top1_percent", "holdout_top1_percent", "seconds")
+__all__ = ["Assembly", "assemble", "export_run", "train"]
 
 
-def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = False, command: str = "") -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    data: str | Path,
+    output: Path,
+    *,
+    resume: bool = False,
+    compile: bool = False,
+    checkpoint_minutes: float = 10.0,
+    command: str = "",
+) -> dict[str, Any]:
     """Train, then evaluate once on the test split, and fill the run folder.
 
-    The folder holds ``run.json`` (recipe, command, versions, hardware, results), ``log.csv``, ``curves.png``,
-    ``checkpoint.safetensors`` (the last whole epoch) and ``final/`` in timm's Hub layout. With ``holdout`` in the
-    recipe the kept-out training images are evaluated instead, and the test split is never opened.
+    The folder gets what ``fit`` writes, ``recipe.toml`` with every setting spelt out, ``curves.png``, ``final/`` with
+    the weights in timm's Hub layout, beside it ``raw/`` or ``ema/`` with the other weights if there is a moving
+    average, and last of all ``run.json``: recipe, command, versions, hardware, results. With ``holdout`` in the recipe
+    the kept-out training images are evaluated instead, and the test split is never opened. Under ``torchrun`` all
+    processes call this, and all get the result.
 
     Args:
         recipe: What to train and how.
         data: Where the data set is; see ``conam_zoo.data.read_split``.
         output: The run folder.
         resume: Continue from the checkpoint in the run folder.
+        compile: Run the net through ``torch.compile``.
+        checkpoint_minutes: Time after which the state is saved within an epoch, too.
         command: The command line, for the record.
 
     Returns:
@@ -66,97 +63,123 @@ def train(recipe: Recipe, data: str | Path, output: Path, *, resume: bool = Fals
     Raises:
         UserError: If the data or the run folder is not what it should be.
         NonFiniteLossError: If the training diverges.
+        TrainingStopped: On SIGTERM or SIGINT, once the state is saved.
     """
-    console = Console()
-    checkpoint_path = output / CHECKPOINT
-    if checkpoint_path.exists() and not resume:
-        raise UserError(f"{output} holds a training already: add --resume to continue it, or choose another --output.")
-    state = load_checkpoint(checkpoint_path) if resume else None
-    if state is not None and state["facts"]["recipe"] != recipe.to_dict():
-        changed = sorted(k for k, v in recipe.to_dict().items() if state["facts"]["recipe"].get(k) != v)
-        raise UserError(f"{output} was begun with another recipe ({', '.join(changed)} differ): resume it unchanged.")
+    with process_group() as here:
+        on_first_rank(lambda: check_free(output, resume))
+        environment = describe_environment()  # now: the checkout may have moved on when the training is done
+        parts = assemble(recipe, data, here)
+        console = Console(quiet=not here.first)
+        params = sum(p.numel() for p in parts.model.parameters())
+        console.print(
+            f"{recipe.model} ({params:,} parameters) on {parts.batches.num_images:,} images of {parts.batches.source}, "
+            f"{recipe.epochs} epochs, {recipe.precision} on {here.world_size} x {here.device.type}"
+        )
+        console.print(parts.note)
+        result = fit(
+            parts.model,
+            recipe,
+            parts.batches,
+            output,
+            holdout=parts.holdout,
+            teacher=parts.teacher,
+            resume=resume,
+            record={"classes": list(parts.batches.classes), "images": parts.num_images, **parts.facts},
+            compile=compile,
+            checkpoint_minutes=checkpoint_minutes,
+        )
+        split = parts.holdout or read_split(data, "test", recipe.dataset)
+        scores = evaluate_on(result.final, split, sharded=True)
+        on = "held-out training images" if parts.holdout else "test images"
+        console.print(f"top-1 {scores.top1_percent:.2f} %, top-5 {scores.top5_percent:.2f} % on {len(split):,} {on}")
+        run = {
+            "recipe": recipe.to_dict(),
+            "evaluated_on": on,
+            "scores": asdict(scores),
+            "train_minutes": result.train_minutes,
+            "compile_seconds": result.compile_seconds,
+            "world_size": here.world_size,
+            "command": command,
+            **parts.facts,
+            **environment,
+        }
+        return on_first_rank(lambda: export_run(result, recipe, output, run))
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Write what a finished training leaves: curves, recipe, weights, and ``run.json`` at the very end.
+
+    Args:
+        result: What ``fit`` gave.
+        recipe: How it was trained.
+        output: The run folder.
+        run: Facts for ``run.json``.
+
+    Returns:
+        The facts, with ``sha256`` of the weights in ``final/`` and, if there is a moving average, ``other_sha256`` of
+        those that were not chosen: ``raw/`` where the average is final, ``ema/`` where it is not.
+    """
+    draw_curves(result.log, output / "curves.png", title=f"{recipe.model} on {recipe.dataset}")
+    write_recipe(output, recipe)
+    run = {**run, "sha256": export_model(result.final, output / "final", tag=None)}
+    if result.ema is not None:
+        other, name = (result.raw, "raw") if result.final is result.ema else (result.ema, "ema")
+        run["other_sha256"] = export_model(other, output / name, tag=None)
+    write_run(output, run)
+    return run
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a training that a recipe names.
+
+    Attributes:
+        model: The net, initialised by the recipe's seed.
+        batches: Augmented training images, for the training device.
+        note: One line on where the images are kept, and why.
+        num_images: How many training images there are; an epoch may leave some of them out.
+        holdout: Training images kept out for choosing, or None.
+        teacher: The net to learn from, or None.
+        facts: Facts for the record: ``teacher``, with name and hash.
+    """
+
+    model: StagedClassifier
+    batches: Batches
+    note: str
+    num_images: int
+    holdout: ImageSplit | None
+    teacher: nn.Module | None
+    facts: dict[str, Any]
+
+
+def assemble(recipe: Recipe, data: str | Path, here: Ranks) -> Assembly:
+    """Read the training images, and make net and teacher; the test split is not opened.
+
+    Raises:
+        UserError: If the recipe names what does not exist, or the data is not what it should be.
+    """
     _check_names(recipe)
-    train_split, holdout_split = _training_images(recipe, data)
-    make_folder(output)
-    environment = describe_environment()  # now: the checkout may have moved on when the training is done
+    batch_size = images_per_batch(recipe, here)
+    split, holdout = _training_images(recipe, data)
     torch.manual_seed(recipe.seed)
-    model = _model(recipe).to(device).to(memory_format=torch.channels_last)
-    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
-    optimizer = create_optimizer_v2(
-        model, opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    model = _model(recipe)
+    teacher: nn.Module | None = None
+    facts: dict[str, Any] = {}
+    if recipe.teacher:
+        teacher, facts["teacher"] = open_teacher(recipe.teacher, model, split.classes)
+    batches, note = choose_batches(
+        split,
+        split.images.shape[1],
+        AugmentationSettings(recipe.crop_padding, recipe.flip, recipe.cutout, recipe.mixup, recipe.cutmix),
+        batch_size=batch_size,
+        seed=recipe.seed,
+        mean=model.pretrained_cfg["mean"],
+        std=model.pretrained_cfg["std"],
+        device=here.device,
+        rank=here.rank,
+        world_size=here.world_size,
     )
-    steps = len(batches_of(torch.arange(len(train_split)), recipe.batch_size))
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=recipe.epochs * steps,
-        lr_min=recipe.min_lr,
-        warmup_t=int(recipe.warmup_epochs * steps),
-        warmup_lr_init=recipe.lr / 100,
-        t_in_epochs=False,
-    )
-    ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-
-    log: list[dict[str, Any]] = []
-    if state is not None:
-        model.load_state_dict(state["model"])
-        if ema is not None:
-            ema.module.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        log = state["facts"]["log"]
-        scheduler.step_update(len(log) * steps)
-
-    train_split = train_split.to(device)
-    augmentation = BatchAugmentation(train_split.images, recipe.crop_padding, recipe.flip)
-    final: StagedClassifier = ema.module if ema is not None and recipe.final_weights == "ema" else model
-    params = sum(p.numel() for p in model.parameters())
-    console.print(
-        f"{recipe.model} ({params:,} parameters) on {len(train_split):,} images of {train_split.source}, "
-        f"{recipe.epochs} epochs, {recipe.precision} on {device.type}" + (f", from epoch {len(log) + 1}" if log else "")
-    )
-    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        for epoch in range(len(log), recipe.epochs):
-            task = progress.add_task("", total=steps, epoch=f"{epoch + 1}/{recipe.epochs}")
-            started = time.perf_counter()
-            result = train_one_epoch(
-                model,
-                train_split,
-                augmentation,
-                optimizer,
-                scheduler,
-                ema,
-                epoch=epoch,
-                batch_size=recipe.batch_size,
-                label_smoothing=recipe.label_smoothing,
-                mean=mean,
-                std=std,
-                bf16=recipe.precision == "bf16",
-                seed=recipe.seed,
-                on_step=partial(_show_step, progress, task),
-            )
-            row: dict[str, Any] = {
-                "epoch": epoch + 1,
-                "lr": optimizer.param_groups[0]["lr"],
-                "loss": result.loss,
-                "train_top1_percent": result.top1_percent,
-                "holdout_top1_percent": evaluate_on(final, holdout_split).top1_percent if holdout_split else None,
-                "seconds": time.perf_counter() - started,
-            }
-            log.append(row)
-            _write_log(output, log)
-            facts = {"recipe": recipe.to_dict(), "log": log}
-            save_checkpoint(
-                checkpoint_path, model=model, ema=ema.module if ema else None, optimizer=optimizer, facts=facts
-            )
-            progress.remove_task(task)
-            console.print(
-                f"epoch {epoch + 1:3d}  loss {row['loss']:.4f}  train {row['train_top1_percent']:.2f} %"
-                + (f"  held out {row['holdout_top1_percent']:.2f} %" if holdout_split else "")
-                + f"  {row['seconds']:.0f} s"
-            )
-    return _finish(recipe, final, data, output, log, holdout_split, {"command": command, **environment}, console)
+    return Assembly(model, batches, note, len(split), holdout, teacher, facts)
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -181,10 +204,6 @@ def _model(recipe: Recipe) -> StagedClassifier:
     return model
 
 
-def _show_step(progress: Progress, task: TaskID, step: int) -> None:
-    progress.update(task, completed=step)
-
-
 def _training_images(recipe: Recipe, data: str | Path) -> tuple[ImageSplit, ImageSplit | None]:
     """The images to train on, and those held out from them by the recipe."""
     split = read_split(data, "train", recipe.dataset)
@@ -199,40 +218,3 @@ def _training_images(recipe: Recipe, data: str | Path) -> tuple[ImageSplit, Imag
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     held, kept = order[: recipe.holdout], order[recipe.holdout :]
     return split.select(kept), replace(split.select(held), source=f"{split.source}, held out")
-
-
-def _write_log(output: Path, log: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, LOG_FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(log)
-    write_text(output / "log.csv", text.getvalue())
-
-
-def _finish(
-    recipe: Recipe,
-    final: StagedClassifier,
-    data: str | Path,
-    output: Path,
-    log: list[dict[str, Any]],
-    holdout_split: ImageSplit | None,
-    provenance: dict[str, Any],
-    console: Console,
-) -> dict[str, Any]:
-    """Evaluate once, and write everything that a reader of the run wants."""
-    draw_curves(log, output / "curves.png", title=f"{recipe.model} on {recipe.dataset}")
-    split = holdout_split or read_split(data, "test", recipe.dataset)
-    scores = evaluate_on(final, split)
-    on = "held-out training images" if holdout_split else "test images"
-    console.print(f"top-1 {scores.top1_percent:.2f} %, top-5 {scores.top5_percent:.2f} % on {len(split):,} {on}")
-    exported = export_model(final, output / "final", tag=None)
-    run = {
-        "recipe": recipe.to_dict(),
-        "evaluated_on": on,
-        "scores": asdict(scores),
-        "train_minutes": sum(row["seconds"] for row in log) / 60,
-        "sha256": exported,
-        **provenance,
-    }
-    write_text(output / "run.json", json.dumps(run, indent=2) + "\n")
-    return run

@@ -1,0 +1,136 @@
+"""The axes of the ablation: for each the settings that are compared, as arguments of a builder.
+
+The first setting of an axis is the paper's form, except on the axis of patches, which is in order of their number.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import timm
+
+from conam_zoo.errors import UserError
+
+__all__ = ["AXES", "Setting", "settings_of"]
+
+Arguments = Callable[[str], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One position of an axis.
+
+    Attributes:
+        label: For people.
+        variant: Short name of the cell; the same arguments have the same name on every axis.
+        arguments: From the builder's name to its arguments.
+    """
+
+    label: str
+    variant: str
+    arguments: Arguments
+
+
+def _with(arguments: Mapping[str, Any]) -> Arguments:
+    return lambda model: arguments
+
+
+def _form(label: str, variant: str, **switches: Any) -> Setting:
+    return Setting(label, variant, _with({"attn_layer": "conam_variant", "attn_args": switches}))
+
+
+def _patches(per_side: int, model: str) -> Mapping[str, Any]:
+    """Patch sides that give so many patches per side, from the builder's own, which give four.
+
+    Raises:
+        UserError: If a map of the model has no so many pixels.
+    """
+    own = timm.create_model(model, device="meta").patch_sizes
+    if any(4 * side % per_side for side in own):
+        raise UserError(f"{model} has maps too small for {per_side} patches per side: leave the axis 'patches' out.")
+    return {"patch_sizes": [4 * side // per_side for side in own]}
+
+
+PAPER = Setting("the paper's form", "conam", _with({}))
+PLAIN = Setting("plain net", "none", _with({"attn_layer": "none"}))
+
+
+def _paper(label: str) -> Setting:
+    return Setting(label, PAPER.variant, PAPER.arguments)
+
+
+AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
+    "shortcut": ("Shortcut", (_paper("x (1 + eta)"), _form("x eta", "no_shortcut", shortcut=False))),
+    "relu": ("Second ReLU", (_paper("with"), _form("without", "one_relu", second_relu=False))),
+    "patches": (
+        "Patches per side",
+        tuple(
+            _paper("4") if count == 4 else Setting(str(count), f"patches{count}", partial(_patches, count))
+            for count in (1, 2, 4, 8, 16)
+        ),
+    ),
+    "context": (
+        "Context",
+        (
+            _paper("local and global"),
+            _form("local only", "local", context="local"),
+            _form("global only", "global", context="global"),
+        ),
+    ),
+    "gate": ("Confidence", (_paper("softmax"), _form("sigmoid", "sigmoid", gate="sigmoid"))),
+    "bottleneck": (
+        "Bottleneck ratio",
+        (_paper("1"), *(_form(str(ratio), f"bottleneck{ratio}", reduction=ratio) for ratio in (2, 4, 8))),
+    ),
+    "placement": (
+        "Placement",
+        (
+            _paper("first block of each stage"),
+            Setting("every block", "every_block", _with({"attn_placement": "block"})),
+        ),
+    ),
+    "site": (
+        "Site in the block",
+        (
+            _paper("before the first convolution"),
+            Setting("after the last norm", "after_last_norm", _with({"attn_site": "after_last_norm"})),
+        ),
+    ),
+    "start": ("Initialisation", (_paper("default"), _form("identity", "identity_start", identity_start=True))),
+    "form": (
+        "Form",
+        (
+            PAPER,
+            _form("P eta, mean one", "mean_one", scaling="mean_one", shortcut=False),
+            _form("P eta - 1, from the identity", "mean_zero_start", scaling="mean_zero", identity_start=True),
+            _form("scaled dot product", "scaled_dot", agreement="scaled_dot"),
+            _form("cosine", "cosine", agreement="cosine"),
+            _form("cosine, P eta", "cosine_mean_one", agreement="cosine", scaling="mean_one", shortcut=False),
+            _form("1 + tanh, below one too", "tanh", gate="tanh"),
+            _form("4 heads", "heads4", heads=4),
+            _form(
+                "4 heads, cosine, P eta - 1, from the identity",
+                "heads4_cosine_mean_zero_start",
+                heads=4,
+                agreement="cosine",
+                scaling="mean_zero",
+                identity_start=True,
+            ),
+        ),
+    ),
+}
+
+
+def settings_of(axes: Sequence[str]) -> dict[str, Arguments]:
+    """The variants of some axes, each once, after the plain net.
+
+    Raises:
+        UserError: If there is no such axis.
+    """
+    variants = {PLAIN.variant: PLAIN.arguments}
+    for axis in axes:
+        if axis not in AXES:
+            raise UserError(f"There is no axis {axis!r}: choose from {', '.join(AXES)}.")
+        variants |= {setting.variant: setting.arguments for setting in AXES[axis][1]}
+    return variants

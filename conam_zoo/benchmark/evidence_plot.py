@@ -1,0 +1,77 @@
+"""Results of grids as a picture: a dot for each seed, the mean with its interval, a line at the reference."""
+
+from dataclasses import dataclass
+from math import ceil, sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from textwrap import fill
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from conam_zoo.benchmark.paired import t_quantile
+from conam_zoo.files import write_atomically
+
+__all__ = ["Panel", "draw_panels"]
+
+DOT, MEAN, REFERENCE = "#6cb4c9", "#1c4f63", "#b35806"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One comparison.
+
+    Attributes:
+        title: Stands above.
+        values: For each row's label the top-1 of its seeds, in percent.
+        reference: Label of the row at whose mean a line is drawn.
+    """
+
+    title: str
+    values: dict[str, list[float]]
+    reference: str | None
+
+
+def draw_panels(panels: list[Panel], path: Path, title: str) -> None:
+    """Write a PNG with the panels in a grid of at most three columns.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = ceil(len(panels) / columns)
+    most = [max(len(panel.values) for panel in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
+    heights = [0.3 * count + 1.0 for count in most]
+    figure = Figure(figsize=(4.6 * columns, sum(heights) + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _draw(axes, panel)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(title.replace("**", ""), fontsize=9)
+    figure.supxlabel(
+        "top-1 (%); light dots: seeds; dark: mean and its 95 % interval; dashed: mean of the reference", fontsize=8
+    )
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    labels = list(panel.values)
+    for position, label in enumerate(labels):
+        values = panel.values[label]
+        axes.plot(values, [position] * len(values), "o", color=DOT, markersize=4, alpha=0.8, zorder=2)
+        mean = fmean(values)
+        if len(values) > 1:
+            half = t_quantile(len(values) - 1) * stdev(values) / sqrt(len(values))
+            axes.plot([mean - half, mean + half], [position] * 2, color=MEAN, linewidth=1.4, zorder=3)
+        axes.plot([mean], [position], "D", color=MEAN, markersize=5, zorder=4)
+    if panel.reference in panel.values:
+        axes.axvline(
+            fmean(panel.values[panel.reference]), color=REFERENCE, linewidth=1, linestyle=(0, (4, 2)), zorder=1
+        )
+    axes.set_yticks(range(len(labels)), [fill(label, 26) for label in labels], fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_title(panel.title, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", linewidth=0.4, alpha=0.5)

@@ -1,0 +1,225 @@
+"""Augmentation of whole batches on the training device, every image for itself, without a loop over images.
+
+Sources: random crop and flip as in He et al., "Deep Residual Learning", 2016, section 4.2; Cutout: DeVries and Taylor,
+arXiv 1708.04552, 2017; mixup: Zhang et al., arXiv 1710.09412, 2018; CutMix: Yun et al., arXiv 1905.04899, 2019.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conam_zoo.errors import UserError
+
+__all__ = [
+    "AugmentationSettings",
+    "BatchAugmentation",
+    "ImageDraws",
+    "crop_and_flip",
+    "cut_out",
+    "mix",
+    "random_stream",
+]
+
+# What a stream of random numbers is for. They start at 1: numpy's seeding cannot tell a missing word from a zero.
+ORDER, IMAGES, MIXING, SPLITTING = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class AugmentationSettings:
+    """What is done to training images.
+
+    Attributes:
+        crop_padding: Pixels of reflection padding on each side before a random crop back to the old size; 0 for none.
+        flip: Whether half of the images are mirrored.
+        cutout: Side in pixels of a square that is replaced by the mean colour; 0 for none. Its centre may be any
+            pixel, and what would lie outside of the image is lost.
+        mixup: Both parameters of mixup's beta distribution; 0 for no mixup.
+        cutmix: The same of CutMix. With both on, each batch gets one of them, with even chances (as timm does).
+    """
+
+    crop_padding: int = 4
+    flip: bool = True
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_padding", "cutout", "mixup", "cutmix"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"The augmentation setting {name} is {value!r}, but it must be 0 or more.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the targets are soft."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def random_stream(purpose: int, seed: int, *position: int) -> np.random.Generator:
+    """Random numbers that depend on the arguments alone; neighbouring arguments give unrelated streams."""
+    return np.random.default_rng([purpose, seed % 2**64, *position])
+
+
+@dataclass(frozen=True)
+class ImageDraws:
+    """What is drawn for every image of an epoch, in the order in which they are shown; each (N,).
+
+    Attributes:
+        top: Row of the crop's upper edge in the padded image, int64.
+        left: Column of its left edge.
+        mirrored: Whether it is flipped, bool.
+        centre_y: Row of Cutout's centre.
+        centre_x: Column of Cutout's centre.
+    """
+
+    top: Tensor
+    left: Tensor
+    mirrored: Tensor
+    centre_y: Tensor
+    centre_x: Tensor
+
+    @classmethod
+    def draw(
+        cls, stream: np.random.Generator, count: int, height: int, width: int, settings: AugmentationSettings
+    ) -> "ImageDraws":
+        """Draw for ``count`` images of ``height`` x ``width`` pixels."""
+
+        def integers(high: int) -> Tensor:
+            return torch.from_numpy(stream.integers(high, size=count))
+
+        offsets = 2 * settings.crop_padding + 1
+        mirrored = integers(2) == 1
+        return cls(
+            integers(offsets),
+            integers(offsets),
+            mirrored if settings.flip else torch.zeros_like(mirrored),
+            integers(height),
+            integers(width),
+        )
+
+    def to(self, device: torch.device | str) -> "ImageDraws":
+        """The same numbers on a device."""
+        return ImageDraws(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+    def __getitem__(self, part: slice) -> "ImageDraws":
+        return ImageDraws(*(tensor[part] for tensor in vars(self).values()))
+
+
+def crop_and_flip(images: Tensor, indices: Tensor, draws: ImageDraws, padding: int) -> Tensor:
+    """Random windows of reflection-padded images, some mirrored, in one gather.
+
+    The padded images are never made: the reflection is in the positions that are read.
+
+    Args:
+        images: uint8, (N, H, W, 3), contiguous.
+        indices: Which images, (B,).
+        draws: What was drawn for each, (B,).
+        padding: Pixels of padding, smaller than H and W.
+
+    Returns:
+        uint8, (B, H, W, 3).
+    """
+    height, width, channels = images.shape[1:]
+    rows = _reflected(draws.top[:, None] - padding + torch.arange(height, device=images.device), height)
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(draws.mirrored[:, None], width - 1 - columns, columns)
+    columns = _reflected(draws.left[:, None] - padding + columns, width)
+    positions = (indices[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]  # (B, H, W)
+    return images.view(-1, channels).index_select(0, positions.flatten()).view(-1, height, width, channels)
+
+
+def _reflected(positions: Tensor, size: int) -> Tensor:
+    """Positions outside of 0..size-1 thrown back at the edge pixels, which are not repeated."""
+    return (size - 1) - ((size - 1) - positions.abs()).abs()
+
+
+def cut_out(images: Tensor, draws: ImageDraws, side: int) -> Tensor:
+    """Set a square of every normalised image (B, C, H, W) to 0, the mean colour, in place."""
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device) - (draws.centre_y[:, None] - side // 2)
+    columns = torch.arange(width, device=images.device) - (draws.centre_x[:, None] - side // 2)
+    inside_y, inside_x = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
+    return images.masked_fill_((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)
+
+
+def mix(
+    images: Tensor, labels: Tensor, num_classes: int, settings: AugmentationSettings, stream: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """mixup or CutMix of a batch with itself in reverse order, with one share for the whole batch.
+
+    The order within a batch is random already, so the reverse is as good as any other pairing.
+
+    Args:
+        images: Normalised, (B, C, H, W).
+        labels: int64, (B,).
+        num_classes: Length of the soft targets.
+        settings: Which of the two, and how strong.
+        stream: The random numbers of this batch.
+
+    Returns:
+        Mixed images, and soft targets (B, classes) in float32 that hold each class's share.
+    """
+    cut = settings.cutmix > 0 and (settings.mixup == 0 or stream.random() < 0.5)
+    alpha = settings.cutmix if cut else settings.mixup
+    share = float(stream.beta(alpha, alpha))  # of the image's own class
+    partner = images.flip(0)
+    if cut:
+        height, width = images.shape[2:]
+        top, bottom = _span(stream, height, share)
+        left, right = _span(stream, width, share)
+        images = images.clone(memory_format=torch.preserve_format)
+        images[:, :, top:bottom, left:right] = partner[:, :, top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / (height * width)  # what the edge cut off is the image's own
+    else:
+        images = torch.lerp(partner, images, share)
+    targets = torch.zeros(len(labels), num_classes, device=images.device)
+    targets.scatter_(1, labels[:, None], share)
+    other = torch.zeros_like(targets).scatter_(1, labels.flip(0)[:, None], 1 - share)
+    return images, targets + other
+
+
+def _span(stream: np.random.Generator, size: int, share: float) -> tuple[int, int]:
+    """First and last pixel of CutMix's box along one side: of the area, ``1 - share`` is cut, before the edges clip."""
+    length, centre = int(size * math.sqrt(1 - share)), int(stream.integers(size))
+    return max(0, centre - length // 2), min(size, centre - length // 2 + length)
+
+
+class BatchAugmentation:
+    """Random crop from a reflection-padded image and horizontal flip, per image, in one gather for the whole batch.
+
+    Args:
+        images: uint8, (N, H, W, 3).
+        padding: Pixels added on each side before cropping back to (H, W); 0 for no crop.
+        flip: Whether to flip half of the images.
+    """
+
+    def __init__(self, images: Tensor, padding: int, flip: bool) -> None:
+        self.images = images.contiguous()
+        self.settings = AugmentationSettings(padding, flip)
+        check_fits(self.settings, images.shape[1:3], "the images")
+
+    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Augmented images (B, H, W, 3), uint8, for the indices (B,)."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        draws = ImageDraws.draw(
+            random_stream(IMAGES, seed), len(indices), self.images.shape[1], self.images.shape[2], self.settings
+        )
+        device = self.images.device
+        return crop_and_flip(self.images, indices.to(device), draws.to(device), self.settings.crop_padding)
+
+
+def check_fits(settings: AugmentationSettings, size: Sequence[int], source: str) -> None:
+    """Refuse a padding that reflection cannot fill.
+
+    Raises:
+        UserError: If the padding is not smaller than both sides of the images.
+    """
+    if settings.crop_padding >= min(size):
+        raise UserError(
+            f"The setting crop_padding is {settings.crop_padding}, but {source} have {size[0]} x {size[1]} pixels: "
+            "reflection needs less padding than pixels."
+        )

@@ -1,0 +1,188 @@
+"""Augmented training batches, from images that lie on the training device or come from a loader.
+
+What is random about the image at one place of an epoch's order is drawn for that place, for the whole epoch at once. So
+a batch is a function of seed, epoch and step, whatever came before it; which path the images took, and how many devices
+share the epoch, changes nothing about crop, flip and Cutout. mixup and CutMix draw one share for each batch of each
+device.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from conam_zoo.data.augmentation import (
+    IMAGES,
+    MIXING,
+    AugmentationSettings,
+    ImageDraws,
+    check_fits,
+    crop_and_flip,
+    cut_out,
+    mix,
+    random_stream,
+)
+from conam_zoo.data.normalization import Normalizer
+from conam_zoo.data.order import Shards, epoch_order
+from conam_zoo.data.split import ImageSplit
+
+__all__ = ["AugmentationSettings", "AugmentedBatches", "Batches", "ResidentBatches"]
+
+
+class Batches(Protocol):
+    """Augmented training batches; everything drawn is a function of (seed, epoch, step) alone.
+
+    Attributes:
+        classes: Class names in label order.
+        source: Where the images were read, for messages.
+        num_images: Images of one epoch over all ranks.
+        steps: Batches of one epoch on this rank.
+    """
+
+    classes: tuple[str, ...]
+    source: str
+    num_images: int
+    steps: int
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from ``first_step`` on; the skipped ones cost nothing.
+
+        Yields:
+            Images (B, 3, H, W), float32, normalised, channels_last, on the training device; and targets: int64 (B,), or
+            float32 (B, classes) where mixup or CutMix is on.
+        """
+        ...
+
+
+class AugmentedBatches(ABC):
+    """What the two kinds of batches share: order, shards, augmentation, normalisation.
+
+    Args:
+        labels: Label of every training image, int64 (N,).
+        classes: Class names in label order.
+        source: Where the images were read, for messages.
+        size: (H, W) of the images.
+        augmentation: What is done to them.
+        batch_size: Images of a full batch on this rank.
+        seed: Seed of the training.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel.
+        device: Where the batches are wanted.
+        rank: Index of this device.
+        world_size: Number of devices that share an epoch.
+        balance: Show every class equally often; see ``epoch_order``.
+
+    Raises:
+        UserError: If the settings do not fit the images.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        source: str,
+        size: tuple[int, int],
+        augmentation: AugmentationSettings,
+        *,
+        batch_size: int,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        balance: bool = False,
+    ) -> None:
+        self.classes, self.source = classes, source
+        check_fits(augmentation, size, f"the images of {source}")
+        shards = Shards(len(labels), batch_size, rank, world_size)
+        self.num_images, self.steps = shards.num_images, shards.steps
+        self._shards, self._augmentation, self._size = shards, augmentation, size
+        self._device, self._seed, self._rank, self._balance = torch.device(device), seed, rank, balance
+        self._host_labels = labels.cpu().numpy()
+        self._labels = labels.to(self._device)
+        self._normalize = Normalizer(mean, std, size[1], self._device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch; see ``Batches.epoch``."""
+        settings = self._augmentation
+        order = epoch_order(self._host_labels, self._seed, epoch, balance=self._balance)
+        draws = ImageDraws.draw(random_stream(IMAGES, self._seed, epoch), len(order), *self._size, settings)
+        parts = [self._shards.part(step) for step in range(first_step, self.steps)]
+        order_here, draws = order.to(self._device, non_blocking=True), draws.to(self._device)
+        batches = self._windows(order, order_here, draws, parts)
+        for step, (part, windows) in enumerate(zip(parts, batches, strict=True), first_step):
+            images = self._normalize(windows)
+            labels = self._labels[order_here[part]]
+            if settings.cutout:
+                images = cut_out(images, draws[part], settings.cutout)
+            if settings.mixes:
+                stream = random_stream(MIXING, self._seed, epoch, step, self._rank)
+                yield mix(images, labels, len(self.classes), settings, stream)
+            else:
+                yield images, labels
+
+    def _window(self, images: Tensor, indices: Tensor, draws: ImageDraws) -> Tensor:
+        """Crop and flip, where that is asked for: uint8 (B, H, W, 3)."""
+        if self._augmentation.crop_padding or self._augmentation.flip:
+            return crop_and_flip(images, indices, draws, self._augmentation.crop_padding)
+        return images[indices]
+
+    @abstractmethod
+    def _windows(self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice]) -> Iterator[Tensor]:
+        """The cropped and flipped uint8 images (B, H, W, 3) of every part of the order, on the device."""
+
+
+class ResidentBatches(AugmentedBatches):
+    """Batches of a split that lies on the training device as a whole, as uint8.
+
+    Args:
+        split: The training images, on the training device.
+        augmentation: What is done to them.
+        batch_size: Images of a full batch on this rank.
+        seed: Seed of order and augmentation.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel.
+        rank: Index of this device.
+        world_size: Number of devices that share an epoch.
+        balance: Show every class equally often; see ``epoch_order``.
+
+    Raises:
+        UserError: If the settings do not fit the images.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        augmentation: AugmentationSettings,
+        *,
+        batch_size: int,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        rank: int = 0,
+        world_size: int = 1,
+        balance: bool = False,
+    ) -> None:
+        super().__init__(
+            split.labels,
+            split.classes,
+            split.source,
+            (split.images.shape[1], split.images.shape[2]),
+            augmentation,
+            batch_size=batch_size,
+            seed=seed,
+            mean=mean,
+            std=std,
+            device=split.images.device,
+            rank=rank,
+            world_size=world_size,
+            balance=balance,
+        )
+        self._images = split.images.contiguous()
+
+    def _windows(self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice]) -> Iterator[Tensor]:
+        for part in parts:
+            yield self._window(self._images, order_here[part], draws[part])

@@ -1,0 +1,100 @@
+"""Batches of images that do not fit on the training device: worker processes decode and resize them when needed."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from conam_zoo.data.augmentation import AugmentationSettings, ImageDraws
+from conam_zoo.data.batches import AugmentedBatches
+from conam_zoo.data.sources import ImageSource
+
+__all__ = ["LoaderBatches"]
+
+MAX_WORKERS = 16
+
+
+class _Pixels(Dataset[Tensor]):
+    """The images of a source at one size, for ``DataLoader``."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.source.pixels(index, self.size)
+
+
+class LoaderBatches(AugmentedBatches):
+    """The batches that ``ResidentBatches`` would give, bit for bit, with images read from their source every epoch.
+
+    The workers decode and resize, nothing else, so nothing is random in them. What is augmented is augmented on the
+    training device, as a whole batch.
+
+    Args:
+        source: The training images.
+        size: Side of the square that they are resized to, in pixels.
+        augmentation: What is done to them.
+        batch_size: Images of a full batch on this rank.
+        seed: Seed of order and augmentation.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel.
+        device: Where the batches are wanted.
+        rank: Index of this device.
+        world_size: Number of devices that share an epoch.
+        balance: Show every class equally often; see ``epoch_order``.
+        workers: Processes that decode; None for one less than there are cores, 0 for none beside this one.
+
+    Raises:
+        UserError: If the settings do not fit the images.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        size: int,
+        augmentation: AugmentationSettings,
+        *,
+        batch_size: int,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        balance: bool = False,
+        workers: int | None = None,
+    ) -> None:
+        super().__init__(
+            torch.from_numpy(source.labels),
+            source.classes,
+            source.source,
+            (size, size),
+            augmentation,
+            batch_size=batch_size,
+            seed=seed,
+            mean=mean,
+            std=std,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            balance=balance,
+        )
+        self._pixels = _Pixels(source, size)
+        self.workers = min(MAX_WORKERS, (os.cpu_count() or 1) - 1) if workers is None else workers
+
+    def _windows(self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice]) -> Iterator[Tensor]:
+        loader = DataLoader(
+            self._pixels,
+            batch_sampler=[order[part].tolist() for part in parts],
+            num_workers=self.workers,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # else the loader would take a number from torch's own stream
+        )
+        for part, images in zip(parts, loader, strict=True):
+            here = images.to(self._device, non_blocking=True)
+            yield self._window(here, torch.arange(len(here), device=self._device), draws[part])

@@ -1,0 +1,231 @@
+"""Augmented batches: what they show, that they are functions of seed, epoch and step, and how ranks share them."""
+
+import numpy as np
+import pytest
+import torch
+
+from conam_zoo.data import AugmentationSettings, ImageSplit, LoaderBatches, ResidentBatches, choose_batches, normalize
+from conam_zoo.data.augmentation import MIXING, mix, random_stream
+from conam_zoo.data.order import Shards, epoch_order
+from conam_zoo.data.sources import source_of_split
+from conam_zoo.errors import UserError
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+PLAIN = AugmentationSettings(crop_padding=0, flip=False)
+EVERYTHING = AugmentationSettings(crop_padding=2, flip=True, cutout=4, mixup=0.8, cutmix=1.0)
+
+
+def numbered(count: int, classes: int = 3, size: int = 8) -> ImageSplit:
+    """Images that are noise, but whose upper left pixel is their number."""
+    images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 0, 0, 0] = torch.arange(count)
+    names = tuple(f"class {index}" for index in range(classes))
+    return ImageSplit(images, torch.arange(count) % classes, names, "made up")
+
+
+def batches(split: ImageSplit, settings: AugmentationSettings = PLAIN, batch_size: int = 8, **more) -> ResidentBatches:
+    return ResidentBatches(split, settings, batch_size=batch_size, mean=MEAN, std=STD, **{"seed": 0, **more})
+
+
+def numbers_of(images: torch.Tensor) -> list[int]:
+    """The numbers in the pixels of unaugmented, normalised images."""
+    return ((images[:, 0, 0, 0] * STD[0] + MEAN[0]) * 255).round().int().tolist()
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own() -> None:
+    split = numbered(20)
+    made = batches(split)
+    assert (made.steps, made.num_images) == (3, 20)
+    seen = [[n for images, _ in made.epoch(epoch) for n in numbers_of(images)] for epoch in range(2)]
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(20))
+    assert seen[0] != seen[1] != list(range(20))
+
+
+def test_images_are_the_normalised_ones_with_their_labels_in_channels_last() -> None:
+    split = numbered(12)
+    for images, labels in batches(split).epoch(0):
+        indices = torch.tensor(numbers_of(images))
+        torch.testing.assert_close(images, normalize(split.images[indices], MEAN, STD))
+        assert torch.equal(labels, split.labels[indices])
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("settings", [PLAIN, EVERYTHING])
+def test_a_batch_is_a_function_of_seed_epoch_and_step(settings: AugmentationSettings) -> None:
+    split = numbered(40)
+    whole = list(batches(split, settings).epoch(3))
+    torch.rand(5)
+    np.random.rand(5)
+    later = list(batches(split, settings).epoch(3, first_step=2))
+    assert len(later) == len(whole) - 2
+    for (images, targets), (again, targets_again) in zip(whole[2:], later, strict=True):
+        assert torch.equal(images, again)
+        assert torch.equal(targets, targets_again)
+    for other in (batches(split, settings).epoch(4), batches(split, settings, seed=1).epoch(3)):
+        assert not torch.equal(next(other)[0], whole[0][0])
+
+
+def test_drawing_leaves_the_generators_of_torch_and_numpy_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    loader = LoaderBatches(
+        source_of_split(numbered(12)), 8, EVERYTHING, batch_size=4, seed=0, mean=MEAN, std=STD, workers=0
+    )
+    for _ in loader.epoch(0):
+        pass
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_gives_the_bits_of_the_resident_batches(workers: int) -> None:
+    split = numbered(22)
+    loader = LoaderBatches(
+        source_of_split(split), 8, EVERYTHING, batch_size=8, seed=5, mean=MEAN, std=STD, workers=workers
+    )
+    resident = batches(split, EVERYTHING, seed=5)
+    assert (loader.steps, loader.num_images, loader.classes) == (resident.steps, resident.num_images, resident.classes)
+    for (images, targets), (expected, expected_targets) in zip(loader.epoch(1, 1), resident.epoch(1, 1), strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(targets, expected_targets)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_loader_does_not_read_what_a_resumed_epoch_skips() -> None:
+    source = source_of_split(numbered(24))
+    read: list[int] = []
+    original = source.read
+    object.__setattr__(source, "read", lambda index: (read.append(index), original(index))[1])
+    loader = LoaderBatches(source, 8, PLAIN, batch_size=8, seed=0, mean=MEAN, std=STD, workers=0)
+    assert [numbers_of(images) for images, _ in loader.epoch(0, first_step=2)] == [read]
+    assert len(read) == 8
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("count", [24, 25, 31, 37])
+def test_ranks_share_an_epoch_without_gap_or_overlap(world_size: int, count: int) -> None:
+    split = numbered(count)
+    ranks = [batches(split, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shown = [[numbers_of(images) for images, _ in rank.epoch(0)] for rank in ranks]
+    assert len({rank.steps for rank in ranks}) == len({rank.num_images for rank in ranks}) == 1
+    assert all(len(steps) == ranks[0].steps for steps in shown)
+    numbers = [number for steps in shown for batch in steps for number in batch]
+    assert len(numbers) == len(set(numbers)) == ranks[0].num_images
+    assert count - ranks[0].num_images < 2 * world_size
+    assert all(len(batch) >= 2 for steps in shown for batch in steps)
+
+
+def test_ranks_together_show_what_one_device_shows() -> None:
+    split = numbered(37)
+    settings = AugmentationSettings(crop_padding=2, flip=True, cutout=4)
+    alone = list(batches(split, settings, batch_size=8).epoch(2))
+    shared = [list(batches(split, settings, batch_size=4, rank=rank, world_size=2).epoch(2)) for rank in range(2)]
+    for (images, labels), first, second in zip(alone, *shared, strict=True):
+        assert torch.equal(images, torch.cat([first[0], second[0]]))
+        assert torch.equal(labels, torch.cat([first[1], second[1]]))
+
+
+def test_a_remainder_too_small_to_share_is_left_out() -> None:
+    assert (Shards(17, 8).steps, Shards(17, 8).num_images) == (2, 16)
+    assert (Shards(18, 8).steps, Shards(18, 8).num_images) == (3, 18)
+    assert (Shards(19, 4, 0, 2).steps, Shards(19, 4, 0, 2).num_images) == (2, 16)
+    with pytest.raises(UserError, match="There are 3 training images, but 2 device"):
+        Shards(3, 4, 0, 2)
+    with pytest.raises(UserError, match="batch norm needs 2 images"):
+        Shards(30, 1)
+
+
+def test_balance_shows_every_class_equally_often_and_its_images_evenly() -> None:
+    labels = np.repeat([0, 1, 2], [40, 5, 15])
+    order = epoch_order(labels, seed=0, epoch=0, balance=True).numpy()
+    assert np.bincount(labels[order]).tolist() == [20, 20, 20]
+    shown = np.bincount(order, minlength=60)
+    assert set(shown[:40]) == {0, 1}
+    assert set(shown[40:45]) == {4}
+    assert set(shown[45:]) == {1, 2}
+
+
+def test_cutout_blanks_a_square_whose_centre_may_be_any_pixel() -> None:
+    split = numbered(60, size=12)
+    split.images.fill_(255)
+    areas, centres = [], []
+    for images, _ in batches(split, AugmentationSettings(0, False, cutout=6), batch_size=60).epoch(0):
+        blank = images == 0
+        assert torch.equal(blank.all(1), blank.any(1))
+        for mask in blank[:, 0]:
+            rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+            assert mask.sum() == len(rows) * len(columns)  # a filled rectangle
+            assert mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            areas.append(int(mask.sum()))
+            centres.append((int(rows[0]), int(columns[0])))
+    assert max(areas) == 36
+    assert min(areas) >= 9  # clipped at a corner
+    assert len(set(areas)) > 3
+    assert len(set(centres)) > 20
+
+
+def _mixed(settings: AugmentationSettings, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    return mix(images, torch.tensor([0, 1, 2, 2]), 3, settings, random_stream(MIXING, 0, 0, step, 0))
+
+
+def test_mixup_blends_images_and_targets_by_the_same_share() -> None:
+    shares = set()
+    for step in range(20):
+        images, targets = _mixed(AugmentationSettings(mixup=0.4), step)
+        assert torch.equal(images, images[:, :1, :1, :1].expand_as(images))
+        share = 1 - images[0, 0, 0, 0] / 3  # image 0 is all 0, its partner all 3
+        torch.testing.assert_close(targets[0], torch.tensor([share, 0.0, 1 - share]))
+        torch.testing.assert_close(targets[1], torch.tensor([0.0, share, 1 - share]))
+        torch.testing.assert_close(targets.sum(1), torch.ones(4))
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        shares.add(round(float(share), 4))
+    assert len(shares) > 15
+
+
+def test_cutmix_pastes_a_box_and_counts_its_pixels() -> None:
+    boxes = set()
+    for step in range(30):
+        images, targets = _mixed(AugmentationSettings(cutmix=1.0), step)
+        assert set(images[0].unique().tolist()) <= {0.0, 3.0}
+        pasted = images[0, 0] == 3
+        torch.testing.assert_close(targets[0, 2], pasted.float().mean())
+        rows, columns = pasted.any(1), pasted.any(0)
+        assert pasted.sum() == rows.sum() * columns.sum()
+        torch.testing.assert_close(targets.sum(1), torch.ones(4))
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        boxes.add(int(pasted.sum()))
+    assert len(boxes) > 10
+
+
+def test_with_both_on_each_batch_gets_one_of_them() -> None:
+    settings = AugmentationSettings(mixup=1.0, cutmix=1.0)
+    kinds = []
+    for step in range(60):
+        images, _ = _mixed(settings, step)
+        kinds.append(bool(set(images[0].unique().tolist()) <= {0.0, 3.0}))
+    assert 15 < sum(kinds) < 45
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"cutout": -1}, "cutout is -1"),
+        ({"mixup": float("nan")}, "mixup is nan"),
+        ({"crop_padding": 8}, "8 x 8 pixels"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        batches(numbered(8), AugmentationSettings(**settings))
+
+
+def test_the_path_is_chosen_by_size_and_said_in_a_line() -> None:
+    split = numbered(16)
+    common = {"batch_size": 4, "seed": 0, "mean": MEAN, "std": STD}
+    made, line = choose_batches(source_of_split(split), 8, PLAIN, free=10**9, workers=0, **common)
+    assert isinstance(made, LoaderBatches)
+    assert "read by a loader" in line
+    made, line = choose_batches(split, 8, PLAIN, free=1, **common)
+    assert isinstance(made, ResidentBatches)  # it is in this memory already
+    assert "stays on the cpu as uint8 (0.0 MB of images" in line
+    assert "\n" not in line

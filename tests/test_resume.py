@@ -1,0 +1,358 @@
+"""Stopping a training in every way there is, and going on as if it had never been stopped."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import conam_zoo.training.checkpoint as checkpoint_module
+from conam_zoo.errors import UserError
+from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, load_checkpoint, save_checkpoint
+from conam_zoo.training.learner import Learner
+from conam_zoo.training.recipe import Recipe, load_recipe
+from conam_zoo.training.stopping import TrainingStopped
+from conam_zoo.training.train import train
+
+EPOCHS, STEPS, KILLS = 3, 6, 10
+
+
+@pytest.fixture
+def tiny_data(tmp_path: Path) -> Path:
+    """44 training images: five batches of 8, and one of 4."""
+    from conftest import write_arrays
+
+    from conam_zoo.datasets import DATASETS
+
+    write_arrays(tmp_path / "data" / "cifar10", DATASETS["cifar10"].classes, {"train": 44, "test": 20})
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    """Everything on that draws random numbers or keeps a state."""
+    settings = ["batch_size=8", "warmup_epochs=0.5", "ema_decay=0.5", "cutout=8", "mixup=0.2", "cutmix=1.0"]
+    recipe = load_recipe("resnet20_conam.cifar10", [f"epochs={EPOCHS}", *settings])
+    return replace(recipe, model_args={"drop_rate": 0.2})
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Have something done in the middle of the n-th step of this process."""
+
+    def arrange(steps: int, happens: Callable[[], object]) -> None:
+        accumulate, calls = Learner.accumulate, []
+
+        def counted(self, *args):
+            calls.append(1)
+            if len(calls) == steps:
+                happens()
+            return accumulate(self, *args)
+
+        monkeypatch.setattr(Learner, "accumulate", counted)
+
+    return arrange
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Run something in a forked process, which needs no new import of torch; gives its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        torch.set_num_threads(1)
+        work()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    folders = [path.relative_to(one) for path in one.glob("*/model.safetensors")]
+    assert len(folders) == 2  # final/ and raw/
+    pairs = [(load_file(one / path), load_file(other / path)) for path in folders]
+    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a.keys() | b.keys())
+
+
+def log_without_times(run: Path) -> list[str]:
+    return [line.rpartition(",")[0] for line in (run / "log.csv").read_text().splitlines()]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_ten_kills_at_random_moments_change_nothing(recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
+    """SIGKILL at moments drawn over the whole training, saving included; every step's state is saved."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork must not inherit a pool of threads
+    try:
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        started = time.monotonic()
+        child = in_a_child(lambda: train(recipe, tiny_data, whole, checkpoint_minutes=0))
+        assert os.waitpid(child, 0)[1] == 0
+        duration = time.monotonic() - started
+        draw = random.Random(0)
+        killed, places = 0, set()
+        for attempt in range(200):
+            resume = (cut / CHECKPOINT).exists() or (cut / PREVIOUS).exists()
+            child = in_a_child(lambda resume=resume: train(recipe, tiny_data, cut, resume=resume, checkpoint_minutes=0))
+            if killed < KILLS:
+                time.sleep(draw.uniform(0, duration / 3))
+                os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+            if status == signal.SIGKILL:
+                killed += 1
+                places.add((cut / CHECKPOINT).read_bytes() if (cut / CHECKPOINT).exists() else b"")
+            elif (cut / "run.json").exists() and killed >= KILLS:
+                assert status == 0
+                break
+            else:
+                assert status == 0, f"attempt {attempt} failed"  # done before its kill: begin again, with other moments
+                for path in (cut / CHECKPOINT, cut / PREVIOUS, cut / "run.json"):
+                    path.unlink(missing_ok=True)
+        assert killed == KILLS
+        assert len(places) > 2  # not all of them before the first step
+    finally:
+        torch.set_num_threads(threads)
+    assert same_weights(whole, cut)
+    assert log_without_times(whole) == log_without_times(cut)
+    assert [path.name for path in cut.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_state_and_the_training_goes_on_to_the_same_weights(
+    number: signal.Signals, recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after
+) -> None:
+    handler = signal.getsignal(number)
+    whole = train(recipe, tiny_data, tmp_path / "whole")
+    stop_after(STEPS + 3, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(
+        TrainingStopped, match=f"{number.name} stopped the training in epoch 2 after step 3:.*--resume"
+    ) as stop:
+        train(recipe, tiny_data, tmp_path / "cut")
+    assert stop.value.exit_code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert signal.getsignal(number) is handler
+    assert not (tmp_path / "cut" / "run.json").exists()
+    facts = load_checkpoint(tmp_path / "cut" / CHECKPOINT)["facts"]
+    assert (facts["epoch"], facts["step"], facts["sums"]["seen"]) == (1, 3, 24)
+    resumed = train(recipe, tiny_data, tmp_path / "cut", resume=True)
+    assert (resumed["sha256"], resumed["other_sha256"]) == (whole["sha256"], whole["other_sha256"])
+    assert resumed["scores"] == whole["scores"]
+    assert log_without_times(tmp_path / "cut") == log_without_times(tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(
+    recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after
+) -> None:
+    recipe = replace(recipe, epochs=1, warmup_epochs=0.0)
+    stop_after(STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(TrainingStopped, match="in epoch 1 after step 6"):
+        train(recipe, tiny_data, tmp_path / "run")
+    run = train(recipe, tiny_data, tmp_path / "run", resume=True)
+    assert run["scores"]["nll"] > 0
+    assert len(log_without_times(tmp_path / "run")) == 2
+
+
+def test_a_second_signal_does_not_wait(recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after) -> None:
+    def impatient() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stop_after(2, impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tiny_data, tmp_path / "run")
+
+
+def test_the_command_ends_a_stopped_training_with_one_sentence(
+    conam, tiny_data: Path, tmp_path: Path, stop_after
+) -> None:
+    stop_after(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    arguments = ["resnet20_conam.cifar10", "--data", tiny_data, "--output", tmp_path / "run", "--set", "epochs=4"]
+    code, _, err = conam("train", *arguments, "--set", "batch_size=16")
+    assert code == 143
+    assert err.startswith("conam: SIGTERM stopped the training in epoch 1 after step 2:")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_outside_of_the_main_thread_a_training_leaves_signals_alone(
+    recipe: Recipe, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe, runs = replace(recipe, epochs=1, warmup_epochs=0.0), []
+    thread = threading.Thread(target=lambda: runs.append(train(recipe, tiny_data, tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert runs[0]["train_minutes"] > 0
+
+
+def _state(path: Path, value: float) -> None:
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.weight, value)
+    save_checkpoint(path, model=model, ema=None, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), facts={})
+
+
+def _value(path: Path) -> float:
+    return load_checkpoint(path)["model"]["weight"][0, 0].item()
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    for value in (1.0, 2.0, 3.0):
+        _state(tmp_path / CHECKPOINT, value)
+    assert (_value(tmp_path / CHECKPOINT), _value(tmp_path / PREVIOUS)) == (3.0, 2.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [PREVIOUS, CHECKPOINT]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe, str]:
+    """Data and run folder of a training stopped at its third step, its recipe, and the hash it would have come to."""
+    from conftest import write_arrays
+
+    from conam_zoo.datasets import DATASETS
+
+    root = tmp_path_factory.mktemp("interrupted")
+    write_arrays(root / "data" / "cifar10", DATASETS["cifar10"].classes, {"train": 44, "test": 20})
+    recipe = load_recipe("resnet20_conam.cifar10", ["epochs=1", "warmup_epochs=0", "batch_size=8"])
+    whole = train(recipe, root / "data", root / "whole")
+    accumulate, calls = Learner.accumulate, []
+
+    def stops_itself(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accumulate(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "accumulate", stops_itself)
+        with pytest.raises(TrainingStopped):
+            train(recipe, root / "data", root / "run", checkpoint_minutes=0)
+    return root, recipe, whole["sha256"]
+
+
+@pytest.mark.parametrize("fault", ["truncated", "empty", "text", "missing", "renamed only"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    fault: str, interrupted: tuple[Path, Recipe, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, recipe, sha256 = interrupted
+    cut = tmp_path / "cut"
+    shutil.copytree(root / "run", cut)
+    newest = cut / CHECKPOINT
+    data = newest.read_bytes()
+    if fault in ("missing", "renamed only"):  # between the two renames of a saving
+        newest.unlink()
+    else:
+        newest.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"not a checkpoint"}[fault])
+    if fault == "renamed only":
+        (cut / f".{CHECKPOINT}.abc.safetensors").write_bytes(data[:100])
+    capsys.readouterr()
+    resumed = train(recipe, root / "data", cut, resume=True)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the checkpoint before it is taken" in told
+    assert "after step 2 of 6" in told
+    assert resumed["sha256"] == sha256
+    assert not list(cut.glob(f".{CHECKPOINT}.*"))
+
+
+def test_with_two_damaged_checkpoints_the_training_says_so(recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT).write_bytes(b"x")
+    (tmp_path / PREVIOUS).write_bytes(b"y")
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        train(recipe, tiny_data, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("at", ["save_file", "replace"])
+def test_a_full_disk_stops_with_a_sentence_and_keeps_what_there_was(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _state(tmp_path / CHECKPOINT, 1.0)
+    _state(tmp_path / CHECKPOINT, 2.0)
+
+    def full(tensors, path, **_):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if at == "save_file":
+        monkeypatch.setattr(checkpoint_module, "save_file", full)
+    else:
+        monkeypatch.setattr(
+            os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        )
+    with pytest.raises(UserError, match=r"No space left on device.*: the checkpoints before are kept.*--resume"):
+        _state(tmp_path / CHECKPOINT, 3.0)
+    monkeypatch.undo()
+    assert (_value(tmp_path / CHECKPOINT), _value(tmp_path / PREVIOUS)) == (2.0, 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [PREVIOUS, CHECKPOINT]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_file_that_the_system_refuses_to_grow_is_reported_too(tmp_path: Path) -> None:
+    """What safetensors itself makes of a failing write: here the system's limit on the size of a file."""
+    import resource
+
+    _state(tmp_path / CHECKPOINT, 1.0)
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            _state(tmp_path / CHECKPOINT, 2.0)
+        except UserError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+            (tmp_path / "sentence").write_text(str(error)[-90:])
+            return
+        raise AssertionError("it was written")
+
+    assert os.waitpid(in_a_child(limited), 0)[1] == 0
+    assert "the checkpoints before are kept" in (tmp_path / "sentence").read_text()
+    assert _value(tmp_path / CHECKPOINT) == 1.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, "sentence"]
+
+
+def test_a_checkpoint_of_the_first_version_still_resumes(
+    recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after
+) -> None:
+    """It names only the recipe's first settings and the log, and stands at the end of an epoch."""
+    recipe = load_recipe("resnet20_conam.cifar10", ["epochs=2", "batch_size=8", "warmup_epochs=0.5"])
+    whole = train(recipe, tiny_data, tmp_path / "whole")
+    run = tmp_path / "run"
+
+    def dies() -> None:
+        raise KeyboardInterrupt
+
+    stop_after(STEPS + 1, dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tiny_data, run)
+    _to_first_version(run / CHECKPOINT)
+    assert train(recipe, tiny_data, run, resume=True)["sha256"] == whole["sha256"]
+
+
+def _to_first_version(path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        skeleton = json.loads(file.metadata()["state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    items = dict(skeleton["items"])
+    facts = dict(items["facts"]["items"])
+    settings = [pair for pair in facts["recipe"]["items"] if pair[0] not in ("cutout", "teacher", "grad_accumulation")]
+    items["facts"] = {"items": [["recipe", {"items": settings}], ["log", facts["log"]]]}
+    save_file(tensors, path, metadata={"state": json.dumps({"items": [list(item) for item in items.items()]})})
+
+
+def test_resuming_on_other_data_is_refused(recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
+    from conftest import write_arrays
+
+    from conam_zoo.datasets import DATASETS
+
+    train(replace(recipe, epochs=1, warmup_epochs=0.0), tiny_data, tmp_path / "run")
+    write_arrays(tmp_path / "more" / "cifar10", DATASETS["cifar10"].classes, {"train": 50, "test": 20})
+    with pytest.raises(UserError, match=r"begun on other data \(images differ\)"):
+        train(replace(recipe, epochs=1, warmup_epochs=0.0), tmp_path / "more", tmp_path / "run", resume=True)
