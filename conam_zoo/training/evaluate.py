@@ -15,10 +15,16 @@ __all__ = ["evaluate", "evaluate_on"]
 def evaluate(model: StagedClassifier, data: str | Path, dataset: str | None = None) -> tuple[Scores, ImageSplit]:
     """Scores of a model on the test split found in ``data``, normalised with the model's own statistics.
 
+    Args:
+        model: The net.
+        data: Where the images are.
+        dataset: Name of the data set where the model was trained on a published one, whose images are taken as they
+            are; None: whatever fine-tuning reads is read, and resized to the model's input as fine-tuning does it.
+
     Raises:
         UserError: If the data cannot be read, or its classes are not those that the model was trained for.
     """
-    split = read_split(data, "test", dataset)
+    split = read_split(data, "test", dataset, image_size=None if dataset else model.pretrained_cfg["input_size"][1])
     return evaluate_on(model, split), split
 
 

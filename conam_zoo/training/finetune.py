@@ -31,7 +31,7 @@ __all__ = ["FineTuned", "NetForData", "finetune_recipe", "freeze_layers", "net_f
 
 SAMPLE = 2_000  # images from which statistics are taken where a set is not in memory
 
-# The peak rates below were tried once on validation images, not searched; see docs/finetuning.md.
+# The peak rates below were chosen on validation images, with few runs; see docs/finetuning.md.
 DEFAULTS: dict[str, Any] = {
     "model_args": {},
     "epochs": 20,

@@ -48,16 +48,22 @@ class FewImages:
     flip: bool
 
 
-def few_of_cifar100(data: str | Path, *, per_class: int = 10, first: int = FIRST_CLASS) -> FewImages:
+def few_of_cifar100(
+    data: str | Path, *, per_class: int = 10, first: int = FIRST_CLASS, image_size: int = SIZE
+) -> FewImages:
     """Every tenth class of CIFAR-100, with few training images of each and all test images.
 
     Args:
         data: Where CIFAR-100 is; see ``conam_zoo.data.read_split``.
         per_class: Training images of each class.
         first: The first class that is taken.
+        image_size: Side in pixels that the images are resized to.
     """
     train, test = (_every_tenth(read_split(data, split, "cifar100"), first) for split in ("train", "test"))
     title = f"CIFAR-100, {len(train.classes)} classes that CIFAR-10 lacks, {per_class} images of each"
+    if image_size != SIZE:
+        train, test = (_resized_split(split, image_size) for split in (train, test))
+        title += f", resized to {image_size} x {image_size}"
     return FewImages(title, lambda seed: _drawn(train, test, per_class, seed), flip=True)
 
 
@@ -99,6 +105,11 @@ def _every_tenth(split: ImageSplit, first: int) -> ImageSplit:
     indices = torch.isin(split.labels, wanted).nonzero().flatten()
     labels = torch.searchsorted(wanted, split.labels[indices])
     return ImageSplit(split.images[indices], labels, tuple(split.classes[i] for i in chosen), split.source)
+
+
+def _resized_split(split: ImageSplit, size: int) -> ImageSplit:
+    source = array_source(split.images.numpy(), split.labels.numpy(), split.classes, split.source)
+    return read_source(source, size)[0]
 
 
 def _resized(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], source: str) -> ImageSplit:
