@@ -118,7 +118,7 @@ def test_a_wrong_file_is_refused_wherever_it_lies(tmp_path: Path, monkeypatch: p
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "weights.pth")
-    for name in ("resnet20_conam.cifar10", "resnet56_conam.cifar10"):  # with and without a manifest entry
+    for name in ("resnet20_conam.cifar10", "resnet110_conam.cifar10"):  # with and without a manifest entry
         with pytest.raises(WeightsError):
             timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")})
 
