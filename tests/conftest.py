@@ -1,7 +1,7 @@
 """What all tests share: the real images where they are given, and small synthetic ones everywhere.
 
-Where ``CONAM_DATA`` names a folder with ``cifar10/`` and ``cifar100/`` in one of the layouts of ``conam_zoo.data``, the tests on real
-images run, and a skip of any test is a failure.
+Where ``CONAM_DATA`` names a folder with ``cifar10/`` and ``cifar100/`` in one of the layouts of ``conam_zoo.data``, the
+tests on real images run, and a skip of any test is a failure.
 """
 
 import os
