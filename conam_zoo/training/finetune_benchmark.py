@@ -238,6 +238,6 @@ def finetune_table(benchmark: dict[str, Any]) -> str:
         "",
         f"Test accuracy of `{benchmark['model']}` after {benchmark['epochs']} epochs, mean and standard deviation over "
         f"{benchmark['seeds']} seeds; the difference is in percentage points, seed by seed. Measured on "
-        f"{benchmark['hardware']} in {benchmark['minutes']:.0f} minutes, with {versions}.",
+        f"{benchmark['hardware']}, with {versions}.",
     ]
     return "\n".join(lines) + "\n"
