@@ -51,7 +51,7 @@ def train(
 
 
 @app.command(
-    epilog="Example: conam distill resnet20_conam.cifar10 --teacher resnet56_conam.cifar10 --data cifar10 "
+    epilog="Example: conam distill resnet32_conam.cifar10 --teacher resnet20_conam.cifar10 --data cifar10 "
     "--output runs/learnt"
 )
 def distill(

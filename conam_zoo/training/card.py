@@ -79,6 +79,7 @@ def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = N
         if namespace
         else ""
     )
+    strange = "" if {"bird", "cat"} & set(entry.classes) else f" {facts.title} has no class for either of them."
     versions = ", ".join(f"{library} {version}" for library, version in sorted(entry.library_versions.items()))
     return f"""---
 license: {entry.licence.lower()}
@@ -152,8 +153,8 @@ model = torch.hub.load("{code}", "{entry.arch}", pretrained=True, tag="{entry.ta
 
 ## Confidence maps
 
-What the net makes of two photographs, and the confidence of each patch at every ConAM site. Photographs: Frank-2.0,
-Stefan van der Walt, both CC0.
+What the net makes of two photographs, and the confidence of each patch at every ConAM site.{strange} Photographs:
+Frank-2.0, Stefan van der Walt, both CC0.
 
 ![photographs, most probable classes, confidence maps](confidence.png)
 
