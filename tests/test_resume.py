@@ -163,9 +163,14 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(
 
 
 def test_a_second_signal_does_not_wait(recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
     def impatient() -> None:
         os.kill(os.getpid(), signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) is not before:  # until the first one is noted
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)  # which the second one interrupts
 
     stop_after(2, impatient)
     with pytest.raises(KeyboardInterrupt):

@@ -64,7 +64,7 @@ def info(
 
     net = open_model(model, pretrained=False, **({} if ":" in model else {"device": "meta"}))
     cfg = net.pretrained_cfg
-    params, macs = count_params_and_macs(cfg["architecture"]) if ":" not in model else (_parameters(net), None)
+    params, macs = count_params_and_macs(model) if ":" not in model else (_parameters(net), None)
     name, tag = split_model_name_tag(model) if ":" not in model else (model, "")
     entries = load_manifest().entries
     facts: dict[str, Any] = {

@@ -111,8 +111,9 @@ def load_latest(folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
     Raises:
         UserError: If there is no whole checkpoint.
     """
-    for abandoned in folder.glob(f".{CHECKPOINT}.*"):
-        abandoned.unlink(missing_ok=True)
+    for pattern in (f".{CHECKPOINT}.*", ".tmp??????"):  # ours, and safetensors' own
+        for abandoned in folder.glob(pattern):
+            abandoned.unlink(missing_ok=True)
     newest, previous = folder / CHECKPOINT, folder / PREVIOUS
     if not previous.exists():
         return load_checkpoint(newest)
