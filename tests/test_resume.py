@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     else:
         newest.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"not a checkpoint"}[fault])
     if fault == "renamed only":
-        (cut / f".{CHECKPOINT}.abc.safetensors").write_bytes(data[:100])
+        (cut / f".{CHECKPOINT}.abcd_123.safetensors").write_bytes(data[:100])
     capsys.readouterr()
     resumed = train(recipe, root / "data", cut, resume=True)
     told = " ".join(capsys.readouterr().out.split())

@@ -6,6 +6,7 @@ No pickle is involved. A state is written to a file of its own, then the checkpo
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ __all__ = ["CHECKPOINT", "PREVIOUS", "has_checkpoint", "load_checkpoint", "load_
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
+# What ``write_atomically`` and safetensors call a file before they rename it.
+HALF_WRITTEN = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?|\.tmp\w{6}")
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -111,9 +114,9 @@ def load_latest(folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
     Raises:
         UserError: If there is no whole checkpoint.
     """
-    for pattern in (f".{CHECKPOINT}.*", ".tmp??????"):  # ours, and safetensors' own
-        for abandoned in folder.glob(pattern):
-            abandoned.unlink(missing_ok=True)
+    for path in folder.rglob(".*"):
+        if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
     newest, previous = folder / CHECKPOINT, folder / PREVIOUS
     if not previous.exists():
         return load_checkpoint(newest)
