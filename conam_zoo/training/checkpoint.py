@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 
-__all__ = ["CHECKPOINT", "PREVIOUS", "has_checkpoint", "load_checkpoint", "load_latest", "save_checkpoint"]
+__all__ = [
+    "CHECKPOINT",
+    "PREVIOUS",
+    "clear_half_written",
+    "has_checkpoint",
+    "load_checkpoint",
+    "load_latest",
+    "save_checkpoint",
+]
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
@@ -104,6 +112,13 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists()
 
 
+def clear_half_written(folder: Path) -> None:
+    """Remove what a killed process left half-written in a run folder."""
+    for path in folder.rglob(".*"):
+        if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def load_latest(folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
     """Read the newest whole state of a run folder, and remove what a killed process left half-written there.
 
@@ -114,9 +129,7 @@ def load_latest(folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
     Raises:
         UserError: If there is no whole checkpoint.
     """
-    for path in folder.rglob(".*"):
-        if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+    clear_half_written(folder)
     newest, previous = folder / CHECKPOINT, folder / PREVIOUS
     if not previous.exists():
         return load_checkpoint(newest)

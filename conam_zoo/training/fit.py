@@ -18,7 +18,7 @@ from conam_zoo.data import Batches, ImageSplit
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder
 from conam_zoo.models import StagedClassifier
-from conam_zoo.training.checkpoint import CHECKPOINT, has_checkpoint, load_latest, save_checkpoint
+from conam_zoo.training.checkpoint import CHECKPOINT, clear_half_written, has_checkpoint, load_latest, save_checkpoint
 from conam_zoo.training.engine import EpochSums, Wish, train_one_epoch
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.learner import Learner
@@ -195,7 +195,7 @@ def _saved_state(
     """
     check_free(output, resume)
     if not resume:
-        make_folder(output)
+        clear_half_written(make_folder(output))
         return None
     state = load_latest(output, console.print)
     before, now = recipe_from_dict(state["facts"]["recipe"], str(output)).to_dict(), recipe.to_dict()
