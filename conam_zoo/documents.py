@@ -14,7 +14,7 @@ from conam_zoo.training.finetune_benchmark import finetune_table
 from conam_zoo.training.seeds import read_seeds, seed_table
 from conam_zoo.weights import find_checkout, load_manifest
 
-__all__ = ["generated_files", "rewrite_tables"]
+__all__ = ["fill_table", "generated_files", "rewrite_tables"]
 
 NOT_MEASURED = "Not measured yet."
 NAMES = {
@@ -86,7 +86,7 @@ def generated_files(checkout: Path) -> dict[Path, str]:
         path = checkout / document
         if path.is_file() or document == "README.md":
             text = files.get(path) or path.read_text(encoding="utf-8")
-            files[path] = _filled(text, name, table(checkout), path)
+            files[path] = fill_table(text, name, table(checkout), path)
     manifest = load_manifest(checkout / "weights_manifest.json")
     for name, entry in manifest.entries.items():
         files[checkout / "weights" / name / "README.md"] = model_card(entry, manifest)
@@ -97,8 +97,12 @@ def generated_files(checkout: Path) -> dict[Path, str]:
     return files
 
 
-def _filled(text: str, name: str, table: str, path: Path) -> str:
-    """The text with a table between the markers of that name."""
+def fill_table(text: str, name: str, table: str, path: Path) -> str:
+    """A Markdown text with a table between the markers of that name.
+
+    Raises:
+        UserError: If a marker is missing; ``path`` is what the message calls the document.
+    """
     begin, end = f"<!-- {name}: written by `conam tables` -->\n", f"<!-- end of {name} -->\n"
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)

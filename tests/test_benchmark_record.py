@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from conam_zoo.benchmark.record import BenchmarkRecord, Skipped, make_record, read_record, summarise
-from conam_zoo.benchmark.tables import benchmark_tables, fill_markers, record_tables
+from conam_zoo.benchmark.tables import benchmark_tables, record_tables
 from conam_zoo.benchmark.timing import time_in_turns
+from conam_zoo.documents import fill_table
 from conam_zoo.errors import UserError
 
 CPU = torch.device("cpu")
@@ -133,12 +134,15 @@ def test_the_documentation_gets_every_record_of_the_folder(tmp_path: Path) -> No
         benchmark_tables(tmp_path)
 
 
-def test_the_markers_are_filled_again_and_again(checkout: Path, tmp_path: Path) -> None:
-    text = (checkout / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    tables = {"train": "| once |", "inference": "| second |", "cost": "| third |"}
-    filled = fill_markers(text, tables)
+def test_the_markers_are_filled_again_and_again(checkout: Path) -> None:
+    path = checkout / "docs" / "benchmarks.md"
+    text = path.read_text(encoding="utf-8")
+    tables = {"benchmark train": "| once |", "benchmark inference": "| second |", "benchmark cost": "| third |"}
+    filled = text
+    for name, table in tables.items():
+        filled = fill_table(filled, name, table, path)
     assert all(table in filled for table in tables.values())
-    assert fill_markers(filled, tables) == filled
-    assert "| once |" not in fill_markers(filled, tables | {"train": "| other |"})
-    with pytest.raises(UserError, match="no place for the table of benchmark train"):
-        fill_markers("nothing", tables)
+    assert fill_table(filled, "benchmark train", "| once |", path) == filled
+    assert "| once |" not in fill_table(filled, "benchmark train", "| other |", path)
+    with pytest.raises(UserError, match="no place for its table benchmark train"):
+        fill_table("nothing", "benchmark train", "| once |", path)

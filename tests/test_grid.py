@@ -26,7 +26,7 @@ from conam_zoo.benchmark.evidence import (
 from conam_zoo.benchmark.grid import Cell, Grid, grid_recipe, read_grid, run_grid
 from conam_zoo.benchmark.paired import compare, t_quantile
 from conam_zoo.benchmark.record import BenchmarkRecord, Row
-from conam_zoo.benchmark.tables import fill_markers
+from conam_zoo.documents import fill_table
 from conam_zoo.errors import UserError
 from conam_zoo.training.checkpoint import has_checkpoint
 from conam_zoo.training.engine import NonFiniteLossError
@@ -312,8 +312,9 @@ def test_the_document_s_tables(tmp_path: Path) -> None:
 
 
 def test_the_document_has_a_place_for_both_tables(checkout: Path) -> None:
-    text = (checkout / "docs" / "conam.md").read_text(encoding="utf-8")
-    filled = fill_markers(text, {"attention": "TABLE ONE", "ablation": "TABLE TWO"}, ("attention", "ablation"))
+    path = checkout / "docs" / "conam.md"
+    filled = fill_table(path.read_text(encoding="utf-8"), "benchmark attention", "TABLE ONE", path)
+    filled = fill_table(filled, "benchmark ablation", "TABLE TWO", path)
     assert filled.index("## Does it help?") < filled.index("TABLE ONE") < filled.index("## Other forms")
     assert filled.index("## Other forms") < filled.index("TABLE TWO")
 

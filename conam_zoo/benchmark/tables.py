@@ -1,13 +1,13 @@
 """Records as tables: cells for the terminal, Markdown for the documentation."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from conam_zoo.benchmark.record import BenchmarkRecord, Row, read_record
 from conam_zoo.errors import UserError
 
-__all__ = ["BENCHMARKS", "benchmark_tables", "fill_markers", "record_tables"]
+__all__ = ["BENCHMARKS", "benchmark_tables", "record_tables"]
 
 BENCHMARKS = ("train", "inference", "cost")
 Cells = list[list[str]]  # the first row holds the titles
@@ -111,19 +111,3 @@ def benchmark_tables(folder: Path) -> dict[str, str]:
 def _skips(record: BenchmarkRecord) -> str:
     reasons = dict.fromkeys((skip.name.removeprefix("plain, "), skip.reason) for skip in record.skipped)
     return "Not measured: " + "; ".join(f"{name} ({reason})" for name, reason in reasons) + "."
-
-
-def fill_markers(text: str, tables: Mapping[str, str], names: Iterable[str] = BENCHMARKS) -> str:
-    """Replace what stands between the markers of each table in a Markdown text.
-
-    Raises:
-        UserError: If a marker is missing.
-    """
-    for name in names:
-        begin, end = f"<!-- benchmark {name}: written by `conam tables` -->\n", f"<!-- end of benchmark {name} -->\n"
-        before, found_begin, rest = text.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not found_begin or not found_end:
-            raise UserError(f"There is no place for the table of benchmark {name}: put the lines {begin}{end} back.")
-        text = f"{before}{begin}\n{tables[name]}\n\n{end}{after}"
-    return text
