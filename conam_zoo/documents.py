@@ -70,6 +70,7 @@ PLACES: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
     ("docs/benchmarks.md", "benchmark train", _benchmark("train")),
     ("docs/benchmarks.md", "benchmark inference", _benchmark("inference")),
     ("docs/benchmarks.md", "benchmark cost", _benchmark("cost")),
+    ("docs/benchmarks.md", "benchmark densenet", _benchmark("densenet")),
     ("docs/conam.md", "benchmark attention", _evidence("attention")),
     ("docs/conam.md", "benchmark ablation", _evidence("ablation")),
 )

@@ -9,7 +9,8 @@ import torch
 from conftest import write_arrays
 from PIL import Image
 
-from conam_zoo.data import BatchAugmentation, normalize, read_split
+from conam_zoo.data import AugmentationSettings, normalize, read_split
+from conam_zoo.data.augmentation import IMAGES, ImageDraws, crop_and_flip, random_stream
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 
@@ -79,7 +80,8 @@ def test_normalize_has_the_layout_and_values_of_the_usual_transform() -> None:
 
 def test_every_augmented_image_is_a_shifted_and_perhaps_mirrored_window_of_its_own_source() -> None:
     images = torch.randint(256, (64, 8, 10, 3), dtype=torch.uint8)
-    augmented = BatchAugmentation(images, padding=2, flip=True)(torch.arange(64), torch.Generator().manual_seed(1))
+    draws = ImageDraws.draw(random_stream(IMAGES, 1), 64, 8, 10, AugmentationSettings(crop_padding=2))
+    augmented = crop_and_flip(images, torch.arange(64), draws, 2)
     padded = torch.from_numpy(np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect"))
     found = set()
     for source, result in zip(padded, augmented, strict=True):
@@ -97,16 +99,8 @@ def test_every_augmented_image_is_a_shifted_and_perhaps_mirrored_window_of_its_o
 def test_without_crop_and_flip_images_are_untouched() -> None:
     images = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8)
     order = torch.tensor([3, 1, 5])
-    assert torch.equal(BatchAugmentation(images, 0, False)(order, torch.Generator().manual_seed(0)), images[order])
-
-
-def test_augmentation_depends_on_the_generator_alone() -> None:
-    images = torch.randint(256, (32, 8, 8, 3), dtype=torch.uint8)
-    augment = BatchAugmentation(images, 2, True)
-    first = augment(torch.arange(32), torch.Generator().manual_seed(7))
-    torch.rand(3)
-    assert torch.equal(first, augment(torch.arange(32), torch.Generator().manual_seed(7)))
-    assert not torch.equal(first, augment(torch.arange(32), torch.Generator().manual_seed(8)))
+    draws = ImageDraws.draw(random_stream(IMAGES, 0), 3, 8, 8, AugmentationSettings(crop_padding=0, flip=False))
+    assert torch.equal(crop_and_flip(images, order, draws, 0), images[order])
 
 
 def test_the_stated_statistics_are_those_of_the_real_training_pixels(cifar_root: Path) -> None:

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from conam_zoo.data import AugmentationSettings, ImageSplit, LoaderBatches, ResidentBatches, choose_batches, normalize
+from conam_zoo.data import (
+    AugmentationSettings,
+    BatchSettings,
+    ImageSplit,
+    LoaderBatches,
+    ResidentBatches,
+    choose_batches,
+    normalize,
+)
 from conam_zoo.data.augmentation import MIXING, mix, random_stream
 from conam_zoo.data.order import Shards, epoch_order
 from conam_zoo.data.sources import source_of_split
@@ -23,8 +31,12 @@ def numbered(count: int, classes: int = 3, size: int = 8) -> ImageSplit:
     return ImageSplit(images, torch.arange(count) % classes, names, "made up")
 
 
-def batches(split: ImageSplit, settings: AugmentationSettings = PLAIN, batch_size: int = 8, **more) -> ResidentBatches:
-    return ResidentBatches(split, settings, batch_size=batch_size, mean=MEAN, std=STD, **{"seed": 0, **more})
+def how(augmentation: AugmentationSettings = PLAIN, batch_size: int = 8, seed: int = 0, **more) -> BatchSettings:
+    return BatchSettings(augmentation, batch_size, seed, MEAN, STD, **more)
+
+
+def batches(split: ImageSplit, *settings, **more) -> ResidentBatches:
+    return ResidentBatches(split, how(*settings, **more))
 
 
 def numbers_of(images: torch.Tensor) -> list[int]:
@@ -68,9 +80,7 @@ def test_a_batch_is_a_function_of_seed_epoch_and_step(settings: AugmentationSett
 def test_drawing_leaves_the_generators_of_torch_and_numpy_alone() -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    loader = LoaderBatches(
-        source_of_split(numbered(12)), 8, EVERYTHING, batch_size=4, seed=0, mean=MEAN, std=STD, workers=0
-    )
+    loader = LoaderBatches(source_of_split(numbered(12)), 8, how(EVERYTHING, 4), workers=0)
     for _ in loader.epoch(0):
         pass
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -79,9 +89,7 @@ def test_drawing_leaves_the_generators_of_torch_and_numpy_alone() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_gives_the_bits_of_the_resident_batches(workers: int) -> None:
     split = numbered(22)
-    loader = LoaderBatches(
-        source_of_split(split), 8, EVERYTHING, batch_size=8, seed=5, mean=MEAN, std=STD, workers=workers
-    )
+    loader = LoaderBatches(source_of_split(split), 8, how(EVERYTHING, seed=5), workers=workers)
     resident = batches(split, EVERYTHING, seed=5)
     assert (loader.steps, loader.num_images, loader.classes) == (resident.steps, resident.num_images, resident.classes)
     for (images, targets), (expected, expected_targets) in zip(loader.epoch(1, 1), resident.epoch(1, 1), strict=True):
@@ -95,7 +103,7 @@ def test_the_loader_does_not_read_what_a_resumed_epoch_skips() -> None:
     read: list[int] = []
     original = source.read
     object.__setattr__(source, "read", lambda index: (read.append(index), original(index))[1])
-    loader = LoaderBatches(source, 8, PLAIN, batch_size=8, seed=0, mean=MEAN, std=STD, workers=0)
+    loader = LoaderBatches(source, 8, how(), workers=0)
     assert [numbers_of(images) for images, _ in loader.epoch(0, first_step=2)] == [read]
     assert len(read) == 8
 
@@ -221,11 +229,10 @@ def test_settings_that_do_not_fit_are_refused(settings: dict, sentence: str) -> 
 
 def test_the_path_is_chosen_by_size_and_said_in_a_line() -> None:
     split = numbered(16)
-    common = {"batch_size": 4, "seed": 0, "mean": MEAN, "std": STD}
-    made, line = choose_batches(source_of_split(split), 8, PLAIN, free=10**9, workers=0, **common)
+    made, line = choose_batches(source_of_split(split), 8, how(batch_size=4), free=10**9, workers=0)
     assert isinstance(made, LoaderBatches)
     assert "read by a loader" in line
-    made, line = choose_batches(split, 8, PLAIN, free=1, **common)
+    made, line = choose_batches(split, 8, how(batch_size=4), free=1)
     assert isinstance(made, ResidentBatches)  # it is in this memory already
     assert "stays on the cpu as uint8 (0.0 MB of images" in line
     assert "\n" not in line

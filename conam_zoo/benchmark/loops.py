@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from conam_zoo.data import AugmentationSettings, ImageSplit, ResidentBatches
+from conam_zoo.data import AugmentationSettings, BatchSettings, ImageSplit, ResidentBatches
 from conam_zoo.datasets import DATASETS
 from conam_zoo.models import StagedClassifier
 from conam_zoo.training.engine import train_one_epoch
@@ -117,14 +117,9 @@ def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) ->
         seed=0,
     )
     net = _net(settings, split).to(device).to(memory_format=torch.channels_last)
-    batches = ResidentBatches(
-        split.to(device),
-        AugmentationSettings(crop_padding=recipe.crop_padding, flip=recipe.flip),
-        batch_size=settings.batch_size,
-        seed=recipe.seed,
-        mean=MEAN,
-        std=STD,
-    )
+    augmentation = AugmentationSettings(crop_padding=recipe.crop_padding, flip=recipe.flip)
+    how = BatchSettings(augmentation, settings.batch_size, recipe.seed, MEAN, STD)
+    batches = ResidentBatches(split.to(device), how)
     learner = Learner(net, recipe, batches.steps, compile=settings.compile)
     epochs = itertools.count()
 

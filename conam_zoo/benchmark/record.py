@@ -62,7 +62,7 @@ class BenchmarkRecord:
     """A whole benchmark. It holds no date, so that the same measurement is the same file.
 
     Attributes:
-        what: ``"train"``, ``"inference"`` or ``"cost"``.
+        what: ``"train"``, ``"inference"``, ``"cost"`` or ``"densenet"``.
         command: The command line, or what was called.
         hardware: Processor or accelerator.
         threads: CPU threads within an operation.

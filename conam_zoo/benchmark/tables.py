@@ -9,7 +9,7 @@ from conam_zoo.errors import UserError
 
 __all__ = ["BENCHMARKS", "benchmark_tables", "record_tables"]
 
-BENCHMARKS = ("train", "inference", "cost")
+BENCHMARKS = ("train", "inference", "cost", "densenet")
 Cells = list[list[str]]  # the first row holds the titles
 
 

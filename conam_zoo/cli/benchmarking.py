@@ -1,4 +1,4 @@
-"""Commands that measure speed and cost: benchmark train, benchmark inference, benchmark cost."""
+"""Commands that measure speed and cost: benchmark train, inference, cost, densenet."""
 
 import shlex
 import sys
@@ -179,5 +179,25 @@ def cost(
             quick=quick,
             command=_command(),
             progress=progress,
+        )
+    _show(record, json_file)
+
+
+@benchmark_app.command(epilog="Example: conam benchmark densenet --batch-size 32 --json densenet.json")
+def densenet(
+    model: Annotated[
+        str, typer.Option(help="densenetbc100_12_conam or densenetbc190_40_conam.")
+    ] = "densenetbc100_12_conam",
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 32,
+    repeats: Repeats = 7,
+    quick: Quick = False,
+    json_file: Json = None,
+) -> None:
+    """A DenseNet's training step beside torchvision's DenseNet of the same configuration: time and memory."""
+    from conam_zoo.benchmark.densenet import benchmark_densenet
+
+    with _progress() as progress:
+        record = benchmark_densenet(
+            model, batch_size=batch_size, repeats=repeats, quick=quick, command=_command(), progress=progress
         )
     _show(record, json_file)

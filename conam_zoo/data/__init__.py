@@ -1,7 +1,7 @@
 """Images for training: reading sets of any kind, splitting them, and handing out augmented batches."""
 
-from conam_zoo.data.augmentation import AugmentationSettings, BatchAugmentation
-from conam_zoo.data.batches import Batches, ResidentBatches
+from conam_zoo.data.augmentation import AugmentationSettings
+from conam_zoo.data.batches import Batches, BatchSettings, ResidentBatches
 from conam_zoo.data.choosing import choose_batches
 from conam_zoo.data.loader import LoaderBatches
 from conam_zoo.data.normalization import normalize
@@ -11,7 +11,7 @@ from conam_zoo.data.split import ImageSplit
 
 __all__ = [
     "AugmentationSettings",
-    "BatchAugmentation",
+    "BatchSettings",
     "Batches",
     "ImageData",
     "ImageSplit",

@@ -16,7 +16,6 @@ from conam_zoo.errors import UserError
 
 __all__ = [
     "AugmentationSettings",
-    "BatchAugmentation",
     "ImageDraws",
     "crop_and_flip",
     "cut_out",
@@ -186,30 +185,6 @@ def _span(stream: np.random.Generator, size: int, share: float) -> tuple[int, in
     """First and last pixel of CutMix's box along one side: of the area, ``1 - share`` is cut, before the edges clip."""
     length, centre = int(size * math.sqrt(1 - share)), int(stream.integers(size))
     return max(0, centre - length // 2), min(size, centre - length // 2 + length)
-
-
-class BatchAugmentation:
-    """Random crop from a reflection-padded image and horizontal flip, per image, in one gather for the whole batch.
-
-    Args:
-        images: uint8, (N, H, W, 3).
-        padding: Pixels added on each side before cropping back to (H, W); 0 for no crop.
-        flip: Whether to flip half of the images.
-    """
-
-    def __init__(self, images: Tensor, padding: int, flip: bool) -> None:
-        self.images = images.contiguous()
-        self.settings = AugmentationSettings(padding, flip)
-        check_fits(self.settings, images.shape[1:3], "the images")
-
-    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Augmented images (B, H, W, 3), uint8, for the indices (B,)."""
-        seed = int(torch.randint(2**62, (), generator=generator))
-        draws = ImageDraws.draw(
-            random_stream(IMAGES, seed), len(indices), self.images.shape[1], self.images.shape[2], self.settings
-        )
-        device = self.images.device
-        return crop_and_flip(self.images, indices.to(device), draws.to(device), self.settings.crop_padding)
 
 
 def check_fits(settings: AugmentationSettings, size: Sequence[int], source: str) -> None:

@@ -8,6 +8,7 @@ device.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,7 +29,32 @@ from conam_zoo.data.normalization import Normalizer
 from conam_zoo.data.order import Shards, epoch_order
 from conam_zoo.data.split import ImageSplit
 
-__all__ = ["AugmentationSettings", "AugmentedBatches", "Batches", "ResidentBatches"]
+__all__ = ["AugmentationSettings", "AugmentedBatches", "BatchSettings", "Batches", "ResidentBatches"]
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How batches are made, whatever the images.
+
+    Attributes:
+        augmentation: What is done to the images.
+        batch_size: Images of a full batch on this rank.
+        seed: Seed of order and augmentation.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel.
+        rank: Index of this device.
+        world_size: Number of devices that share an epoch.
+        balance: Show every class equally often; see ``epoch_order``.
+    """
+
+    augmentation: AugmentationSettings
+    batch_size: int
+    seed: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    rank: int = 0
+    world_size: int = 1
+    balance: bool = False
 
 
 class Batches(Protocol):
@@ -64,15 +90,8 @@ class AugmentedBatches(ABC):
         classes: Class names in label order.
         source: Where the images were read, for messages.
         size: (H, W) of the images.
-        augmentation: What is done to them.
-        batch_size: Images of a full batch on this rank.
-        seed: Seed of the training.
-        mean: Mean of each channel, in [0, 1].
-        std: Standard deviation of each channel.
-        device: Where the batches are wanted.
-        rank: Index of this device.
-        world_size: Number of devices that share an epoch.
-        balance: Show every class equally often; see ``epoch_order``.
+        settings: How the batches are made.
+        device: Where they are wanted.
 
     Raises:
         UserError: If the settings do not fit the images.
@@ -84,50 +103,42 @@ class AugmentedBatches(ABC):
         classes: tuple[str, ...],
         source: str,
         size: tuple[int, int],
-        augmentation: AugmentationSettings,
-        *,
-        batch_size: int,
-        seed: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        settings: BatchSettings,
         device: torch.device | str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        balance: bool = False,
     ) -> None:
         self.classes, self.source = classes, source
-        check_fits(augmentation, size, f"the images of {source}")
-        shards = Shards(len(labels), batch_size, rank, world_size)
+        check_fits(settings.augmentation, size, f"the images of {source}")
+        shards = Shards(len(labels), settings.batch_size, settings.rank, settings.world_size)
         self.num_images, self.steps = shards.num_images, shards.steps
-        self._shards, self._augmentation, self._size = shards, augmentation, size
-        self._device, self._seed, self._rank, self._balance = torch.device(device), seed, rank, balance
+        self._shards, self._settings, self._size, self._device = shards, settings, size, torch.device(device)
         self._host_labels = labels.cpu().numpy()
         self._labels = labels.to(self._device)
-        self._normalize = Normalizer(mean, std, size[1], self._device)
+        self._normalize = Normalizer(settings.mean, settings.std, size[1], self._device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch; see ``Batches.epoch``."""
-        settings = self._augmentation
-        order = epoch_order(self._host_labels, self._seed, epoch, balance=self._balance)
-        draws = ImageDraws.draw(random_stream(IMAGES, self._seed, epoch), len(order), *self._size, settings)
+        seed, augmentation = self._settings.seed, self._settings.augmentation
+        order = epoch_order(self._host_labels, seed, epoch, balance=self._settings.balance)
+        draws = ImageDraws.draw(random_stream(IMAGES, seed, epoch), len(order), *self._size, augmentation)
         parts = [self._shards.part(step) for step in range(first_step, self.steps)]
         order_here, draws = order.to(self._device, non_blocking=True), draws.to(self._device)
         batches = self._windows(order, order_here, draws, parts)
         for step, (part, windows) in enumerate(zip(parts, batches, strict=True), first_step):
             images = self._normalize(windows)
             labels = self._labels[order_here[part]]
-            if settings.cutout:
-                images = cut_out(images, draws[part], settings.cutout)
-            if settings.mixes:
-                stream = random_stream(MIXING, self._seed, epoch, step, self._rank)
-                yield mix(images, labels, len(self.classes), settings, stream)
+            if augmentation.cutout:
+                images = cut_out(images, draws[part], augmentation.cutout)
+            if augmentation.mixes:
+                stream = random_stream(MIXING, seed, epoch, step, self._settings.rank)
+                yield mix(images, labels, len(self.classes), augmentation, stream)
             else:
                 yield images, labels
 
     def _window(self, images: Tensor, indices: Tensor, draws: ImageDraws) -> Tensor:
         """Crop and flip, where that is asked for: uint8 (B, H, W, 3)."""
-        if self._augmentation.crop_padding or self._augmentation.flip:
-            return crop_and_flip(images, indices, draws, self._augmentation.crop_padding)
+        augmentation = self._settings.augmentation
+        if augmentation.crop_padding or augmentation.flip:
+            return crop_and_flip(images, indices, draws, augmentation.crop_padding)
         return images[indices]
 
     @abstractmethod
@@ -140,47 +151,15 @@ class ResidentBatches(AugmentedBatches):
 
     Args:
         split: The training images, on the training device.
-        augmentation: What is done to them.
-        batch_size: Images of a full batch on this rank.
-        seed: Seed of order and augmentation.
-        mean: Mean of each channel, in [0, 1].
-        std: Standard deviation of each channel.
-        rank: Index of this device.
-        world_size: Number of devices that share an epoch.
-        balance: Show every class equally often; see ``epoch_order``.
+        settings: How the batches are made.
 
     Raises:
         UserError: If the settings do not fit the images.
     """
 
-    def __init__(
-        self,
-        split: ImageSplit,
-        augmentation: AugmentationSettings,
-        *,
-        batch_size: int,
-        seed: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        rank: int = 0,
-        world_size: int = 1,
-        balance: bool = False,
-    ) -> None:
-        super().__init__(
-            split.labels,
-            split.classes,
-            split.source,
-            (split.images.shape[1], split.images.shape[2]),
-            augmentation,
-            batch_size=batch_size,
-            seed=seed,
-            mean=mean,
-            std=std,
-            device=split.images.device,
-            rank=rank,
-            world_size=world_size,
-            balance=balance,
-        )
+    def __init__(self, split: ImageSplit, settings: BatchSettings) -> None:
+        size = (split.images.shape[1], split.images.shape[2])
+        super().__init__(split.labels, split.classes, split.source, size, settings, split.images.device)
         self._images = split.images.contiguous()
 
     def _windows(self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice]) -> Iterator[Tensor]:

@@ -1,12 +1,8 @@
 """Which of the two data paths a set takes: it stays on the training device if it fits there."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
-from conam_zoo.data.augmentation import AugmentationSettings
-from conam_zoo.data.batches import AugmentedBatches, ResidentBatches
+from conam_zoo.data.batches import AugmentedBatches, BatchSettings, ResidentBatches
 from conam_zoo.data.loader import LoaderBatches
 from conam_zoo.data.memory import free_bytes
 from conam_zoo.data.sources import ImageSource, source_of_split
@@ -33,16 +29,9 @@ def fits(count: int, size: int, device: torch.device | str, *, free: int | None 
 def choose_batches(
     train: ImageSplit | ImageSource,
     size: int,
-    augmentation: AugmentationSettings,
+    settings: BatchSettings,
     *,
-    batch_size: int,
-    seed: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    balance: bool = False,
     workers: int | None = None,
     free: int | None = None,
 ) -> tuple[AugmentedBatches, str]:
@@ -51,15 +40,8 @@ def choose_batches(
     Args:
         train: The training images: in memory, or a source that did not fit there.
         size: Side of the images, in pixels.
-        augmentation: What is done to them.
-        batch_size: Images of a full batch on this rank.
-        seed: Seed of order and augmentation.
-        mean: Mean of each channel, in [0, 1].
-        std: Standard deviation of each channel.
+        settings: How the batches are made.
         device: The training device.
-        rank: Index of this device.
-        world_size: Number of devices that share an epoch.
-        balance: Show every class equally often; see ``epoch_order``.
         workers: Processes of the loader; see ``LoaderBatches``.
         free: Free bytes of the device; None to ask it.
 
@@ -72,20 +54,11 @@ def choose_batches(
         train.images.device.type == device.type == "cpu" or fits(len(train), size, device, free=free)
     )
     need = f"{3 * len(train) * size * size / 1e6:,.1f} MB of images, {free / 1e6:,.0f} MB free on {device.type}"
-    common: dict[str, Any] = {
-        "batch_size": batch_size,
-        "seed": seed,
-        "mean": mean,
-        "std": std,
-        "rank": rank,
-        "world_size": world_size,
-        "balance": balance,
-    }
     if held and isinstance(train, ImageSplit):
-        batches = ResidentBatches(train.to(device), augmentation, **common)
+        batches = ResidentBatches(train.to(device), settings)
         return batches, f"The whole training set stays on the {device.type} as uint8 ({need})."
     source = source_of_split(train) if isinstance(train, ImageSplit) else train
     if isinstance(train, ImageSplit):
         workers = 0  # nothing to decode
-    loader = LoaderBatches(source, size, augmentation, device=device, workers=workers, **common)
+    loader = LoaderBatches(source, size, settings, device=device, workers=workers)
     return loader, f"The training set is read by a loader with {loader.workers} workers as it is needed ({need})."

@@ -1,14 +1,14 @@
 """Batches of images that do not fit on the training device: worker processes decode and resize them when needed."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from conam_zoo.data.augmentation import AugmentationSettings, ImageDraws
-from conam_zoo.data.batches import AugmentedBatches
+from conam_zoo.data.augmentation import ImageDraws
+from conam_zoo.data.batches import AugmentedBatches, BatchSettings
 from conam_zoo.data.sources import ImageSource
 
 __all__ = ["LoaderBatches"]
@@ -38,15 +38,8 @@ class LoaderBatches(AugmentedBatches):
     Args:
         source: The training images.
         size: Side of the square that they are resized to, in pixels.
-        augmentation: What is done to them.
-        batch_size: Images of a full batch on this rank.
-        seed: Seed of order and augmentation.
-        mean: Mean of each channel, in [0, 1].
-        std: Standard deviation of each channel.
-        device: Where the batches are wanted.
-        rank: Index of this device.
-        world_size: Number of devices that share an epoch.
-        balance: Show every class equally often; see ``epoch_order``.
+        settings: How the batches are made.
+        device: Where they are wanted.
         workers: Processes that decode; None for one less than there are cores, 0 for none beside this one.
 
     Raises:
@@ -57,33 +50,13 @@ class LoaderBatches(AugmentedBatches):
         self,
         source: ImageSource,
         size: int,
-        augmentation: AugmentationSettings,
+        settings: BatchSettings,
         *,
-        batch_size: int,
-        seed: int,
-        mean: Sequence[float],
-        std: Sequence[float],
         device: torch.device | str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        balance: bool = False,
         workers: int | None = None,
     ) -> None:
-        super().__init__(
-            torch.from_numpy(source.labels),
-            source.classes,
-            source.source,
-            (size, size),
-            augmentation,
-            batch_size=batch_size,
-            seed=seed,
-            mean=mean,
-            std=std,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            balance=balance,
-        )
+        labels = torch.from_numpy(source.labels)
+        super().__init__(labels, source.classes, source.source, (size, size), settings, device)
         self._pixels = _Pixels(source, size)
         self.workers = min(MAX_WORKERS, (os.cpu_count() or 1) - 1) if workers is None else workers
 

@@ -15,7 +15,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
-from conam_zoo.data import AugmentationSettings, ImageData, ImageSplit, choose_batches, pixel_statistics
+from conam_zoo.data import ImageData, ImageSplit, choose_batches, pixel_statistics
 from conam_zoo.data.sources import ImageSource, read_source
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
@@ -23,7 +23,7 @@ from conam_zoo.models.lookup import open_model
 from conam_zoo.training.engine import predict_logits
 from conam_zoo.training.export import export_model
 from conam_zoo.training.fit import fit
-from conam_zoo.training.learner import images_per_batch
+from conam_zoo.training.learner import batch_settings
 from conam_zoo.training.ranks import ranks
 from conam_zoo.training.recipe import Recipe, recipe_from_dict
 
@@ -262,15 +262,8 @@ def train_on(
     batches, line = choose_batches(
         data.train,
         data.image_size,
-        AugmentationSettings(recipe.crop_padding, recipe.flip, recipe.cutout, recipe.mixup, recipe.cutmix),
-        batch_size=images_per_batch(recipe, here),
-        seed=recipe.seed,
-        mean=cfg["mean"],
-        std=cfg["std"],
+        batch_settings(recipe, cfg["mean"], cfg["std"], here, balance=balance),
         device=here.device,
-        rank=here.rank,
-        world_size=here.world_size,
-        balance=balance,
         workers=workers,
     )
     say(line)

@@ -3,7 +3,7 @@
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,13 +14,14 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from conam_zoo.data import AugmentationSettings, BatchSettings
 from conam_zoo.errors import UserError
 from conam_zoo.training.moving_average import MovingAverage
 from conam_zoo.training.ranks import Ranks, ranks
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.teacher import distillation_loss
 
-__all__ = ["Learner", "images_per_batch"]
+__all__ = ["Learner", "batch_settings", "images_per_batch"]
 
 
 def images_per_batch(recipe: Recipe, here: Ranks) -> int:
@@ -37,6 +38,26 @@ def images_per_batch(recipe: Recipe, here: Ranks) -> int:
             "set it to one."
         )
     return recipe.batch_size // shares
+
+
+def batch_settings(
+    recipe: Recipe, mean: Sequence[float], std: Sequence[float], here: Ranks, *, balance: bool = False
+) -> BatchSettings:
+    """How this process makes its batches.
+
+    Args:
+        recipe: Augmentation, seed and batch size.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel.
+        here: This process among the others.
+        balance: Show every class equally often.
+
+    Raises:
+        UserError: If the batch size cannot be shared out evenly, or an augmentation is out of range.
+    """
+    augmentation = AugmentationSettings(recipe.crop_padding, recipe.flip, recipe.cutout, recipe.mixup, recipe.cutmix)
+    size = images_per_batch(recipe, here)
+    return BatchSettings(augmentation, size, recipe.seed, mean, std, here.rank, here.world_size, balance)
 
 
 class Learner:

@@ -11,7 +11,7 @@ from rich.console import Console
 from timm.optim import list_optimizers
 from torch import nn
 
-from conam_zoo.data import AugmentationSettings, Batches, ImageSplit, choose_batches, read_split
+from conam_zoo.data import Batches, ImageSplit, choose_batches, read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
@@ -21,7 +21,7 @@ from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.export import export_model
 from conam_zoo.training.fit import FitResult, check_free, fit
-from conam_zoo.training.learner import images_per_batch
+from conam_zoo.training.learner import batch_settings, images_per_batch
 from conam_zoo.training.ranks import Ranks, on_first_rank, process_group
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import write_recipe, write_run
@@ -159,7 +159,7 @@ def assemble(recipe: Recipe, data: str | Path, here: Ranks) -> Assembly:
         UserError: If the recipe names what does not exist, or the data is not what it should be.
     """
     _check_names(recipe)
-    batch_size = images_per_batch(recipe, here)
+    images_per_batch(recipe, here)  # refuses a batch that the processes cannot share, before anything is read
     split, holdout = _training_images(recipe, data)
     torch.manual_seed(recipe.seed)
     model = _model(recipe)
@@ -167,17 +167,13 @@ def assemble(recipe: Recipe, data: str | Path, here: Ranks) -> Assembly:
     facts: dict[str, Any] = {}
     if recipe.teacher:
         teacher, facts["teacher"] = open_teacher(recipe.teacher, model, split.classes)
+    cfg = model.pretrained_cfg
+    settings = batch_settings(recipe, cfg["mean"], cfg["std"], here)
     batches, note = choose_batches(
         split,
         split.images.shape[1],
-        AugmentationSettings(recipe.crop_padding, recipe.flip, recipe.cutout, recipe.mixup, recipe.cutmix),
-        batch_size=batch_size,
-        seed=recipe.seed,
-        mean=model.pretrained_cfg["mean"],
-        std=model.pretrained_cfg["std"],
+        settings,
         device=here.device,
-        rank=here.rank,
-        world_size=here.world_size,
     )
     return Assembly(model, batches, note, len(split), holdout, teacher, facts)
 

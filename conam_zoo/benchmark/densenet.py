@@ -1,0 +1,138 @@
+"""A DenseNet's training step beside that of torchvision's DenseNet of the same configuration: time and memory."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.densenet import DenseNet
+
+from conam_zoo.benchmark.contenders import memory_format
+from conam_zoo.benchmark.cost_memory import saved_bytes
+from conam_zoo.benchmark.cost_net import image_batch, training_step
+from conam_zoo.benchmark.fresh_process import FreshProcesses
+from conam_zoo.benchmark.memory import peak_growth_bytes
+from conam_zoo.benchmark.record import BenchmarkRecord, make_record, summarise
+from conam_zoo.benchmark.timing import benchmark_device, time_in_turns
+from conam_zoo.errors import UserError
+from conam_zoo.models.conam_densenet import ConAMDenseNet
+
+__all__ = ["CONFIGURATIONS", "benchmark_densenet", "densenet_memory", "torchvision_densenet"]
+
+# Depth and growth rate. torchvision has the form with bottlenecks and compression alone.
+CONFIGURATIONS = {"densenetbc100_12_conam": (100, 12), "densenetbc190_40_conam": (190, 40)}
+TORCHVISION, RECOMPUTING, PLAIN = "torchvision", "recomputing", "plain twin"
+# What each contender is: its layout, its precision, and whether it recomputes features in the backward pass.
+CONTENDERS = {
+    "conam_zoo": ("channels_last", "bf16", False),
+    f"conam_zoo, {RECOMPUTING}": ("channels_last", "bf16", True),
+    f"conam_zoo, {PLAIN}": ("channels_last", "bf16", False),
+    TORCHVISION: ("channels_last", "bf16", False),
+    f"{TORCHVISION}, {RECOMPUTING}": ("channels_last", "bf16", True),
+    f"{TORCHVISION}, fp32, nchw": ("nchw", "fp32", False),
+}
+OURS = "conam_zoo"
+MIB = 2**20
+
+
+def torchvision_densenet(depth: int, growth: int, recompute: bool = False) -> nn.Module:
+    """torchvision's DenseNet-BC for 32 x 32 images: three blocks, a 3x3 stem without pooling, 10 classes.
+
+    Args:
+        depth: 6n + 4 layers.
+        growth: Channels that each dense layer adds.
+        recompute: torchvision's ``memory_efficient``.
+    """
+    layers = (depth - 4) // 6
+    net = DenseNet(growth, (layers,) * 3, 2 * growth, bn_size=4, num_classes=10, memory_efficient=recompute)
+    parts = dict(net.features.named_children())
+    for name in ("norm0", "relu0", "pool0"):
+        del parts[name]
+    parts["conv0"] = nn.Conv2d(3, 2 * growth, 3, padding=1, bias=False)
+    net.features = nn.Sequential(OrderedDict(parts))
+    return net
+
+
+def _step(contender: str, depth: int, growth: int, batch_size: int) -> tuple[nn.Module, Tensor, Callable[[], None]]:
+    """A contender, its batch, and one training step on it."""
+    layout, precision, recompute = CONTENDERS[contender]
+    device = benchmark_device()
+    torch.manual_seed(0)
+    if contender.startswith(TORCHVISION):
+        net = torchvision_densenet(depth, growth, recompute)
+    else:
+        attention = "none" if contender.endswith(PLAIN) else "conam"
+        net = ConAMDenseNet(depth, growth, bottleneck=True, attn_layer=attention)
+        net.set_grad_checkpointing(recompute)
+    net = net.to(device).to(memory_format=memory_format(layout)).train()
+    images = image_batch(batch_size, 32, layout, device)
+    return net, images, training_step(net, images, precision)
+
+
+def densenet_memory(contender: str, depth: int, growth: int, batch_size: int, threads: int) -> dict[str, float]:
+    """MiB that autograd keeps for the backward pass, and by which the first steps raise the peak of this process."""
+    torch.set_num_threads(threads)
+    net, images, step = _step(contender, depth, growth, batch_size)
+
+    def work() -> None:
+        step()
+        step()
+
+    peak = peak_growth_bytes(work, images.device)
+    return {"kept_for_backward_mib": saved_bytes(net, images, CONTENDERS[contender][1]) / MIB, "peak_mib": peak / MIB}
+
+
+def benchmark_densenet(
+    model: str = "densenetbc100_12_conam",
+    *,
+    batch_size: int = 32,
+    repeats: int = 7,
+    quick: bool = False,
+    command: str = "",
+    progress: Callable[[str], None] = lambda text: None,
+) -> BenchmarkRecord:
+    """Time a training step of all contenders in turns, and measure the memory of each in a process of its own.
+
+    Args:
+        model: One of ``CONFIGURATIONS``.
+        batch_size: Images of 32 x 32 in a step.
+        repeats: Rounds.
+        quick: A tiny run on a smaller net that only shows that everything works; its numbers mean nothing.
+        command: The command line, for the record.
+        progress: Told what is being measured.
+
+    Raises:
+        UserError: If torchvision has no such net, or a number is out of range.
+    """
+    if model not in CONFIGURATIONS:
+        raise UserError(
+            f"The option --model is {model}, but torchvision has nets only like {', '.join(CONFIGURATIONS)}."
+        )
+    for option, number, least in (("--batch-size", batch_size, 2), ("--repeats", repeats, 1)):
+        if number < least:
+            raise UserError(f"The option {option} is {number}, but it must be at least {least}.")
+    depth, growth = CONFIGURATIONS[model]
+    if quick:
+        depth, growth, batch_size, repeats = 16, 4, 2, 1
+    progress(f"training steps of {model} and its contenders, {batch_size} images, {repeats} rounds")
+    steps = {name: _step(name, depth, growth, batch_size)[2] for name in CONTENDERS}
+    device = benchmark_device()
+    times = time_in_turns(steps, repeats=repeats, device=device)
+    del steps
+    milliseconds = {name: [1000 * seconds for seconds in values] for name, values in times.items()}
+    rows = summarise(milliseconds, group={"model": model, "batch": batch_size}, reference=OURS, unit="ms")
+    with FreshProcesses(__name__) as processes:
+        for index, row in enumerate(rows):
+            progress(f"memory of {row.name}")
+            memory = processes.call(
+                "densenet_memory",
+                contender=row.name,
+                depth=depth,
+                growth=growth,
+                batch_size=batch_size,
+                threads=torch.get_num_threads(),
+            )
+            rows[index] = replace(row, facts={"images_per_second": 1000 * batch_size / row.median, **memory})
+    settings = {"model": model, "batch_size": batch_size, "repeats": repeats, "device": device.type, "quick": quick}
+    return make_record("densenet", rows, settings=settings, command=command)

@@ -1,0 +1,53 @@
+"""torchvision's DenseNet stands beside ours as the very same net, and what is measured of both is what it is called."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import conam_zoo  # noqa: F401
+from conam_zoo.benchmark.densenet import CONTENDERS, benchmark_densenet, torchvision_densenet
+from conam_zoo.benchmark.record import read_record
+from conam_zoo.errors import UserError
+
+
+def test_torchvision_s_net_is_our_plain_twin() -> None:
+    ours = timm.create_model("densenetbc100_12_conam", attn_layer="none").eval()
+    theirs = torchvision_densenet(100, 12).eval()
+    state = ours.state_dict()
+    names = list(theirs.state_dict())
+    assert len(names) == len(state)
+    theirs.load_state_dict(dict(zip(names, state.values(), strict=True)))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(theirs(images), ours(images), atol=1e-4, rtol=1e-4)
+
+
+def test_every_contender_has_a_time_and_its_memory(tmp_path: Path) -> None:
+    record = benchmark_densenet(quick=True, command="conam benchmark densenet --quick")
+    (tmp_path / "densenet.json").write_text(json.dumps(record.to_dict()))
+    rows = {row.name: row for row in read_record(tmp_path / "densenet.json").rows}
+    assert list(rows) == list(CONTENDERS)
+    assert rows["conam_zoo"].ratio == 1
+    for row in rows.values():
+        assert row.median > 0
+        assert row.facts["images_per_second"] == pytest.approx(1000 * 2 / row.median, rel=1e-3)
+        assert row.facts["peak_mib"] > 0
+    kept = {name: row.facts["kept_for_backward_mib"] for name, row in rows.items()}
+    assert kept["conam_zoo, recomputing"] < 0.7 * kept["conam_zoo"]
+    assert kept["torchvision, fp32, nchw"] > 1.3 * kept["torchvision"]
+    assert kept["conam_zoo, plain twin"] < kept["conam_zoo"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"model": "densenet40_12_conam"}, "--model is densenet40_12_conam, but torchvision has nets only like"),
+        ({"batch_size": 1}, "--batch-size is 1, but it must be at least 2"),
+        ({"repeats": 0}, "--repeats is 0, but it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        benchmark_densenet(**arguments)
