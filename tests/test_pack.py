@@ -85,6 +85,26 @@ def test_packing_again_replaces_the_weights_and_keeps_other_entries(
 
 
 @pytest.mark.usefixtures("short_recipe")
+@pytest.mark.parametrize("had_weights", [False, True])
+def test_weights_come_back_if_the_manifest_cannot_be_written(
+    had_weights: bool, small_data: Path, empty_checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(small_data, tmp_path / "run")
+    if had_weights:
+        pack(run, small_data, empty_checkout)
+        (empty_checkout / "weights" / NAME / "log.csv").write_text("the former ones")
+    before = {p: p.read_bytes() for p in empty_checkout.rglob("*") if p.is_file()}
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pack_module, "dump_manifest", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        pack(run, small_data, empty_checkout)
+    assert {p: p.read_bytes() for p in empty_checkout.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.usefixtures("short_recipe")
 def test_weights_that_half_precision_would_spoil_stay_float32(
     small_data: Path, empty_checkout: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
 
     The weights are stored as float16 if their top-1 stays within 0.02 points, else as float32. The metrics of the
     entry are those of the stored file, read back. Existing weights of that name are replaced as a whole, the manifest
-    last.
+    last; if it cannot be written, they come back.
 
     Args:
         run: A finished run folder.
@@ -98,12 +99,26 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
         manifest = load_manifest(manifest_path)
         write_text(folder / "README.md", model_card(entry, manifest))
         destination = checkout / "weights" / name
-        destination.parent.mkdir(exist_ok=True)
-        if destination.exists():
-            shutil.rmtree(destination)
-        folder.replace(destination)
-    dump_manifest(replace(manifest, entries={**manifest.entries, name: entry}), manifest_path)
+        updated = replace(manifest, entries={**manifest.entries, name: entry})
+        _exchange(folder, destination, Path(scratch) / "former", lambda: dump_manifest(updated, manifest_path))
     return entry
+
+
+def _exchange(new: Path, destination: Path, former: Path, confirm: Callable[[], None]) -> None:
+    """Put a folder into its place and confirm that; if the confirmation fails, what was there comes back."""
+    destination.parent.mkdir(exist_ok=True)
+    had_former = destination.exists()
+    if had_former:
+        destination.replace(former)
+    try:
+        new.replace(destination)
+        confirm()
+    except BaseException:
+        if destination.exists():
+            destination.replace(new)
+        if had_former:
+            former.replace(destination)
+        raise
 
 
 def _packaged_name(recipe: dict[str, Any], name: str, run: Path) -> str:
