@@ -80,7 +80,7 @@ def test_normalize_has_the_layout_and_values_of_the_usual_transform() -> None:
 
 def test_every_augmented_image_is_a_shifted_and_perhaps_mirrored_window_of_its_own_source() -> None:
     images = torch.randint(256, (64, 8, 10, 3), dtype=torch.uint8)
-    draws = ImageDraws.draw(random_stream(IMAGES, 1), 64, 8, 10, AugmentationSettings(crop_padding=2))
+    draws = ImageDraws.draw(random_stream(IMAGES, 1), 64, (8, 10), AugmentationSettings(crop_padding=2))
     augmented = crop_and_flip(images, torch.arange(64), draws, 2)
     padded = torch.from_numpy(np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect"))
     found = set()
@@ -96,10 +96,24 @@ def test_every_augmented_image_is_a_shifted_and_perhaps_mirrored_window_of_its_o
     assert {mirrored for _, _, mirrored in found} == {False, True}
 
 
+def test_a_smaller_crop_is_a_window_of_the_padded_image() -> None:
+    images = torch.randint(256, (200, 8, 10, 3), dtype=torch.uint8)
+    draws = ImageDraws.draw(random_stream(IMAGES, 1), 200, (8, 10), AugmentationSettings(crop_padding=1), (6, 6))
+    crops = crop_and_flip(images, torch.arange(200), draws, 1, (6, 6))
+    assert crops.shape == (200, 6, 6, 3)
+    padded = torch.from_numpy(np.pad(images.numpy(), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect"))
+    for source, result, top, left, mirrored in zip(padded, crops, draws.top, draws.left, draws.mirrored, strict=True):
+        window = source[top : top + 6, left : left + 6]
+        assert torch.equal(window.flip(1) if mirrored else window, result)
+    assert set(draws.top.tolist()) == set(range(5))  # 8 + 2 pixels hold 5 windows of 6
+    assert set(draws.left.tolist()) == set(range(7))
+    assert set(draws.centre_y.tolist()) == set(range(6))
+
+
 def test_without_crop_and_flip_images_are_untouched() -> None:
     images = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8)
     order = torch.tensor([3, 1, 5])
-    draws = ImageDraws.draw(random_stream(IMAGES, 0), 3, 8, 8, AugmentationSettings(crop_padding=0, flip=False))
+    draws = ImageDraws.draw(random_stream(IMAGES, 0), 3, (8, 8), AugmentationSettings(crop_padding=0, flip=False))
     assert torch.equal(crop_and_flip(images, order, draws, 0), images[order])
 
 

@@ -77,6 +77,23 @@ def test_a_batch_is_a_function_of_seed_epoch_and_step(settings: AugmentationSett
         assert not torch.equal(next(other)[0], whole[0][0])
 
 
+@pytest.mark.parametrize("augmentation", [{}, {"crop_padding": 0, "flip": False, "cutout": 2}])
+def test_early_epochs_show_smaller_crops(augmentation: dict) -> None:
+    split = numbered(24)
+    usual = AugmentationSettings(**augmentation)
+    early = AugmentationSettings(**augmentation, early_size=6, early_epochs=2)
+    shapes = [next(batches(split, early).epoch(epoch))[0].shape[2:] for epoch in range(4)]
+    assert shapes == [(6, 6), (6, 6), (8, 8), (8, 8)]
+    for (images, labels), (others, other_labels) in zip(
+        batches(split, early).epoch(2), batches(split, usual).epoch(2), strict=True
+    ):
+        assert torch.equal(images, others)  # later epochs are those of a training without early ones
+        assert torch.equal(labels, other_labels)
+    loader = LoaderBatches(source_of_split(split), 8, how(early), workers=0)
+    for (images, _), (others, _) in zip(loader.epoch(0), batches(split, early).epoch(0), strict=True):
+        assert torch.equal(images, others)
+
+
 def test_drawing_leaves_the_generators_of_torch_and_numpy_alone() -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
@@ -220,6 +237,7 @@ def test_with_both_on_each_batch_gets_one_of_them() -> None:
         ({"cutout": -1}, "cutout is -1"),
         ({"mixup": float("nan")}, "mixup is nan"),
         ({"crop_padding": 8}, "8 x 8 pixels"),
+        ({"early_size": 9, "early_epochs": 1}, "early_size is 9, but the images of made up have 8 x 8 pixels"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict, sentence: str) -> None:

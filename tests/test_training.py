@@ -215,6 +215,8 @@ def test_every_packaged_recipe_is_whole_and_opens_with_its_facts(name: str, chec
         ("distill_weight=1.5", "out of its range"),
         ("distill_temperature=0", "out of its range"),
         ("clip_grad=-1", "out of its range"),
+        ("early_size=24", "early_size is 24 and early_epochs 0: set both, or none"),
+        ("early_epochs=1000", "out of its range"),
     ],
 )
 def test_bad_settings_are_refused_in_a_sentence(setting: str, sentence: str) -> None:

@@ -1,7 +1,8 @@
 """Augmentation of whole batches on the training device, every image for itself, without a loop over images.
 
 Sources: random crop and flip as in He et al., "Deep Residual Learning", 2016, section 4.2; Cutout: DeVries and Taylor,
-arXiv 1708.04552, 2017; mixup: Zhang et al., arXiv 1710.09412, 2018; CutMix: Yun et al., arXiv 1905.04899, 2019.
+arXiv 1708.04552, 2017; mixup: Zhang et al., arXiv 1710.09412, 2018; CutMix: Yun et al., arXiv 1905.04899, 2019; smaller
+images in early epochs: Tan and Le, "EfficientNetV2", arXiv 2104.00298, 2021, section 4, who resize where this crops.
 """
 
 import math
@@ -38,6 +39,8 @@ class AugmentationSettings:
             pixel, and what would lie outside of the image is lost.
         mixup: Both parameters of mixup's beta distribution; 0 for no mixup.
         cutmix: The same of CutMix. With both on, each batch gets one of them, with even chances (as timm does).
+        early_size: Side in pixels of the random crops in the first ``early_epochs`` epochs; 0 for whole images.
+        early_epochs: How many epochs that are.
     """
 
     crop_padding: int = 4
@@ -45,9 +48,11 @@ class AugmentationSettings:
     cutout: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0
+    early_size: int = 0
+    early_epochs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("crop_padding", "cutout", "mixup", "cutmix"):
+        for name in ("crop_padding", "cutout", "mixup", "cutmix", "early_size", "early_epochs"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"The augmentation setting {name} is {value!r}, but it must be 0 or more.")
@@ -56,6 +61,11 @@ class AugmentationSettings:
     def mixes(self) -> bool:
         """Whether the targets are soft."""
         return self.mixup > 0 or self.cutmix > 0
+
+    def crop_size(self, epoch: int, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of what is shown of images of the size (H, W) in an epoch, counted from 0."""
+        early = self.early_size > 0 and epoch < self.early_epochs
+        return (self.early_size, self.early_size) if early else size
 
 
 def random_stream(purpose: int, seed: int, *position: int) -> np.random.Generator:
@@ -83,21 +93,27 @@ class ImageDraws:
 
     @classmethod
     def draw(
-        cls, stream: np.random.Generator, count: int, height: int, width: int, settings: AugmentationSettings
+        cls,
+        stream: np.random.Generator,
+        count: int,
+        size: tuple[int, int],
+        settings: AugmentationSettings,
+        crop: tuple[int, int] | None = None,
     ) -> "ImageDraws":
-        """Draw for ``count`` images of ``height`` x ``width`` pixels."""
+        """Draw for ``count`` images of the size (H, W), of which crops of another size are shown if that is given."""
 
         def integers(high: int) -> Tensor:
             return torch.from_numpy(stream.integers(high, size=count))
 
-        offsets = 2 * settings.crop_padding + 1
+        crop = crop or size
+        offsets = [2 * settings.crop_padding + whole - shown + 1 for whole, shown in zip(size, crop, strict=True)]
         mirrored = integers(2) == 1
         return cls(
-            integers(offsets),
-            integers(offsets),
+            integers(offsets[0]),
+            integers(offsets[1]),
             mirrored if settings.flip else torch.zeros_like(mirrored),
-            integers(height),
-            integers(width),
+            integers(crop[0]),
+            integers(crop[1]),
         )
 
     def to(self, device: torch.device | str) -> "ImageDraws":
@@ -108,7 +124,9 @@ class ImageDraws:
         return ImageDraws(*(tensor[part] for tensor in vars(self).values()))
 
 
-def crop_and_flip(images: Tensor, indices: Tensor, draws: ImageDraws, padding: int) -> Tensor:
+def crop_and_flip(
+    images: Tensor, indices: Tensor, draws: ImageDraws, padding: int, crop: tuple[int, int] | None = None
+) -> Tensor:
     """Random windows of reflection-padded images, some mirrored, in one gather.
 
     The padded images are never made: the reflection is in the positions that are read.
@@ -118,17 +136,19 @@ def crop_and_flip(images: Tensor, indices: Tensor, draws: ImageDraws, padding: i
         indices: Which images, (B,).
         draws: What was drawn for each, (B,).
         padding: Pixels of padding, smaller than H and W.
+        crop: (h, w) of the windows, at most (H, W); None for (H, W).
 
     Returns:
-        uint8, (B, H, W, 3).
+        uint8, (B, h, w, 3).
     """
     height, width, channels = images.shape[1:]
-    rows = _reflected(draws.top[:, None] - padding + torch.arange(height, device=images.device), height)
-    columns = torch.arange(width, device=images.device)
-    columns = torch.where(draws.mirrored[:, None], width - 1 - columns, columns)
+    shown_height, shown_width = crop or (height, width)
+    rows = _reflected(draws.top[:, None] - padding + torch.arange(shown_height, device=images.device), height)
+    columns = torch.arange(shown_width, device=images.device)
+    columns = torch.where(draws.mirrored[:, None], shown_width - 1 - columns, columns)
     columns = _reflected(draws.left[:, None] - padding + columns, width)
-    positions = (indices[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]  # (B, H, W)
-    return images.view(-1, channels).index_select(0, positions.flatten()).view(-1, height, width, channels)
+    positions = (indices[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]  # (B, h, w)
+    return images.view(-1, channels).index_select(0, positions.flatten()).view(-1, shown_height, shown_width, channels)
 
 
 def _reflected(positions: Tensor, size: int) -> Tensor:
@@ -188,13 +208,18 @@ def _span(stream: np.random.Generator, size: int, share: float) -> tuple[int, in
 
 
 def check_fits(settings: AugmentationSettings, size: Sequence[int], source: str) -> None:
-    """Refuse a padding that reflection cannot fill.
+    """Refuse a padding that reflection cannot fill, and crops that are larger than the images.
 
     Raises:
-        UserError: If the padding is not smaller than both sides of the images.
+        UserError: If the padding is not smaller than both sides of the images, or ``early_size`` larger than one.
     """
     if settings.crop_padding >= min(size):
         raise UserError(
             f"The setting crop_padding is {settings.crop_padding}, but {source} have {size[0]} x {size[1]} pixels: "
             "reflection needs less padding than pixels."
+        )
+    if settings.early_size > min(size):
+        raise UserError(
+            f"The setting early_size is {settings.early_size}, but {source} have {size[0]} x {size[1]} pixels: "
+            "set it to less, or to 0."
         )

@@ -76,8 +76,8 @@ class Batches(Protocol):
         """The batches of an epoch from ``first_step`` on; the skipped ones cost nothing.
 
         Yields:
-            Images (B, 3, H, W), float32, normalised, channels_last, on the training device; and targets: int64 (B,), or
-            float32 (B, classes) where mixup or CutMix is on.
+            Images (B, 3, h, w), float32, normalised, channels_last, on the training device, smaller in early epochs if
+            that is asked for; and targets: int64 (B,), or float32 (B, classes) where mixup or CutMix is on.
         """
         ...
 
@@ -113,18 +113,19 @@ class AugmentedBatches(ABC):
         self._shards, self._settings, self._size, self._device = shards, settings, size, torch.device(device)
         self._host_labels = labels.cpu().numpy()
         self._labels = labels.to(self._device)
-        self._normalize = Normalizer(settings.mean, settings.std, size[1], self._device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch; see ``Batches.epoch``."""
         seed, augmentation = self._settings.seed, self._settings.augmentation
         order = epoch_order(self._host_labels, seed, epoch, balance=self._settings.balance)
-        draws = ImageDraws.draw(random_stream(IMAGES, seed, epoch), len(order), *self._size, augmentation)
+        crop = augmentation.crop_size(epoch, self._size)
+        normalize = Normalizer(self._settings.mean, self._settings.std, crop[1], self._device)
+        draws = ImageDraws.draw(random_stream(IMAGES, seed, epoch), len(order), self._size, augmentation, crop)
         parts = [self._shards.part(step) for step in range(first_step, self.steps)]
         order_here, draws = order.to(self._device, non_blocking=True), draws.to(self._device)
-        batches = self._windows(order, order_here, draws, parts)
+        batches = self._windows(order, order_here, draws, parts, crop)
         for step, (part, windows) in enumerate(zip(parts, batches, strict=True), first_step):
-            images = self._normalize(windows)
+            images = normalize(windows)
             labels = self._labels[order_here[part]]
             if augmentation.cutout:
                 images = cut_out(images, draws[part], augmentation.cutout)
@@ -134,16 +135,18 @@ class AugmentedBatches(ABC):
             else:
                 yield images, labels
 
-    def _window(self, images: Tensor, indices: Tensor, draws: ImageDraws) -> Tensor:
-        """Crop and flip, where that is asked for: uint8 (B, H, W, 3)."""
+    def _window(self, images: Tensor, indices: Tensor, draws: ImageDraws, crop: tuple[int, int]) -> Tensor:
+        """Crop and flip, where that is asked for: uint8 (B, h, w, 3)."""
         augmentation = self._settings.augmentation
-        if augmentation.crop_padding or augmentation.flip:
-            return crop_and_flip(images, indices, draws, augmentation.crop_padding)
+        if augmentation.crop_padding or augmentation.flip or crop != self._size:
+            return crop_and_flip(images, indices, draws, augmentation.crop_padding, crop)
         return images[indices]
 
     @abstractmethod
-    def _windows(self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice]) -> Iterator[Tensor]:
-        """The cropped and flipped uint8 images (B, H, W, 3) of every part of the order, on the device."""
+    def _windows(
+        self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice], crop: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """The cropped and flipped uint8 images (B, h, w, 3) of every part of the order, on the device."""
 
 
 class ResidentBatches(AugmentedBatches):
@@ -162,6 +165,8 @@ class ResidentBatches(AugmentedBatches):
         super().__init__(split.labels, split.classes, split.source, size, settings, split.images.device)
         self._images = split.images.contiguous()
 
-    def _windows(self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice]) -> Iterator[Tensor]:
+    def _windows(
+        self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice], crop: tuple[int, int]
+    ) -> Iterator[Tensor]:
         for part in parts:
-            yield self._window(self._images, order_here[part], draws[part])
+            yield self._window(self._images, order_here[part], draws[part], crop)

@@ -60,7 +60,9 @@ class LoaderBatches(AugmentedBatches):
         self._pixels = _Pixels(source, size)
         self.workers = min(MAX_WORKERS, (os.cpu_count() or 1) - 1) if workers is None else workers
 
-    def _windows(self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice]) -> Iterator[Tensor]:
+    def _windows(
+        self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice], crop: tuple[int, int]
+    ) -> Iterator[Tensor]:
         loader = DataLoader(
             self._pixels,
             batch_sampler=[order[part].tolist() for part in parts],
@@ -70,4 +72,4 @@ class LoaderBatches(AugmentedBatches):
         )
         for part, images in zip(parts, loader, strict=True):
             here = images.to(self._device, non_blocking=True)
-            yield self._window(here, torch.arange(len(here), device=self._device), draws[part])
+            yield self._window(here, torch.arange(len(here), device=self._device), draws[part], crop)

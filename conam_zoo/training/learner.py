@@ -55,7 +55,15 @@ def batch_settings(
     Raises:
         UserError: If the batch size cannot be shared out evenly, or an augmentation is out of range.
     """
-    augmentation = AugmentationSettings(recipe.crop_padding, recipe.flip, recipe.cutout, recipe.mixup, recipe.cutmix)
+    augmentation = AugmentationSettings(
+        recipe.crop_padding,
+        recipe.flip,
+        recipe.cutout,
+        recipe.mixup,
+        recipe.cutmix,
+        recipe.early_size,
+        recipe.early_epochs,
+    )
     size = images_per_batch(recipe, here)
     return BatchSettings(augmentation, size, recipe.seed, mean, std, here.rank, here.world_size, balance)
 

@@ -42,7 +42,7 @@ class TrainingPlan:
         parameters: Of the net.
         macs: Multiply-accumulates of one image in the forward pass.
         device: What it would run on, and in which precision.
-        seconds_per_step: Median of a few real steps.
+        seconds_per_step: Median of a few real steps on whole images.
         estimated_minutes: Time of all steps; evaluations and compilation come on top.
         compile_seconds: Time of the first compiled step; None without ``compile``.
         peak_memory_bytes: Of the device's memory on a GPU; of the whole process on a CPU, libraries and data included.
@@ -91,7 +91,9 @@ def plan(
             teacher = teacher.to(here.device).to(memory_format=torch.channels_last)
         learner = Learner(model, recipe, parts.batches.steps, teacher=teacher, compile=compile)
         steps = -(-parts.batches.steps // recipe.grad_accumulation)
-        seconds = _time_steps(learner, parts.batches)
+        early = _time_steps(learner, parts.batches, 0) if recipe.early_epochs else 0.0
+        seconds = _time_steps(learner, parts.batches, recipe.early_epochs)
+        total_seconds = steps * (recipe.early_epochs * early + (recipe.epochs - recipe.early_epochs) * seconds)
         params, macs = count_params_and_macs(f"{recipe.model}.{recipe.dataset}", **recipe.model_args)
         weights = ["final/"]
         if recipe.ema_decay:
@@ -111,7 +113,7 @@ def plan(
             macs=macs,
             device=f"{here.world_size} x {here.device.type}, {recipe.precision}",
             seconds_per_step=seconds,
-            estimated_minutes=recipe.epochs * steps * seconds / 60,
+            estimated_minutes=total_seconds / 60,
             compile_seconds=learner.compile_seconds,
             peak_memory_bytes=_peak_memory_bytes(here.device),
             output=str(output),
@@ -119,11 +121,11 @@ def plan(
         )
 
 
-def _time_steps(learner: Learner, batches: Batches) -> float:
-    """Median seconds of a few full steps, after some to warm up."""
+def _time_steps(learner: Learner, batches: Batches, first_epoch: int) -> float:
+    """Median seconds of a few full steps on the images of an epoch, after some to warm up."""
     times = []
     learner.train()
-    stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+    stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count(first_epoch))
     for step in range(WARM_UP_STEPS + TIMED_STEPS):
         started = time.perf_counter()
         group = list(itertools.islice(stream, learner.grad_accumulation))
