@@ -13,11 +13,12 @@ from conftest import CHECKOUT
 import conam_zoo.training.pack as pack_module
 from conam_zoo.documents import generated_files
 from conam_zoo.errors import UserError
+from conam_zoo.models.lookup import open_model
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.pack import pack
 from conam_zoo.training.recipe import load_recipe
 from conam_zoo.training.train import train
-from conam_zoo.weights import load_manifest
+from conam_zoo.weights import load_manifest, read_verified
 
 NAME = "resnet20_conam.cifar10"
 SHORT = ("epochs=1", "warmup_epochs=0", "batch_size=32")
@@ -102,6 +103,21 @@ def test_weights_come_back_if_the_manifest_cannot_be_written(
     with pytest.raises(OSError, match="No space left"):
         pack(run, small_data, empty_checkout)
     assert {p: p.read_bytes() for p in empty_checkout.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.usefixtures("short_recipe")
+def test_weights_too_large_for_one_file_are_packed_as_shards(
+    small_data: Path, empty_checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_module, "MAX_SHARD_BYTES", 200_000)
+    entry = pack(_run(small_data, tmp_path / "run"), small_data, empty_checkout)
+    folder = empty_checkout / "weights" / NAME
+    assert entry.file == "model.safetensors.index.json"
+    assert entry.sha256 == hashlib.sha256((folder / entry.file).read_bytes()).hexdigest()
+    assert len(list(folder.glob("model-*.safetensors"))) >= 3
+    assert set(read_verified(folder / entry.file, entry)) == set(timm.create_model(NAME).state_dict())
+    scores, _ = evaluate(open_model(f"local-dir:{folder}"), small_data, "cifar10")
+    assert scores.top1_percent == pytest.approx(entry.metrics.top1_percent, abs=1e-4)
 
 
 @pytest.mark.usefixtures("short_recipe")

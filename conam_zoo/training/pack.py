@@ -23,11 +23,13 @@ from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.export import export_model
 from conam_zoo.training.recipe import list_recipes, load_recipe, recipe_from_dict
 from conam_zoo.weights import Metrics, WeightEntry, dump_manifest, find_checkout, load_manifest
+from conam_zoo.weights.folder import weights_file
 
 __all__ = ["pack"]
 
 LICENCE = "Apache-2.0"
 HALF_PRECISION_TOLERANCE = 0.02  # points of top-1 that storing float16 may change
+MAX_SHARD_BYTES = 15 * 2**20  # of tensors in one file; its header comes on top, and no file may have more than 16 MiB
 
 
 def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEntry:
@@ -65,15 +67,16 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
         source = open_model(f"local-dir:{run / 'final'}")
         exact = evaluate_on(source, split)
         dtype, scores, sha256 = _store(source, folder, recipe["dataset"], split, exact)
+        file = weights_file(json.loads((folder / "config.json").read_text()), folder)
         params, macs = count_params_and_macs(name, **recipe["model_args"])
         facts = DATASETS[recipe["dataset"]]
         entry = WeightEntry(
             name=name,
             repository=name,
             revision=None,
-            file="model.safetensors",
+            file=file,
             sha256=sha256,
-            size_bytes=(folder / "model.safetensors").stat().st_size,
+            size_bytes=(folder / file).stat().st_size,
             dtype=str(dtype).removeprefix("torch."),
             params=params,
             macs=macs,
@@ -142,7 +145,8 @@ def _store(
 ) -> tuple[torch.dtype, Scores, str]:
     """Write the folder in half precision if that is good enough, else in full; with the scores of what was written."""
     for dtype in (torch.float16, torch.float32):
-        sha256 = export_model(source, folder, tag=tag, dtype=dtype)
+        shutil.rmtree(folder, ignore_errors=True)  # the shards of a first try
+        sha256 = export_model(source, folder, tag=tag, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
         stored = open_model(f"local-dir:{folder}")
         scores = evaluate_on(stored, split)
         close = abs(scores.top1_percent - exact.top1_percent) <= HALF_PRECISION_TOLERANCE

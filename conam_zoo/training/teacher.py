@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conam_zoo.errors import UserError
 from conam_zoo.models.lookup import open_model
 from conam_zoo.weights import load_manifest
-from conam_zoo.weights.folder import fetch_config
+from conam_zoo.weights.folder import fetch_config, weights_file
 
 __all__ = ["Renormalized", "distillation_loss", "open_teacher"]
 
@@ -106,7 +106,9 @@ def _sha256(name: str, cfg: dict[str, Any]) -> str | None:
     """The hash that the weights were checked against, or that of the file in a folder."""
     kind, _, place = name.partition(":")
     if kind == "local-dir":
-        return hashlib.sha256((Path(place) / "model.safetensors").read_bytes()).hexdigest()
+        folder = Path(place)
+        file = weights_file(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
+        return hashlib.sha256((folder / file).read_bytes()).hexdigest()
     if kind == "hf-hub":
         stated = json.loads(fetch_config(place).read_text(encoding="utf-8")).get("sha256")
         return str(stated) if stated else None

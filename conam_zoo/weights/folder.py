@@ -1,7 +1,8 @@
 """Weights in a folder of timm's Hub layout: a local one, or a Hub repository that the caller names.
 
 What such a folder promises of itself is checked: if its `config.json` states the SHA-256 of `model.safetensors`, as
-the folders that this package writes do, the file has to have it.
+the folders that this package writes do, the file has to have it. Weights in several files have an index, which
+`config.json` names as `weights_file`, and which states the SHA-256 of each.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .client import ask_hub, download
 from .errors import HubError, WeightsError, WrongWeightsError, in_brief
-from .manifest import REVISION_PATTERN
+from .manifest import FILE_PATTERN, REVISION_PATTERN
 from .redact import redact, tells_secrets
-from .verified_file import parse_safetensors
+from .shards import Shard, is_index, read_index
+from .verified_file import examine, examine_copy, parse_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,16 +28,16 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a local folder.
+    """Read the weights of a local folder: `model.safetensors`, or the file or index that its config.json names.
 
     Raises:
         WrongWeightsError: The weights are not those whose hash the folder's config.json states.
         WeightsError: A file is absent, unreadable, or not what its name says.
     """
-    path, config_path = folder / WEIGHTS_FILE, folder / "config.json"
     try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stated, path = config.get("sha256"), folder / weights_file(config, folder)
         data = path.read_bytes()
-        stated = json.loads(config_path.read_text(encoding="utf-8")).get("sha256")
     except (OSError, ValueError, AttributeError) as error:
         raise WeightsError(
             f"{folder} has no readable {WEIGHTS_FILE} and config.json ({error}): check the path."
@@ -45,7 +48,22 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             f"{path} is not the file that its config.json describes, expected SHA-256 {stated}, found {found}: "
             "copy the folder again."
         )
-    return parse_safetensors(data, path)
+    copy, parts = examine_copy("mirror", path, Shard(path.name, found, len(data)))
+    if parts is None:
+        raise WrongWeightsError(f"{copy.detail}: copy the folder again.")
+    return parse_parts(parts)
+
+
+def weights_file(config: Mapping[str, Any], folder: Path | str) -> str:
+    """The name of the file with the weights, or of their index, in a folder with this config.json.
+
+    Raises:
+        WeightsError: It is no name of such a file.
+    """
+    name = config.get("weights_file", WEIGHTS_FILE)
+    if not isinstance(name, str) or re.fullmatch(FILE_PATTERN, name) is None:
+        raise WeightsError(f"The config.json of {folder} names the weights {name!r}, which is no safetensors file.")
+    return name
 
 
 def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
@@ -60,13 +78,36 @@ def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[st
     config = fetch_config(hub_id, cache_dir)
     # The commit that the config came from: a branch may have moved on since.
     pinned = f"{hub_id.partition('@')[0]}@{config.parent.name}"
-    weights = _fetch(pinned, WEIGHTS_FILE, cache_dir)
     try:
-        return read_folder(weights.parent)
+        file = weights_file(json.loads(config.read_text(encoding="utf-8")), redact(hub_id))
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"The config.json of {redact(hub_id)} is not one ({in_brief(error)}): look there."
+        ) from error
+    try:
+        return read_folder(_fetch_weights(pinned, file, cache_dir).parent)
     except WrongWeightsError:
-        if not weights.is_symlink():
-            weights.unlink(missing_ok=True)  # a forced download would leave a file of its own as it is
-        return read_folder(_fetch(pinned, WEIGHTS_FILE, cache_dir, afresh=True).parent)
+        return read_folder(_fetch_weights(pinned, file, cache_dir, afresh=True).parent)
+
+
+def _fetch_weights(hub_id: str, file: str, cache_dir: str | Path | None, *, afresh: bool = False) -> Path:
+    """The file with the weights, or their index with the files that it names beside it, in the cache."""
+    path = _fetch_anew(hub_id, file, cache_dir) if afresh else _fetch(hub_id, file, cache_dir)
+    if is_index(file):
+        for shard in read_index(path.read_bytes(), path).shards:
+            place = path.with_name(shard.file)
+            if afresh and examine("cache", place, shard)[0].status != "good":
+                _fetch_anew(hub_id, shard.file, cache_dir)
+            else:
+                _fetch(hub_id, shard.file, cache_dir)
+    return path
+
+
+def _fetch_anew(hub_id: str, file: str, cache_dir: str | Path | None) -> Path:
+    path = _fetch(hub_id, file, cache_dir)
+    if not path.is_symlink():
+        path.unlink(missing_ok=True)  # a forced download would leave a file of its own as it is
+    return _fetch(hub_id, file, cache_dir, afresh=True)
 
 
 def fetch_config(hub_id: str, cache_dir: str | Path | None = None) -> Path:

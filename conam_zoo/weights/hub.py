@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ from .client import ask_hub, cache_folder, download
 from .errors import HubError, WeightsError, WrongWeightsError, in_brief
 from .manifest import WeightEntry, find_checkout
 from .redact import tells_secrets
-from .verified_file import CopyStatus, Source, examine, parse_safetensors
+from .shards import Described, is_index, read_index
+from .verified_file import CopyStatus, Part, Source, examine, examine_copy, parse_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +33,20 @@ _LOCK_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class VerifiedWeights:
-    """A state dict whose bytes were compared with the manifest, and where they came from."""
+    """A state dict whose bytes were compared with the manifest, and where they came from.
+
+    `path` is that of the entry's own file; `files` are all, with the shards that an index names behind it.
+    """
 
     path: Path
     source: Source
     state_dict: dict[str, Tensor]
+    files: tuple[tuple[Described, Path], ...] = ()
+
+
+def _verified(parts: Sequence[Part], source: Source) -> VerifiedWeights:
+    files = tuple((part.described, part.path) for part in parts)
+    return VerifiedWeights(parts[0].path, source, parse_parts(parts), files)
 
 
 def find_verified(
@@ -61,9 +71,9 @@ def find_verified(
         WeightsError: No verified copy was found; the message says what was tried, and what to do.
     """
     tried: list[str] = []
-    for found, data in _examine_places(entry, cache_dir, namespace):
-        if data is not None and found.path is not None:
-            return VerifiedWeights(found.path, found.place, parse_safetensors(data, found.path))
+    for found, parts in _examine_places(entry, cache_dir, namespace):
+        if parts is not None:
+            return _verified(parts, found.place)
         if found.status == "wrong":
             _logger.warning("A copy of %s is not used: %s.", entry.name, found.detail)
         tried.append(found.detail)
@@ -104,19 +114,19 @@ def _nothing_found(entry: WeightEntry, tried: list[str], online: str) -> str:
 
 def _examine_places(
     entry: WeightEntry, cache_dir: str | Path | None, namespace: str | None, mirror: Path | None = None
-) -> Iterator[tuple[CopyStatus, bytes | None]]:
+) -> Iterator[tuple[CopyStatus, tuple[Part, ...] | None]]:
     """Mirror, checkout and cache, each looked at only when its turn comes."""
     set_mirror = os.environ.get(MIRROR_VARIABLE)
     if mirror is None and set_mirror:
         mirror = Path(set_mirror).expanduser()
     if mirror is not None:
-        yield examine("mirror", mirror / entry.name / entry.file, entry)
+        yield examine_copy("mirror", mirror / entry.name / entry.file, entry)
     else:
         yield CopyStatus("mirror", None, "missing", f"{MIRROR_VARIABLE} is not set"), None
 
     checkout = find_checkout()
     if checkout is not None:
-        yield examine("checkout", checkout / "weights" / entry.name / entry.file, entry)
+        yield examine_copy("checkout", checkout / "weights" / entry.name / entry.file, entry)
     else:
         yield CopyStatus("checkout", None, "missing", "conam_zoo does not run from a checkout"), None
 
@@ -129,23 +139,28 @@ def _examine_places(
 
 def _examine_cache(
     entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None
-) -> tuple[CopyStatus, bytes | None]:
+) -> tuple[CopyStatus, tuple[Part, ...] | None]:
+    path = _cached_path(entry, hub_id, revision, cache_dir)
+    # The cache keeps the files of a revision side by side.
+    return examine_copy("cache", path, entry) if isinstance(path, Path) else (path, None)
+
+
+def _cached_path(part: Described, hub_id: str, revision: str, cache_dir: str | Path | None) -> Path | CopyStatus:
+    """Where the Hub cache has a file, or why it has none."""
     from huggingface_hub import try_to_load_from_cache
 
     folder = cache_folder(cache_dir)
     try:
-        path = try_to_load_from_cache(hub_id, entry.file, cache_dir=folder, revision=revision)
+        path = try_to_load_from_cache(hub_id, part.file, cache_dir=folder, revision=revision)
     except OSError as error:
-        detail = f"the Hub cache {folder} cannot be read ({in_brief(error)})"
-        return CopyStatus("cache", None, "missing", detail), None
+        return CopyStatus("cache", None, "missing", f"the Hub cache {folder} cannot be read ({in_brief(error)})")
     if not isinstance(path, str):  # None, or the mark of a file known not to exist
-        detail = f"the Hub cache {folder} has no copy of it"
-        return CopyStatus("cache", None, "missing", detail), None
-    return examine("cache", Path(path), entry)
+        return CopyStatus("cache", None, "missing", f"the Hub cache {folder} has no copy of it")
+    return Path(path)
 
 
 def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None) -> VerifiedWeights:
-    """Download into the cache and verify, a second time if the first download is wrong.
+    """Download what the cache lacks or has wrong: the file, and then what it names if it is an index.
 
     Raises:
         WrongWeightsError: The Hub announces or delivers another file.
@@ -154,29 +169,57 @@ def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path
     # Before the lock: processes that start together each learn within the deadline that the Hub is away.
     _announced_is_right(entry, hub_id, revision)
     with _one_process_at_a_time(entry, cache_dir):
-        # While this process waited for the lock, another may have brought the file.
-        found, data = _examine_cache(entry, hub_id, revision, cache_dir)
-        if data is not None and found.path is not None:
-            return VerifiedWeights(found.path, "cache", parse_safetensors(data, found.path))
+        # While this process waited for the lock, another may have brought the files.
+        found, parts = _examine_cache(entry, hub_id, revision, cache_dir)
+        if parts is not None:
+            return _verified(parts, found.place)
+        first = _fetch_file(entry, hub_id, revision, cache_dir)
+        fetched = [first]
+        for shard in read_index(first.data, first.path).shards if is_index(entry.file) else ():
+            fetched.append(_fetch_file(shard, hub_id, revision, cache_dir, ask_first=True))
+    return _verified(fetched, "hub")
+
+
+def _fetch_file(
+    part: Described, hub_id: str, revision: str, cache_dir: str | Path | None, *, ask_first: bool = False
+) -> Part:
+    """One file from the cache or, verified, from the Hub; downloaded a second time if the first download is wrong.
+
+    Args:
+        part: The file.
+        hub_id: Repository.
+        revision: Commit.
+        cache_dir: The Hub cache to use instead of the default one.
+        ask_first: Ask the Hub what it has before a download.
+    """
+    cached = _cached_path(part, hub_id, revision, cache_dir)
+    wrong: CopyStatus | None = None
+    if isinstance(cached, Path):
+        found, data = examine("cache", cached, part)
+        if data is not None:
+            return Part(part, cached, data)
         wrong = found if found.status == "wrong" else None
-        for afresh in (True,) if wrong else (False, True):
-            if afresh and wrong is not None and wrong.path is not None:
-                # A forced download renews the blob that the cached name points to; where the name is a file
-                # of its own, as it is without symbolic links, it would leave that as it is.
-                with contextlib.suppress(OSError):
-                    wrong.path.unlink()
-            path = download(hub_id, entry.file, revision, cache_dir, size_bytes=entry.size_bytes, afresh=afresh)
-            found, data = examine("hub", path, entry)
-            if data is not None:
-                return VerifiedWeights(path, "hub", parse_safetensors(data, path))
-            wrong = found
+    if ask_first:
+        _announced_is_right(part, hub_id, revision)
+    for afresh in (True,) if wrong else (False, True):
+        if afresh and wrong is not None and wrong.path is not None:
+            # A forced download renews the blob that the cached name points to; where the name is a file
+            # of its own, as it is without symbolic links, it would leave that as it is.
+            with contextlib.suppress(OSError):
+                wrong.path.unlink()
+        path = download(hub_id, part.file, revision, cache_dir, size_bytes=part.size_bytes, afresh=afresh)
+        found, data = examine("hub", path, part)
+        if data is not None:
+            return Part(part, path, data)
+        wrong = found
+    detail = wrong.detail if wrong else ""
     raise WrongWeightsError(
         f"The Hub repository {hub_id} at {revision} delivered another file than the manifest describes, "
-        f"also when asked again ({found.detail}): upgrade conam_zoo, report it, or use pretrained=False."
+        f"also when asked again ({detail}): upgrade conam_zoo, report it, or use pretrained=False."
     )
 
 
-def _announced_is_right(entry: WeightEntry, hub_id: str, revision: str) -> None:
+def _announced_is_right(entry: Described, hub_id: str, revision: str) -> None:
     """Ask the Hub for the file's size and hash, briefly; refuse before downloading what cannot be right."""
     answer = ask_hub(hub_id, entry.file, revision)
     if answer.etag is None:

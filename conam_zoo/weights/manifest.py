@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 # The same expressions stand in schema.json, anchored; a test compares them.
 NAME_PATTERN = r"[a-z0-9_]+\.[a-z0-9_]+"
 RECIPE_PATTERN = r"[a-z0-9_]+(\.[a-z0-9_]+)*"
-FILE_PATTERN = r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors"
+FILE_PATTERN = r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors(\.index\.json)?"
 SHA256_PATTERN = r"[0-9a-f]{64}"
 REVISION_PATTERN = r"[0-9a-f]{40}"
 HUB_NAME_PATTERN = r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9_]([A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -57,7 +57,10 @@ class Metrics:
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """One published weight file. `name` is the entry's key in the manifest, `"<arch>.<tag>"`."""
+    """Published weights: one safetensors file, or the index of several; see `shards.py`.
+
+    `name` is the entry's key in the manifest, `"<arch>.<tag>"`; `sha256` and `size_bytes` are those of `file`.
+    """
 
     name: str
     repository: str
@@ -266,7 +269,10 @@ def _read_entry(name: str, document: object) -> WeightEntry:
             facts["revision"], f"{at}.revision", REVISION_PATTERN, "null or 40 lower-case hexadecimal digits"
         ),
         file=_matching(
-            facts["file"], f"{at}.file", FILE_PATTERN, "a bare file name without '..' ending in .safetensors"
+            facts["file"],
+            f"{at}.file",
+            FILE_PATTERN,
+            "a bare file name without '..' ending in .safetensors or .safetensors.index.json",
         ),
         sha256=_matching(facts["sha256"], f"{at}.sha256", SHA256_PATTERN, "64 lower-case hexadecimal digits"),
         size_bytes=_integer(facts["size_bytes"], f"{at}.size_bytes", 1),

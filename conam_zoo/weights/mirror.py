@@ -10,7 +10,8 @@ from pathlib import Path
 from .errors import WeightsError, WrongWeightsError, in_brief
 from .hub import find_verified
 from .manifest import WeightEntry
-from .verified_file import examine
+from .shards import Described
+from .verified_file import examine, examine_copy
 
 
 def fill_mirror(
@@ -33,9 +34,19 @@ def fill_mirror(
         WeightsError: There is no verified copy to be had, or the directory cannot be written.
     """
     path = _place(entry, directory)
-    if examine("mirror", path, entry)[0].status == "good" and not path.is_symlink():
+    _, parts = examine_copy("mirror", path, entry)
+    if parts is not None and not any(part.path.is_symlink() for part in parts):
         return path, False
-    source = find_verified(entry, cache_dir=cache_dir, namespace=namespace).path
+    # The index last: a mirror is whole when its copy appears by name.
+    for described, source in reversed(find_verified(entry, cache_dir=cache_dir, namespace=namespace).files):
+        _copy(described, source, path.with_name(described.file), directory)
+    return path, True
+
+
+def _copy(described: Described, source: Path, path: Path, directory: Path) -> None:
+    """Put one file into its place, verified again where it lies, unless a good one is there."""
+    if examine("mirror", path, described)[0].status == "good" and not path.is_symlink():
+        return
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +54,7 @@ def fill_mirror(
         temporary = Path(name)
         with os.fdopen(handle, "wb") as copy, source.open("rb") as file:
             shutil.copyfileobj(file, copy)
-        found = examine("mirror", temporary, entry)[0]
+        found = examine("mirror", temporary, described)[0]
         if found.status != "good":
             raise WrongWeightsError(f"{found.detail}; {source} was changed meanwhile, so run the command again.")
         temporary.chmod(0o644)  # mkstemp made it private, and a mirror is for others
@@ -55,7 +66,6 @@ def fill_mirror(
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-    return path, True
 
 
 def _place(entry: WeightEntry, directory: Path) -> Path:

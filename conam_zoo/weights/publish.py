@@ -20,6 +20,7 @@ from .client import refuse_open_token, underlying
 from .errors import HubError, WeightsError, WrongWeightsError, in_brief
 from .manifest import HUB_NAME_PATTERN, Manifest, WeightEntry, dump_manifest, load_manifest
 from .redact import redact, tells_secrets
+from .shards import Described, is_index, read_index
 from .verified_file import read_verified
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class _Upload:
     entry: WeightEntry
     hub_id: str
     contents: Mapping[str, bytes]
+    tensors: tuple[Described, ...]  # the safetensors files, whose ETag on the Hub is their SHA-256
 
     def publication(self, tag: str, revision: str | None, changed: bool) -> Publication:
         sizes = {name: len(content) for name, content in self.contents.items()}
@@ -124,13 +126,19 @@ def _prepare(entry: WeightEntry, namespace: str, card: str, manifest_path: Path)
     read_verified(folder / entry.file, entry)
     try:
         contents = {name: (folder / name).read_bytes() for name in (entry.file, CONFIG)}
+        shards = read_index(contents[entry.file], folder / entry.file).shards if is_index(entry.file) else ()
+        contents |= {shard.file: (folder / shard.file).read_bytes() for shard in shards}
         contents |= {name: (folder / name).read_bytes() for name in EXTRAS if (folder / name).is_file()}
         config = json.loads(contents[CONFIG])
         stated = (config.get("sha256"), config.get("architecture"), config.get("num_classes"))
     except (OSError, ValueError, AttributeError) as error:
         raise WeightsError(f"{folder} cannot be published ({in_brief(error)}): pack the weights again.") from error
-    if hashlib.sha256(contents[entry.file]).hexdigest() != entry.sha256:
-        raise WrongWeightsError(f"{folder / entry.file} changes while it is read: publish it when it is at rest.")
+    described_files: tuple[Described, ...] = (entry, *shards)
+    for described in described_files:
+        if hashlib.sha256(contents[described.file]).hexdigest() != described.sha256:
+            raise WrongWeightsError(
+                f"{folder / described.file} changes while it is read: publish it when it is at rest."
+            )
     if stated != (entry.sha256, entry.arch, entry.num_classes):
         raise WrongWeightsError(
             f"{folder / CONFIG} describes another file than the manifest does, it has SHA-256, architecture and "
@@ -139,7 +147,8 @@ def _prepare(entry: WeightEntry, namespace: str, card: str, manifest_path: Path)
     for picture in re.findall(r"!\[[^]]*\]\(([\w.-]+)\)", card):
         if picture not in contents:
             raise WeightsError(f"{folder} has no {picture}, which its model card shows: pack the weights again.")
-    return _Upload(entry, entry.hub_id(namespace), contents | {CARD: card.encode()})
+    tensors = shards or (entry,)
+    return _Upload(entry, entry.hub_id(namespace), contents | {CARD: card.encode()}, tensors)
 
 
 def _publish_one(api: HfApi, upload: _Upload, tag: str, private: bool, up: list[str]) -> Publication:
@@ -192,9 +201,10 @@ def _is_tagged(api: HfApi, upload: _Upload, tag: str) -> bool:
 
     if tag not in {ref.name for ref in api.list_repo_refs(upload.hub_id).tags}:
         return False
-    found = get_hf_file_metadata(hf_hub_url(upload.hub_id, upload.entry.file, revision=tag)).etag
-    if found != upload.entry.sha256:
-        raise WeightsError(f"it marks other weights, SHA-256 {found}, so raise the version of conam_zoo first")
+    for described in upload.tensors:
+        found = get_hf_file_metadata(hf_hub_url(upload.hub_id, described.file, revision=tag)).etag
+        if found != described.sha256:
+            raise WeightsError(f"it marks other weights, SHA-256 {found}, so raise the version of conam_zoo first")
     return True
 
 

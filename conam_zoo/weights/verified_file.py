@@ -1,4 +1,4 @@
-"""One weight file: its bytes are read once, compared with the manifest, and only then parsed.
+"""Weight files: their bytes are read once, compared with the manifest, and only then parsed.
 
 What was checked is what is used, and nothing is ever unpickled.
 """
@@ -6,12 +6,14 @@ What was checked is what is used, and nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .errors import WeightsError, WrongWeightsError, in_brief
 from .manifest import WeightEntry
+from .shards import Described, is_index, read_index
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,19 +34,28 @@ class CopyStatus:
     detail: str
 
 
+@dataclass(frozen=True)
+class Part:
+    """A file that was read and found to be the one described."""
+
+    described: Described
+    path: Path
+    data: bytes
+
+
 def read_verified(path: Path, entry: WeightEntry) -> dict[str, Tensor]:
-    """Read a weight file, provided that it is the one `entry` describes.
+    """Read a weight file, or an index and the files beside it, provided that they are those `entry` describes.
 
     Raises:
         WrongWeightsError: Its size or SHA-256 differ from the manifest; nothing of it was parsed.
         WeightsError: It is absent, unreadable, or no safetensors file.
     """
-    found, data = examine("mirror", path, entry)
+    found, parts = examine_copy("mirror", path, entry)
     if found.status == "missing":
         raise WeightsError(f"{found.detail}; give the path of the {entry.file} of {entry.name}.")
-    if data is None:
+    if parts is None:
         raise WrongWeightsError(f"{found.detail}; replace it by the published {entry.file} of {entry.name}.")
-    return parse_safetensors(data, path)
+    return parse_parts(parts)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -65,8 +76,44 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return parse_safetensors(data, path)
 
 
-def examine(place: Source, path: Path, entry: WeightEntry) -> tuple[CopyStatus, bytes | None]:
-    """Compare a file with the manifest; its bytes come along if, and only if, they are the right ones."""
+def examine_copy(place: Source, path: Path, described: Described) -> tuple[CopyStatus, tuple[Part, ...] | None]:
+    """Compare a copy with its description: a file, or an index and then the files beside it that it names.
+
+    Returns:
+        What was found, of the first file that is not right if there is one; and all that was read if, and only if,
+        everything is right.
+
+    Raises:
+        WeightsError: The index is the one described, and is none.
+    """
+    found, data = examine(place, path, described)
+    if data is None:
+        return found, None
+    parts = [Part(described, path, data)]
+    if is_index(described.file):
+        for shard in read_index(data, path).shards:
+            part, data = examine(place, path.with_name(shard.file), shard)
+            if data is None:
+                return part, None
+            parts.append(Part(shard, path.with_name(shard.file), data))
+    return found, tuple(parts)
+
+
+def parse_parts(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The tensors of a verified copy, as `examine_copy` gives it.
+
+    Raises:
+        WeightsError: It is damaged, or the files are not those of the index.
+    """
+    first, *shards = parts
+    if not is_index(first.described.file):
+        return parse_safetensors(first.data, first.path)
+    tensors = {part.described.file: parse_safetensors(part.data, part.path) for part in shards}
+    return read_index(first.data, first.path).join(tensors, first.path)
+
+
+def examine(place: Source, path: Path, entry: Described) -> tuple[CopyStatus, bytes | None]:
+    """Compare one file with its description; its bytes come along if, and only if, they are the right ones."""
     try:
         if not path.exists():
             return CopyStatus(place, path, "missing", f"{path} does not exist"), None
