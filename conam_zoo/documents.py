@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conam_zoo.benchmark.evidence import evidence_tables
+from conam_zoo.benchmark.knockout import knockout_table
 from conam_zoo.benchmark.record import read_record
 from conam_zoo.benchmark.tables import benchmark_tables
 from conam_zoo.errors import UserError
@@ -53,6 +54,11 @@ def _speed(checkout: Path) -> str:
     return "\n".join(lines) or NOT_MEASURED
 
 
+def _knockout(checkout: Path) -> str:
+    path = checkout / "benchmarks" / "knockout.json"
+    return knockout_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else NOT_MEASURED
+
+
 def _benchmark(name: str) -> Callable[[Path], str]:
     return lambda checkout: benchmark_tables(checkout / "benchmarks")[name]
 
@@ -71,6 +77,7 @@ PLACES: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
     ("docs/benchmarks.md", "benchmark inference", _benchmark("inference")),
     ("docs/benchmarks.md", "benchmark cost", _benchmark("cost")),
     ("docs/benchmarks.md", "benchmark densenet", _benchmark("densenet")),
+    ("docs/conam.md", "benchmark knockout", _knockout),
     ("docs/conam.md", "benchmark attention", _evidence("attention")),
     ("docs/conam.md", "benchmark ablation", _evidence("ablation")),
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-__all__ = ["DATA_HELP", "MODEL_HELP", "Json", "app", "console", "json_only"]
+__all__ = ["DATA_HELP", "MODEL_HELP", "Json", "app", "console", "json_only", "wide_console"]
 
 app = typer.Typer(
     name="conam",
@@ -32,6 +32,14 @@ Json = Annotated[
 
 def console() -> Console:
     return Console(soft_wrap=not sys.stdout.isatty())
+
+
+def wide_console() -> Console:
+    """For wide tables: a file need not fold their columns."""
+    out = console()
+    if not sys.stdout.isatty():
+        out.width = 200
+    return out
 
 
 def json_only(result: Any, json_file: Path | None) -> bool:

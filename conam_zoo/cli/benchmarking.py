@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conam_zoo.cli._shared import DATA_HELP, Json, app, console, json_only
+from conam_zoo.cli._shared import DATA_HELP, Json, app, json_only, wide_console
 
 if TYPE_CHECKING:
     from conam_zoo.benchmark.record import BenchmarkRecord
 
-__all__ = ["benchmark_app"]
+__all__ = ["benchmark_app", "progress_line", "typed_command"]
 
 benchmark_app = typer.Typer(
     name="benchmark",
@@ -33,14 +33,14 @@ Repeats = Annotated[int, typer.Option(help="Rounds; in each round every contende
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def progress_line() -> Iterator[Callable[[str], None]]:
     """A line on the terminal's error stream that says what is being measured."""
     stderr = Console(stderr=True)
     with stderr.status("") as status:
         yield lambda text: status.update(text)
 
 
-def _command() -> str:
+def typed_command() -> str:
     """The command line as it would be typed again, without where its result went."""
     words = ["conam", *sys.argv[1:]]
     if "--json" in words:
@@ -55,9 +55,7 @@ def _show(record: "BenchmarkRecord", json_file: Path | None) -> None:
 
     if json_only(record.to_dict(), json_file):
         return
-    out = console()
-    if not sys.stdout.isatty():
-        out.width = 200  # a file need not fold the columns of a table
+    out = wide_console()
     for sentence, (titles, *lines) in record_tables(record):
         table = Table(box=None)
         for title in titles:
@@ -87,7 +85,7 @@ def train(
     """Images per second of our training loop, beside a plain DataLoader loop and timm's loop."""
     from conam_zoo.benchmark.train import benchmark_train
 
-    with _progress() as progress:
+    with progress_line() as progress:
         record = benchmark_train(
             model,
             batch_size=batch_size,
@@ -97,7 +95,7 @@ def train(
             data=data,
             compile=compile,
             quick=quick,
-            command=_command(),
+            command=typed_command(),
             progress=progress,
         )
     _show(record, json_file)
@@ -120,14 +118,14 @@ def inference(
     """Latency and throughput of models and their plain twins: eager, compiled, ONNX Runtime."""
     from conam_zoo.benchmark.inference import BATCH_SIZES, MODES, benchmark_inference
 
-    with _progress() as progress:
+    with progress_line() as progress:
         record = benchmark_inference(
             models or ["resnet20_conam"],
             batch=batch or BATCH_SIZES,
             modes=mode or MODES,
             repeats=repeats,
             quick=quick,
-            command=_command(),
+            command=typed_command(),
             progress=progress,
         )
     _show(record, json_file)
@@ -166,7 +164,7 @@ def cost(
     """What ConAM costs in time and memory, beside the rearrange formulation and SE, ECA, CBAM and GC."""
     from conam_zoo.benchmark.cost import NETS, PARTS, benchmark_cost
 
-    with _progress() as progress:
+    with progress_line() as progress:
         record = benchmark_cost(
             parts=part or PARTS,
             models=model or NETS,
@@ -177,7 +175,7 @@ def cost(
             repeats=repeats,
             compile=compile,
             quick=quick,
-            command=_command(),
+            command=typed_command(),
             progress=progress,
         )
     _show(record, json_file)
@@ -196,8 +194,8 @@ def densenet(
     """A DenseNet's training step beside torchvision's DenseNet of the same configuration: time and memory."""
     from conam_zoo.benchmark.densenet import benchmark_densenet
 
-    with _progress() as progress:
+    with progress_line() as progress:
         record = benchmark_densenet(
-            model, batch_size=batch_size, repeats=repeats, quick=quick, command=_command(), progress=progress
+            model, batch_size=batch_size, repeats=repeats, quick=quick, command=typed_command(), progress=progress
         )
     _show(record, json_file)

@@ -1,4 +1,4 @@
-"""Commands that measure what an attention brings: benchmark attention, benchmark ablation."""
+"""Commands that measure what an attention brings: benchmark attention, ablation, knockout."""
 
 import shlex
 import sys
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conam_zoo.cli._shared import DATA_HELP, console
-from conam_zoo.cli.benchmarking import benchmark_app
+from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Json, console, json_only, wide_console
+from conam_zoo.cli.benchmarking import benchmark_app, progress_line, typed_command
 
 if TYPE_CHECKING:
     from conam_zoo.benchmark.grid import Cell
@@ -97,6 +97,23 @@ def ablation(
         models or ["resnet20"], datasets or ["cifar10"], axes or list(AXES), seeds or [0, 1, 2], shared
     )
     _run("ablation", cells, data, output, jobs, dry_run)
+
+
+@benchmark_app.command(epilog="Example: conam benchmark knockout resnet20_conam.cifar10 --data data")
+def knockout(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
+    data: DataFolder,
+    json_file: Json = None,
+) -> None:
+    """What a trained net uses of its ConAM: its accuracy when the confidences are replaced. Nothing is trained."""
+    from rich.markdown import Markdown
+
+    from conam_zoo.benchmark.knockout import benchmark_knockout, knockout_table
+
+    with progress_line() as progress:
+        document = benchmark_knockout(models, data, command=typed_command(), progress=progress)
+    if not json_only(document, json_file):
+        wide_console().print(Markdown(knockout_table(document)))
 
 
 def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, dry_run: bool) -> None:
