@@ -194,7 +194,7 @@ def test_no_cell_is_trained_twice(small_data: Path, tmp_path: Path) -> None:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings in this process: the queue's own processes take long to start, and one test has them."""
 
-    def run_queue(jobs, data, *, parallel, on_event, on_done):
+    def run_queue(jobs, data, *, parallel, compile, on_event, on_done):
         results = {}
         for job in jobs:
             resume = has_checkpoint(job.folder)

@@ -48,7 +48,7 @@ def acted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replace the trainings by short scripts, one for each weights' name."""
 
     def act(scripts: dict[str, str]) -> None:
-        def command(job: Job, data: str) -> list[str]:
+        def command(job: Job, data: str, compile: bool) -> list[str]:
             prelude = f"import pathlib, signal, sys, time; folder = pathlib.Path({str(job.folder)!r})\n"
             done = "\nfolder.mkdir(parents=True, exist_ok=True); (folder / 'run.json').write_text('{}')"
             return [sys.executable, "-S", "-c", prelude + scripts.get(job.weights, "") + done]
@@ -90,6 +90,12 @@ def test_a_failure_stops_nothing_else_and_is_told(tmp_path: Path, acted: Callabl
     assert set(again.values()) == {"done"}
     assert ("resnet44_conam.cifar100", "is there") in events
     assert ("resnet32_conam.cifar100", "started") in events
+
+
+def test_compilation_is_handed_on(tmp_path: Path) -> None:
+    (job,) = _jobs(tmp_path, resnet32="")
+    assert "--compile" not in job.command("data")
+    assert job.command("data", compile=True)[-1] == "--compile"
 
 
 def test_teachers_of_each_other_are_told_instead_of_waited_for(tmp_path: Path, acted: Callable[..., None]) -> None:

@@ -137,6 +137,7 @@ def run_grid(
     output: Path,
     *,
     jobs: int = 1,
+    compile: bool = False,
     command: str = "",
     on_event: Callable[[str, str], None] = lambda name, event: None,
 ) -> Grid:
@@ -148,7 +149,8 @@ def run_grid(
         data: Folder with the data sets; see ``conam_zoo.data.read_split``.
         output: Path without ending: ``benchmarks/attention`` makes ``benchmarks/attention.json`` and the run folders in
             ``benchmarks/attention/``.
-        jobs: Trainings at a time, each a process; on the CPU the cores are shared out evenly.
+        jobs: Trainings at a time, each a process; the cores are shared out evenly.
+        compile: Train with ``torch.compile``.
         command: The command line, for the record.
         on_event: Called with a cell's name and a word: ``is there``, ``started``, ``resumed``, ``done``,
             ``failed: ...``.
@@ -185,6 +187,7 @@ def run_grid(
             queue,
             str(data),
             parallel=jobs,
+            compile=compile,
             on_event=lambda job, event: on_event(by_folder[job.folder].name, event),
             on_done=on_done,
         )

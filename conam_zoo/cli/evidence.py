@@ -23,7 +23,8 @@ Holdout = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe. Repeatable.")
 ]
-Jobs = Annotated[int, typer.Option(min=1, help="Trainings at a time; on the CPU they share the cores.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the cores.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Train with torch.compile, on a GPU with CUDA graphs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the cells.")]
 DataFolder = Annotated[str, typer.Option(help=f"A folder with all the data sets, or one of them: {DATA_HELP}")]
 
@@ -45,6 +46,7 @@ def attention(
         Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
     ] = Path("benchmarks/attention"),
     jobs: Jobs = 1,
+    compile: Compile = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train nets with different attentions under one recipe and the same seeds, and compare them.
@@ -58,7 +60,7 @@ def attention(
     cells = attention_cells(
         models or ["resnet20"], datasets or ["cifar10"], layers or LAYERS, seeds or [0, 1, 2], shared
     )
-    _run("attention", cells, data, output, jobs, dry_run)
+    _run("attention", cells, data, output, jobs, compile, dry_run)
 
 
 @benchmark_app.command(epilog="Example: conam benchmark ablation --data data --axis shortcut --axis patches")
@@ -82,6 +84,7 @@ def ablation(
         Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
     ] = Path("benchmarks/ablation"),
     jobs: Jobs = 1,
+    compile: Compile = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train forms of ConAM, axis by axis as in the paper's ablation, and candidates for a better one.
@@ -96,7 +99,7 @@ def ablation(
     cells = ablation_cells(
         models or ["resnet20"], datasets or ["cifar10"], axes or list(AXES), seeds or [0, 1, 2], shared
     )
-    _run("ablation", cells, data, output, jobs, dry_run)
+    _run("ablation", cells, data, output, jobs, compile, dry_run)
 
 
 @benchmark_app.command(epilog="Example: conam benchmark knockout resnet20_conam.cifar10 --data data")
@@ -116,7 +119,7 @@ def knockout(
         wide_console().print(Markdown(knockout_table(document)))
 
 
-def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, dry_run: bool) -> None:
+def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, compile: bool, dry_run: bool) -> None:
     """Train what is missing, and print the table; exit code 1 if a cell failed or is still missing."""
     from dataclasses import asdict
 
@@ -136,6 +139,7 @@ def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, dry
         data,
         output,
         jobs=jobs,
+        compile=compile,
         command=shlex.join(["conam", *sys.argv[1:]]),
         on_event=lambda name, event: out.print(f"{name}: {event}", highlight=False, markup=False),
     )

@@ -16,8 +16,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder
 from conam_zoo.training.checkpoint import has_checkpoint
@@ -60,10 +58,11 @@ class Job:
         """Whether its run folder holds a finished run."""
         return (self.folder / "run.json").is_file()
 
-    def command(self, data: str) -> list[str]:
+    def command(self, data: str, compile: bool = False) -> list[str]:
         """The command line that trains it, or goes on with it."""
         settings = [word for setting in self.settings for word in ("--set", setting)]
         arguments = ["train", self.recipe_name, "--data", data, "--output", str(self.folder), *settings]
+        arguments += ["--compile"] if compile else []
         return [sys.executable, "-m", "conam_zoo", *arguments, *(["--resume"] if has_checkpoint(self.folder) else [])]
 
     def last_words(self) -> str:
@@ -109,18 +108,20 @@ def run_queue(
     data: str,
     *,
     parallel: int = 1,
+    compile: bool = False,
     on_event: Callable[[Job, str], None] = lambda job, event: None,
     on_done: Callable[[Job], None] = lambda job: None,
 ) -> dict[str, str]:
     """Train all jobs, several at a time; those that are done are not trained again.
 
     A job whose teacher is trained by another job of the queue waits for that one. SIGTERM and SIGINT are handed on to
-    the trainings, which save their state, and end the queue. On the CPU the cores are shared out evenly.
+    the trainings, which save their state, and end the queue. The cores are shared out evenly.
 
     Args:
         jobs: What ``plan_queue`` gave.
         data: Where the data sets are; see ``conam_zoo.data.read_split``.
         parallel: Trainings at a time.
+        compile: Train with ``torch.compile``.
         on_event: Called with a job and a word: ``started``, ``resumed``, ``done``, ``failed: ...``, ``is there``.
         on_done: Called once for each job that is done, before those that wait for it are started; its UserError makes
             the job a failed one.
@@ -158,7 +159,7 @@ def run_queue(
                 if job.is_done():
                     finish(job, "is there")
                     continue
-                command = job.command(data)
+                command = job.command(data, compile)
                 running[job] = _start(job, command, parallel)
                 on_event(job, "resumed" if "--resume" in command else "started")
             if stopping:
@@ -193,7 +194,7 @@ def run_queue(
 def _start(job: Job, command: list[str], parallel: int) -> subprocess.Popen[bytes]:
     make_folder(job.folder.parent)
     environment = dict(os.environ)
-    if parallel > 1 and not torch.cuda.is_available():
+    if parallel > 1:  # else each would take all cores, on a GPU too
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
     with open(job.folder.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
