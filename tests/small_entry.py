@@ -29,6 +29,7 @@ def entry_for(name: str, data: bytes, **facts: Any) -> WeightEntry:
         "std": (0.25, 0.25, 0.25),
         "metrics": Metrics(top1_percent=50.0, top5_percent=100.0, nll=0.7, ece=0.0),
         "recipe": name,
+        "teacher": None,
         "seed": 0,
         "epochs": 1,
         "hardware": "none",

@@ -54,6 +54,7 @@ def example() -> dict[str, Any]:
                 "std": [0.247, 0.2435, 0.2616],
                 "metrics": {"top1_percent": 92.5, "top5_percent": 99.75, "nll": 0.31, "ece": 0.021},
                 "recipe": NAME,
+                "teacher": None,
                 "seed": 0,
                 "epochs": 200,
                 "hardware": "1x some accelerator",

@@ -86,6 +86,8 @@ def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = N
     """
     facts = DATASETS[entry.dataset]
     metrics = entry.metrics
+    taught = f"- Distilled from `{entry.teacher}`, whose outputs on the same images it learnt from as well.\n"
+    taught = taught if entry.teacher else ""
     if namespace is None and entry.revision is not None:
         namespace = manifest.hub_namespace
     code = manifest.code_repository or "OWNER/REPOSITORY"
@@ -165,8 +167,9 @@ model = torch.hub.load("{code}", "{entry.arch}", pretrained=True, tag="{entry.ta
 ## Training
 
 - Command: `conam train {entry.recipe} --data {entry.dataset} --output RUN --set seed={entry.seed}`
-- {entry.epochs} epochs on all 50,000 training images, last epoch, seed {entry.seed}; no choice was made on test images.
-- {entry.train_minutes:.0f} minutes on {entry.hardware}, with {versions}.
+- {entry.epochs} epochs on all 50,000 training images, last epoch, seed {entry.seed}; `docs/recipes.md` of the code says how the
+  recipe came about.
+{taught}- {entry.train_minutes:.0f} minutes on {entry.hardware}, with {versions}.
 - `log.csv` holds the log of every epoch:
 
 ![curves of the training](curves.png)

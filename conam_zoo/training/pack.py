@@ -89,6 +89,7 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
             std=facts.std,
             metrics=Metrics(**{key: round(value, 4) for key, value in asdict(scores).items()}),
             recipe=recipe_name,
+            teacher=recipe["teacher"] or None,
             seed=recipe["seed"],
             epochs=recipe["epochs"],
             hardware=record["hardware"],

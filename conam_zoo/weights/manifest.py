@@ -80,6 +80,7 @@ class WeightEntry:
     std: tuple[float, float, float]
     metrics: Metrics
     recipe: str
+    teacher: str | None  # the net it was distilled from, by name; None: from none
     seed: int
     epochs: int
     hardware: str
@@ -288,6 +289,7 @@ def _read_entry(name: str, document: object) -> WeightEntry:
         std=_three_numbers(facts["std"], f"{at}.std", 1e-6, 1.0),
         metrics=_read_metrics(facts["metrics"], f"{at}.metrics"),
         recipe=_matching(facts["recipe"], f"{at}.recipe", RECIPE_PATTERN, "the name of a recipe"),
+        teacher=None if facts["teacher"] is None else _text(facts["teacher"], f"{at}.teacher"),
         seed=_integer(facts["seed"], f"{at}.seed", 0),
         epochs=_integer(facts["epochs"], f"{at}.epochs", 1),
         hardware=_text(facts["hardware"], f"{at}.hardware"),
