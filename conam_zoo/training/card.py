@@ -167,8 +167,8 @@ model = torch.hub.load("{code}", "{entry.arch}", pretrained=True, tag="{entry.ta
 ## Training
 
 - Command: `conam train {entry.recipe} --data {entry.dataset} --output RUN --set seed={entry.seed}`
-- {entry.epochs} epochs on all 50,000 training images, last epoch, seed {entry.seed}; `docs/recipes.md` of the code says how the
-  recipe came about.
+- {entry.epochs} epochs on all 50,000 training images, last epoch, seed {entry.seed}.
+- How the recipe came about stands in the code's `docs/recipes.md`.
 {taught}- {entry.train_minutes:.0f} minutes on {entry.hardware}, with {versions}.
 - `log.csv` holds the log of every epoch:
 
