@@ -44,7 +44,13 @@ def test_info_names_the_sites(conam) -> None:
     assert code == 0
     assert facts["parameters"] == 858_970
     assert list(facts["sites"]) == ["layer1.0.attn", "layer2.0.attn", "layer3.0.attn"]
-    assert facts["weights"] == {}
+    assert facts["weights"]["resnet56_conam.cifar10"]["top1_percent"] > 92.5
+
+
+def test_info_of_a_net_without_weights_says_so(conam) -> None:
+    code, out, _ = conam("info", "densenetbc190_40_conam", "--json", "-")
+    assert code == 0
+    assert json.loads(out)["weights"] == {}
 
 
 def test_predict_prints_and_draws(conam, trained: tuple[Path, Path], photo: Path, tmp_path: Path) -> None:
