@@ -22,17 +22,16 @@ __all__ = ["CONFIGURATIONS", "benchmark_densenet", "densenet_memory", "torchvisi
 
 # Depth and growth rate. torchvision has the form with bottlenecks and compression alone.
 CONFIGURATIONS = {"densenetbc100_12_conam": (100, 12), "densenetbc190_40_conam": (190, 40)}
-TORCHVISION, RECOMPUTING, PLAIN = "torchvision", "recomputing", "plain twin"
+OURS, TORCHVISION, RECOMPUTING, PLAIN = "conam_zoo", "torchvision", "recomputing", "plain twin"
 # What each contender is: its layout, its precision, and whether it recomputes features in the backward pass.
 CONTENDERS = {
-    "conam_zoo": ("channels_last", "bf16", False),
-    f"conam_zoo, {RECOMPUTING}": ("channels_last", "bf16", True),
-    f"conam_zoo, {PLAIN}": ("channels_last", "bf16", False),
+    OURS: ("channels_last", "bf16", False),
+    f"{OURS}, {RECOMPUTING}": ("channels_last", "bf16", True),
+    f"{OURS}, {PLAIN}": ("channels_last", "bf16", False),
     TORCHVISION: ("channels_last", "bf16", False),
     f"{TORCHVISION}, {RECOMPUTING}": ("channels_last", "bf16", True),
     f"{TORCHVISION}, fp32, nchw": ("nchw", "fp32", False),
 }
-OURS = "conam_zoo"
 MIB = 2**20
 
 
