@@ -8,7 +8,8 @@ import timm
 import torch
 
 import conam_zoo  # noqa: F401
-from conam_zoo.benchmark.densenet import CONTENDERS, benchmark_densenet, torchvision_densenet
+from conam_zoo.benchmark.densenet import CONTENDERS, OPERATORS, benchmark_densenet, torchvision_densenet
+from conam_zoo.benchmark.operator_shares import operator_shares
 from conam_zoo.benchmark.record import read_record
 from conam_zoo.errors import UserError
 
@@ -34,10 +35,25 @@ def test_every_contender_has_a_time_and_its_memory(tmp_path: Path) -> None:
         assert row.median > 0
         assert row.facts["images_per_second"] == pytest.approx(1000 * 2 / row.median, rel=1e-3)
         assert row.facts["peak_mib"] > 0
+        shares = [row.facts[share] for share in OPERATORS]
+        assert all(share > 0 for share in shares)
+        assert sum(shares) < 100
     kept = {name: row.facts["kept_for_backward_mib"] for name, row in rows.items()}
     assert kept["conam_zoo, recomputing"] < 0.7 * kept["conam_zoo"]
     assert kept["torchvision, fp32, nchw"] > 1.3 * kept["torchvision"]
     assert kept["conam_zoo, plain twin"] < kept["conam_zoo"]
+
+
+def test_the_shares_of_operators_are_those_of_their_time() -> None:
+    a = torch.randn(400, 400)
+
+    def work() -> None:
+        (a @ a @ a @ a).relu()
+
+    work()
+    shares = operator_shares(work, {"products": ("mm",), "again": ("mm",), "norms": ("batch_norm",)}, a.device)
+    assert 60 < shares["products"] <= 100
+    assert shares["again"] == shares["norms"] == 0
 
 
 @pytest.mark.parametrize(

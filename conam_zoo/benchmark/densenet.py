@@ -1,4 +1,4 @@
-"""A DenseNet's training step beside that of torchvision's DenseNet of the same configuration: time and memory."""
+"""A DenseNet's training step beside that of torchvision's of the same configuration: time, its parts, and memory."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from conam_zoo.benchmark.cost_memory import saved_bytes
 from conam_zoo.benchmark.cost_net import image_batch, training_step
 from conam_zoo.benchmark.fresh_process import FreshProcesses
 from conam_zoo.benchmark.memory import peak_growth_bytes
+from conam_zoo.benchmark.operator_shares import operator_shares
 from conam_zoo.benchmark.record import BenchmarkRecord, make_record, summarise
 from conam_zoo.benchmark.timing import benchmark_device, time_in_turns
 from conam_zoo.errors import UserError
@@ -31,6 +32,12 @@ CONTENDERS = {
     TORCHVISION: ("channels_last", "bf16", False),
     f"{TORCHVISION}, {RECOMPUTING}": ("channels_last", "bf16", True),
     f"{TORCHVISION}, fp32, nchw": ("nchw", "fp32", False),
+}
+# Parts of the names of the operators whose shares of the time are stated.
+OPERATORS = {
+    "convolution_percent": ("conv",),
+    "batch_norm_percent": ("batch_norm",),
+    "concatenation_percent": ("cat", "slice_backward", "narrow"),
 }
 MIB = 2**20
 
@@ -91,7 +98,7 @@ def benchmark_densenet(
     command: str = "",
     progress: Callable[[str], None] = lambda text: None,
 ) -> BenchmarkRecord:
-    """Time a training step of all contenders in turns, and measure the memory of each in a process of its own.
+    """Time and profile a training step of all contenders, and measure the memory of each in a process of its own.
 
     Args:
         model: One of ``CONFIGURATIONS``.
@@ -118,6 +125,8 @@ def benchmark_densenet(
     steps = {name: _step(name, depth, growth, batch_size)[2] for name in CONTENDERS}
     device = benchmark_device()
     times = time_in_turns(steps, repeats=repeats, device=device)
+    progress("shares of the operators")
+    shares = {name: operator_shares(step, OPERATORS, device) for name, step in steps.items()}
     del steps
     milliseconds = {name: [1000 * seconds for seconds in values] for name, values in times.items()}
     rows = summarise(milliseconds, group={"model": model, "batch": batch_size}, reference=OURS, unit="ms")
@@ -132,6 +141,7 @@ def benchmark_densenet(
                 batch_size=batch_size,
                 threads=torch.get_num_threads(),
             )
-            rows[index] = replace(row, facts={"images_per_second": 1000 * batch_size / row.median, **memory})
+            speed = {"images_per_second": 1000 * batch_size / row.median}
+            rows[index] = replace(row, facts={**speed, **shares[row.name], **memory})
     settings = {"model": model, "batch_size": batch_size, "repeats": repeats, "device": device.type, "quick": quick}
     return make_record("densenet", rows, settings=settings, command=command)
