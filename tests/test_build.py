@@ -40,7 +40,7 @@ def test_weights_of_another_net_are_refused_even_where_timm_would_not_be_strict(
         (NAME, {"attn_layer": "se", "num_classes": 5}),
         (NAME, {"widths": (16, 32, 48), "num_classes": 5}),
         ("resnet44_conam", {"num_classes": 5}),
-        ("wide_resnet16_4_conam", {"num_classes": 5}),
+        ("wide_resnet16_8_conam", {"num_classes": 5}),
     ):
         with pytest.raises(WeightsError, match="do not fit"):
             timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
