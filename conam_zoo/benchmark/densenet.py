@@ -37,6 +37,7 @@ CONTENDERS = {
 OPERATORS = {
     "convolution_percent": ("conv",),
     "batch_norm_percent": ("batch_norm",),
+    "sum_percent": ("::add",),
     "concatenation_percent": ("cat", "slice_backward", "narrow"),
 }
 MIB = 2**20
