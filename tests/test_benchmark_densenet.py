@@ -25,7 +25,7 @@ def test_torchvision_s_net_is_our_plain_twin() -> None:
     torch.testing.assert_close(theirs(images), ours(images), atol=1e-4, rtol=1e-4)
 
 
-def test_every_contender_has_a_time_and_its_memory(tmp_path: Path) -> None:
+def test_every_contender_has_a_time_its_parts_and_its_memory(tmp_path: Path) -> None:
     record = benchmark_densenet(quick=True, command="conam benchmark densenet --quick")
     (tmp_path / "densenet.json").write_text(json.dumps(record.to_dict()))
     rows = {row.name: row for row in read_record(tmp_path / "densenet.json").rows}
@@ -51,9 +51,12 @@ def test_the_shares_of_operators_are_those_of_their_time() -> None:
         (a @ a @ a @ a).relu()
 
     work()
-    shares = operator_shares(work, {"products": ("mm",), "again": ("mm",), "norms": ("batch_norm",)}, a.device)
-    assert 60 < shares["products"] <= 100
-    assert shares["again"] == shares["norms"] == 0
+    groups = {"products": ("mm",), "again": ("*mm",), "part of a name": ("m",), "norms": ("*batch_norm*",)}
+    shares = operator_shares(work, groups, a.device)
+    assert 60 < shares["products"] < 100
+    assert shares["again"] == shares["part of a name"] == shares["norms"] == 0
+    with pytest.raises(RuntimeError, match="saw no operator"):
+        operator_shares(lambda: None, groups, a.device)
 
 
 @pytest.mark.parametrize(

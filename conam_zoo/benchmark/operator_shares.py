@@ -1,11 +1,14 @@
 """Which operators the time of some work goes into, from PyTorch's profiler."""
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["operator_shares"]
+
+CALLS = 3
 
 
 def operator_shares(
@@ -14,8 +17,9 @@ def operator_shares(
     """Percent of the operators' own time that each group of operators takes; what no group names is left out.
 
     Args:
-        work: What is profiled; call it before, so that nothing is measured that happens only once.
-        groups: Parts of operator names, as ``("batch_norm",)``. An operator counts in the first group that names it.
+        work: What is called ``CALLS`` times and profiled; call it before, so that nothing counts that happens once.
+        groups: Patterns of whole operator names, such as ``("add", "add_")`` or ``("*batch_norm*",)``. An operator
+            counts in the first group that names it.
         device: Where the time passes: a CPU's own time of each operator, or that of a CUDA device's kernels.
 
     Raises:
@@ -24,18 +28,19 @@ def operator_shares(
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities) as profiler:
-        work()
+        for _ in range(CALLS):
+            work()
     spent = dict.fromkeys(groups, 0.0)
     total = 0.0
     for event in profiler.key_averages():
-        if not event.key.startswith("aten::"):
+        library, _, operator = event.key.partition("::")
+        if library != "aten":
             continue
         time = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         total += time
-        for group, parts in groups.items():
-            if any(part in event.key for part in parts):
-                spent[group] += time
-                break
+        hits = (group for group, patterns in groups.items() if any(fnmatchcase(operator, p) for p in patterns))
+        if (group := next(hits, None)) is not None:
+            spent[group] += time
     if total == 0:
         raise RuntimeError("The profiler saw no operator take any time.")
     return {group: 100 * time / total for group, time in spent.items()}
