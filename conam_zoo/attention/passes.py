@@ -14,7 +14,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -45,7 +44,11 @@ def applies(x: Tensor, patch_size: int) -> bool:
 
 def attend(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """ConAM of a map whose sides are multiples of the patch side: (N, C, H, W) -> (N, C, H, W)."""
-    output: Tensor = _InFewPasses.apply(x, patch_size, w1, b1, w2, b2)
+    output: Tensor
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, b1, w2, b2)):
+        output = _InFewPasses.apply(x, patch_size, w1, b1, w2, b2)
+    else:
+        output = _forward(x, patch_size, w1, b1, w2, b2)[0]
     return output
 
 
@@ -109,27 +112,41 @@ def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: 
     return out.reshape(n, channels, height, width)
 
 
+def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+    """The result, and what the backward pass needs besides: contexts, hidden layer, embeddings, confidences.
+
+    Each operation costs a few microseconds before it computes anything, which on small maps is most of the time: so
+    there are as few as can be. None of them is one that autocast lowers: it leaves those with ``out`` alone.
+    """
+    n, channels, height, width = x.shape
+    rows, columns = height // patch_size, width // patch_size
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    contexts = x.new_empty((n, rows * columns + 1, channels), dtype=dtype)
+    local_contexts = contexts[:, :-1]
+    local_contexts.copy_(_patch_means(x, patch_size).permute(0, 2, 3, 1).reshape(local_contexts.shape))
+    torch.mean(local_contexts.clamp_(-LIMIT, LIMIT), dim=1, out=contexts[:, -1])
+    hidden = _linear(contexts.view(-1, channels), w1, b1).relu_()
+    embedded = _linear(hidden, w2, b2).clamp_(0, LIMIT).view(contexts.shape)
+    confidence = torch.softmax((embedded[:, :-1] * embedded[:, -1:]).sum(2), dim=1)
+    scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
+    return _scaled(x, scale, patch_size), contexts, hidden, embedded, confidence
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer in the type of its input: (N, C) -> (N, D)."""
+    out = x.new_empty(len(x), len(weight))
+    return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=out)
+
+
 class _InFewPasses(torch.autograd.Function):
     """Equal to the equations, up to the order of additions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        n, channels, height, width = x.shape
-        rows, columns = height // patch_size, width // patch_size
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        means = _patch_means(x, patch_size).permute(0, 2, 3, 1).reshape(n, rows * columns, channels)
-        contexts = x.new_empty(n, rows * columns + 1, channels, dtype=dtype)
-        torch.clamp(means.to(dtype), -LIMIT, LIMIT, out=contexts[:, :-1])
-        torch.mean(contexts[:, :-1], dim=1, out=contexts[:, -1])
-        with torch.autocast(x.device.type, enabled=False):
-            hidden = F.linear(contexts, w1.to(dtype), b1.to(dtype)).relu_()
-            embedded = F.linear(hidden, w2.to(dtype), b2.to(dtype)).clamp_(0, LIMIT)
-            logits = torch.linalg.vecdot(embedded[:, :-1], embedded[:, -1:])
-        confidence = torch.softmax(logits, dim=1)
-        scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
+        output, contexts, hidden, embedded, confidence = _forward(x, patch_size, w1, b1, w2, b2)
         ctx.save_for_backward(x, w1, b1, w2, b2, contexts, hidden, embedded, confidence)
         ctx.patch_size = patch_size
-        return _scaled(x, scale, patch_size)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,7 +169,6 @@ class _InFewPasses(torch.autograd.Function):
         torch.bmm(of_logits[:, None], embedded[:, :-1], out=of_embedded[:, -1:])
         of_embedded = _within(of_embedded, embedded, 0, LIMIT).view(-1, channels)
         of_hidden = of_embedded @ w2.to(dtype)
-        hidden = hidden.view(of_hidden.shape)
         of_hidden = _within(of_hidden, hidden, 0, math.inf)
         of_contexts = (of_hidden @ w1.to(dtype)).view(contexts.shape)
         of_means = torch.add(of_contexts[:, :-1], of_contexts[:, -1:], alpha=1 / (rows * columns))
