@@ -15,6 +15,7 @@ from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
     publishing,
     queueing,
 )
+from conam_zoo.cli._heap import keep_freed_memory
 from conam_zoo.cli._shared import app
 from conam_zoo.errors import UserError
 
@@ -27,6 +28,7 @@ def main() -> None:
     from conam_zoo.training.stopping import TrainingStopped
     from conam_zoo.weights import ManifestError, WeightsError
 
+    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="conam: %(message)s")
     try:
         app(prog_name="conam")

@@ -1,0 +1,51 @@
+"""The command's process keeps the memory of freed tensors."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Page faults while a tensor of 64 MiB, 16,384 pages, is made and freed over and over.
+COUNT_FAULTS = """
+import resource, sys
+import torch
+from conam_zoo.cli._heap import keep_freed_memory
+
+kept = keep_freed_memory() if sys.argv[1] == "keep" else None
+for _ in range(3):
+    torch.zeros(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.zeros(2**24)
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
+"""
+
+glibc = pytest.mark.skipif(
+    os.name != "posix" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt"
+)
+
+
+def faults(what: str, **environment: str) -> tuple[str, int]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_FAULTS, what], capture_output=True, text=True, check=True, env=env
+    )
+    kept, count = done.stdout.split()
+    return kept, int(count)
+
+
+@glibc
+def test_freed_memory_is_used_again() -> None:
+    _, usual = faults("leave")
+    kept, count = faults("keep")
+    assert kept == "True"
+    assert count < 100 < usual
+
+
+@glibc
+def test_what_the_environment_decides_is_left_alone() -> None:
+    kept, count = faults("keep", MALLOC_MMAP_THRESHOLD_="131072")
+    assert kept == "False"
+    assert count > 100
