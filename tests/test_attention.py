@@ -251,19 +251,22 @@ def test_memory_format_is_kept(memory_format: torch.memory_format, shape: tuple[
 
 
 class Recorder(TorchDispatchMode):
-    """Counts all operators, and those that produce a new tensor as large as the map."""
+    """Counts the operators that read a tensor as large as the map, and those that produce a new one."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
         self.numel = numel
-        self.calls: Counter[str] = Counter()
+        self.readers: Counter[str] = Counter()
         self.full_size: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        self.calls[name] += 1
-        if isinstance(result, Tensor) and result.numel() >= self.numel and not func.is_view:
+        if func.is_view or name in ("_unsafe_view", "new_empty"):  # neither reads
+            return result
+        self.readers[name] += any(isinstance(arg, Tensor) and arg.numel() >= self.numel for arg in args)
+        in_place = any(result is arg for arg in args)
+        if isinstance(result, Tensor) and result.numel() >= self.numel and not in_place:
             self.full_size[name] += 1
         return result
 
@@ -276,7 +279,7 @@ def test_map_is_pooled_once_and_multiplied_once(memory_format: torch.memory_form
     with torch.set_grad_enabled(grad), Recorder(x.numel()) as recorder:
         module(x)
     assert recorder.full_size == {"mul": 1}, "nothing but the scaling may write a map"
-    assert recorder.calls["avg_pool2d"] == 1
+    assert recorder.readers.total() == 2, "it is read to be pooled, and to be scaled"
 
 
 # Compilers
@@ -493,5 +496,4 @@ def test_the_backward_pass_writes_one_gradient_map(memory_format: torch.memory_f
     with Recorder(x.numel()) as recorder:
         output.backward(torch.ones_like(x))
     # besides the sum of both terms: the seed of ones, and the product inside the dot products
-    assert recorder.full_size.total() <= 3
-    assert recorder.full_size["addcmul"] == 1
+    assert recorder.full_size.total() == 3

@@ -274,3 +274,16 @@ def test_the_generated_card_passes_the_clients_validation_and_a_broken_one_does_
         assert part in card
     assert "error" in checkout.client.do("validate_card", card=card.replace("license: ", "licence: "))
     assert "the check of its model card" in checkout.publish(cards={FIRST: CARD.replace("apache", "Apache")})["message"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        ("wide_resnet16_4_conam.cifar10", "training images, the first 18 on random 24 x 24 crops of them, last epoch"),
+        ("resnet20_conam.cifar10", "on all 50,000 training images, last epoch"),
+        ("a recipe of somebody's own", "on all 50,000 training images, last epoch"),
+    ],
+)
+def test_the_card_says_what_the_epochs_showed(recipe: str, sentence: str) -> None:
+    entry = replace(entry_for("resnet20_conam.cifar10", b"x", revision=None), recipe=recipe)
+    assert sentence in model_card(entry, Manifest({entry.name: entry}))

@@ -67,14 +67,20 @@ def _per_strip(values: Tensor, patch_size: int) -> Tensor:
     return values[:, :, None].expand(n, rows, patch_size, columns).reshape(-1, 1)
 
 
+def _per_pixel(values: Tensor, patch_size: int) -> Tensor:
+    """One value a patch, repeated for each pixel of it: (N, rows, columns) -> (N, 1, H, W)."""
+    n, rows, columns = values.shape
+    pixels = values[:, :, None, :, None].expand(n, rows, patch_size, columns, patch_size)
+    return pixels.reshape(n, 1, rows * patch_size, columns * patch_size)
+
+
 def _scaled(x: Tensor, scale: Tensor, patch_size: int) -> Tensor:
     """``x * scale``, with one scale a patch: (N, C, H, W), (N, rows, columns) -> (N, C, H, W)."""
+    if not _channels_last(x):
+        return x * _per_pixel(scale, patch_size)
     n, channels, height, width = x.shape
-    if _channels_last(x):
-        strips = _strips(x, patch_size) * _per_strip(scale, patch_size)
-        return strips.view(n, height, width, channels).permute(0, 3, 1, 2)
-    patches = x.view(n, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    return (patches * scale[:, None, :, None, :, None]).reshape(n, channels, height, width)
+    strips = _strips(x, patch_size) * _per_strip(scale, patch_size)
+    return strips.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _patch_dots(gradient: Tensor, x: Tensor, patch_size: int) -> Tensor:
@@ -90,7 +96,7 @@ def _patch_dots(gradient: Tensor, x: Tensor, patch_size: int) -> Tensor:
 
 
 def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: int) -> Tensor:
-    """``gradient * scale + share`` in one pass.
+    """``gradient * scale + share``.
 
     Shape: (N, C, H, W), (N, rows, columns), (N, C, rows, columns) -> (N, C, H, W)
     """
@@ -106,10 +112,11 @@ def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: 
             factor.reshape(n, rows, 1, line),
         )
         return out.view(n, height, width, channels).permute(0, 3, 1, 2)
-    patches = gradient.view(n, channels, rows, patch_size, columns, patch_size)
-    share = share.contiguous()  # its layout decides on that of the result
-    out = torch.addcmul(share[:, :, :, None, :, None], patches, scale[:, None, :, None, :, None])
-    return out.reshape(n, channels, height, width)
+    out = gradient.contiguous() * _per_pixel(scale, patch_size)
+    # Adding one value to a patch as a product with ones and zeros: (N * C * rows, columns) by (columns, p * W).
+    ones = torch.eye(columns, dtype=out.dtype, device=out.device).repeat_interleave(patch_size, 1).repeat(1, patch_size)
+    out.view(-1, ones.shape[1]).addmm_(share.reshape(-1, columns), ones)
+    return out
 
 
 def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +130,7 @@ def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2:
     dtype = torch.promote_types(x.dtype, torch.float32)
     contexts = x.new_empty((n, rows * columns + 1, channels), dtype=dtype)
     local_contexts = contexts[:, :-1]
-    local_contexts.copy_(_patch_means(x, patch_size).permute(0, 2, 3, 1).reshape(local_contexts.shape))
+    local_contexts.copy_(_patch_means(x, patch_size).flatten(2).transpose(1, 2))
     torch.mean(local_contexts.clamp_(-LIMIT, LIMIT), dim=1, out=contexts[:, -1])
     hidden = _linear(contexts.view(-1, channels), w1, b1).relu_()
     embedded = _linear(hidden, w2, b2).clamp_(0, LIMIT).view(contexts.shape)

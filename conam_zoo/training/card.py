@@ -1,6 +1,7 @@
-"""Model cards and the README's result table, written from the manifest and nothing else."""
+"""Model cards and the README's result table, written from the manifest and the recipes that it names."""
 
 from conam_zoo.datasets import DATASETS
+from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.weights import Manifest, WeightEntry
 
 __all__ = ["model_card", "recipe_head", "result_table"]
@@ -72,6 +73,15 @@ def recipe_head(name: str, manifest: Manifest) -> str:
         f"# Command   conam train {name} --data {dataset} --output runs/{name}\n"
         f"# Hardware  {hardware}\n# Time      {time}\n# Result    {result}\n"
     )
+
+
+def _training_images(entry: WeightEntry) -> str:
+    """What the epochs showed of the training images."""
+    recipe = load_recipe(entry.recipe) if entry.recipe in list_recipes() else None
+    if recipe is None or not recipe.early_epochs:
+        return "all 50,000 training images"
+    side = recipe.early_size
+    return f"all 50,000 training images, the first {recipe.early_epochs} on random {side} x {side} crops of them"
 
 
 def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = None) -> str:
@@ -167,7 +177,7 @@ model = torch.hub.load("{code}", "{entry.arch}", pretrained=True, tag="{entry.ta
 ## Training
 
 - Command: `conam train {entry.recipe} --data {entry.dataset} --output RUN --set seed={entry.seed}`
-- {entry.epochs} epochs on all 50,000 training images, last epoch, seed {entry.seed}.
+- {entry.epochs} epochs on {_training_images(entry)}, last epoch, seed {entry.seed}.
 - How the recipe came about stands in the code's `docs/recipes.md`.
 {taught}- {entry.train_minutes:.0f} minutes on {entry.hardware}, with {versions}.
 - `log.csv` holds the log of every epoch:
