@@ -1,8 +1,9 @@
-"""ConAM with a backward pass of its own that reads and writes the map as seldom as possible.
+"""ConAM in few operations, with a backward pass of its own that reads and writes the map as seldom as possible.
 
 Automatic differentiation of the equations writes two gradient maps, one of the scaling and one of the pooling, and adds
 them. Here the forward pass reads the map twice (to pool, to scale) and writes it once; the backward pass reads map and
-gradient for the patch-wise dot products, and then reads the gradient and writes the sum of both terms at once.
+gradient for the patch-wise dot products, and then reads the gradient and writes the sum of both terms at once. (In NCHW
+the second term is added in place, which for lines as short as a patch is faster than one pass over both.)
 
 With ``y = x * s``, ``s = 1 + eta(m)`` and ``m`` the patch means of ``x``, for the gradient ``g`` of ``y``:
 
