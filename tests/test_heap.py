@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Page faults while a tensor of 64 MiB, 16,384 pages, is made and freed over and over.
+# Page faults while a tensor of 64 MiB, 16,384 pages or 32 huge ones, is made and freed over and over.
 COUNT_FAULTS = """
 import resource, sys
 import torch
@@ -41,11 +41,11 @@ def test_freed_memory_is_used_again() -> None:
     _, usual = faults("leave")
     kept, count = faults("keep")
     assert kept == "True"
-    assert count < 100 < usual
+    assert count < 8 < usual
 
 
 @glibc
 def test_what_the_environment_decides_is_left_alone() -> None:
     kept, count = faults("keep", MALLOC_MMAP_THRESHOLD_="131072")
     assert kept == "False"
-    assert count > 100
+    assert count > 8
