@@ -29,7 +29,7 @@ def _patch_means(x: Tensor, patch_size: int) -> Tensor:
         and x.is_contiguous()
     ):
         rows, columns = height // patch_size, width // patch_size
-        lines = x.reshape(n * channels * rows, patch_size, width)
+        lines = x.reshape(n * channels * rows, patch_size, width)  # no view: what is traced serves any memory format
         if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
             lines = lines.sum(1, dtype=torch.float32)
         else:

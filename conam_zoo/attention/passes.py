@@ -97,7 +97,7 @@ def _patch_dots(gradient: Tensor, x: Tensor, patch_size: int) -> Tensor:
 
 
 def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: int) -> Tensor:
-    """``gradient * scale + share``.
+    """``gradient * scale + share``, for a gradient in NCHW or channels_last.
 
     Shape: (N, C, H, W), (N, rows, columns), (N, C, rows, columns) -> (N, C, H, W)
     """
@@ -113,7 +113,7 @@ def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: 
             factor.reshape(n, rows, 1, line),
         )
         return out.view(n, height, width, channels).permute(0, 3, 1, 2)
-    out = gradient.contiguous() * _per_pixel(scale, patch_size)
+    out = gradient * _per_pixel(scale, patch_size)
     # Adding one value to a patch as a product with ones and zeros: (N * C * rows, columns) by (columns, p * W).
     ones = torch.eye(columns, dtype=out.dtype, device=out.device).repeat_interleave(patch_size, 1).repeat(1, patch_size)
     out.view(-1, ones.shape[1]).addmm_(share.reshape(-1, columns), ones)
@@ -121,7 +121,7 @@ def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: 
 
 
 def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
-    """The result, and what the backward pass needs besides: contexts, hidden layer, embeddings, confidences.
+    """The result, and what the backward pass needs besides: contexts, hidden layer, embeddings, confidences, scale.
 
     Each operation costs a few microseconds before it computes anything, which on small maps is most of the time: so
     there are as few as can be. None of them is one that autocast lowers: it leaves those with ``out`` alone.
@@ -137,7 +137,7 @@ def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2:
     embedded = _linear(hidden, w2, b2).clamp_(0, LIMIT).view(contexts.shape)
     confidence = torch.softmax((embedded[:, :-1] * embedded[:, -1:]).sum(2), dim=1)
     scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
-    return _scaled(x, scale, patch_size), contexts, hidden, embedded, confidence
+    return _scaled(x, scale, patch_size), contexts, hidden, embedded, confidence, scale
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -151,20 +151,20 @@ class _InFewPasses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        output, contexts, hidden, embedded, confidence = _forward(x, patch_size, w1, b1, w2, b2)
-        ctx.save_for_backward(x, w1, b1, w2, b2, contexts, hidden, embedded, confidence)
+        output, *kept = _forward(x, patch_size, w1, b1, w2, b2)
+        ctx.save_for_backward(x, w1, b1, w2, b2, *kept)
         ctx.patch_size = patch_size
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, b2, contexts, hidden, embedded, confidence = ctx.saved_tensors
+        x, w1, b1, w2, b2, contexts, hidden, embedded, confidence, scale = ctx.saved_tensors
         patch_size = ctx.patch_size
         if torch.is_grad_enabled():
             return _twice_differentiable(ctx, gradient, x, w1, b1, w2, b2)
         if _channels_last(x):
             gradient = gradient.contiguous(memory_format=torch.channels_last)
-        elif _channels_last(gradient):
+        else:
             gradient = gradient.contiguous()
         n, channels, height, width = x.shape
         rows, columns = height // patch_size, width // patch_size
@@ -184,7 +184,6 @@ class _InFewPasses(torch.autograd.Function):
 
         of_x = None
         if ctx.needs_input_grad[0]:
-            scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
             share = (of_means / patch_size**2).to(x.dtype).view(n, rows, columns, channels).permute(0, 3, 1, 2)
             of_x = _input_gradient(gradient, scale, share, patch_size)
         of_w1 = (of_hidden.t() @ contexts.view(-1, channels)).to(w1.dtype)

@@ -13,9 +13,9 @@ VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOL
 def keep_freed_memory() -> bool:
     """Have glibc keep the memory of freed tensors for the next ones, instead of giving it back to the system.
 
-    By default the maps of every batch are given back and faulted in again page by page, which on a CPU costs a good
-    part of an inference. The process holds on to what it needed at its peak. Nothing is changed where there is no
-    glibc, and where an environment variable of its allocator says that somebody has decided already.
+    By default the maps of every batch are given back and faulted in again page by page (tests/test_heap.py counts the
+    faults). The process holds on to what it needed at its peak. Nothing is changed where there is no glibc, and where
+    an environment variable of its allocator says that somebody has decided already.
 
     Returns:
         Whether it was set.
