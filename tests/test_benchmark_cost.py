@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conam_zoo import ConAM
 from conam_zoo.benchmark.contenders import ATTENTIONS, make_attention, make_net
 from conam_zoo.benchmark.cost import benchmark_cost
-from conam_zoo.benchmark.cost_memory import saved_bytes
+from conam_zoo.benchmark.cost_memory import kept_bytes
 from conam_zoo.benchmark.cost_module import SITES, attention_calls
 from conam_zoo.benchmark.fresh_process import FreshProcesses
-from conam_zoo.benchmark.memory import TrafficCounter, count_saved_bytes, peak_growth_bytes
+from conam_zoo.benchmark.memory import TrafficCounter, allocated_bytes, peak_growth_bytes
 from conam_zoo.benchmark.rearrange import RearrangeConAM
 
 CPU = torch.device("cpu")
@@ -74,27 +74,24 @@ def test_every_contender_keeps_shape_and_type_and_gives_all_gradients(name: str)
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_a_storage_that_is_saved_twice_counts_once() -> None:
-    x = torch.randn(KIB, requires_grad=True)  # 4 KiB
-    weight = nn.Parameter(torch.randn(KIB))
-    with count_saved_bytes() as saved:
-        y = x.exp()  # saves its result
-        z = y * y.view(32, 32).view(KIB)  # saves the same storage, twice
-        z.sum()
-    assert sum(saved.values()) == 4 * KIB
-    with count_saved_bytes(besides=[weight]) as saved:
-        y = x * weight  # saves both
-        y.sin()  # saves its argument
-    assert sum(saved.values()) == 8 * KIB
+def test_the_allocator_is_counted_at_its_peak_and_behind_the_work() -> None:
+    x = torch.randn(KIB)  # 4 KiB
+
+    def work() -> Tensor:
+        three = torch.cat([x, x, x])
+        return three[:KIB] + three[KIB : 2 * KIB]  # 12 KiB and 4, of which the 4 stay
+
+    assert allocated_bytes(work, CPU) == (16 * KIB, 4 * KIB)
+    assert allocated_bytes(lambda: work() is None, CPU).left == 0
 
 
-def test_saved_bytes_of_a_small_net_are_those_counted_by_hand() -> None:
+def test_bytes_kept_by_a_small_net_are_those_counted_by_hand() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 10))
     count = 6
     images = torch.randn(count, 3, 2, 2)
-    # the images (12), the hidden layer (5: ReLU and the second linear layer share it), log-probabilities (10), each
-    # float32; the labels (int64); and the sum of the class weights, one float32.
-    assert saved_bytes(net, images, "fp32") == count * (12 + 5 + 10) * 4 + count * 8 + 4
+    # the hidden layer (5: ReLU and the second linear layer share it) and log-probabilities (10), each float32; the sum
+    # of the class weights and the loss, one float32 each.
+    assert kept_bytes(net, images, "fp32") == count * (5 + 10) * 4 + 4 + 4
 
 
 def test_traffic_counts_what_is_read_and_written_but_no_views() -> None:
@@ -153,7 +150,7 @@ def test_memory_of_a_quick_run_is_relative_to_the_plain_twin() -> None:
     assert all(kept[name].median > kept["none"].median for name in ATTENTIONS)
     assert kept["rearrange"].median > kept["conam"].median
     peaks = {row.name: row for row in record.rows if row.group["measured"] != "kept for backward"}
-    assert list(peaks) == ["none", "conam", "rearrange"]
+    assert list(peaks) == ["none", *ATTENTIONS]
     assert all(row.unit == "MiB" and row.median > kept[name].median for name, row in peaks.items())
 
 

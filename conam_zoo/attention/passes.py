@@ -121,7 +121,7 @@ def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: 
 
 
 def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
-    """The result, and what the backward pass needs besides: contexts, hidden layer, embeddings, confidences, scale.
+    """The result, and what the backward pass needs besides: contexts, embeddings, confidences, scale.
 
     Each operation costs a few microseconds before it computes anything, which on small maps is most of the time: so
     there are as few as can be. None of them is one that autocast lowers: it leaves those with ``out`` alone.
@@ -133,11 +133,15 @@ def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2:
     local_contexts = contexts[:, :-1]
     local_contexts.copy_(_patch_means(x, patch_size).flatten(2).transpose(1, 2))
     torch.mean(local_contexts.clamp_(-LIMIT, LIMIT), dim=1, out=contexts[:, -1])
-    hidden = _linear(contexts.view(-1, channels), w1, b1).relu_()
-    embedded = _linear(hidden, w2, b2).clamp_(0, LIMIT).view(contexts.shape)
+    embedded = _linear(_hidden(contexts, w1, b1), w2, b2).clamp_(0, LIMIT).view(contexts.shape)
     confidence = torch.softmax((embedded[:, :-1] * embedded[:, -1:]).sum(2), dim=1)
     scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
-    return _scaled(x, scale, patch_size), contexts, hidden, embedded, confidence, scale
+    return _scaled(x, scale, patch_size), contexts, embedded, confidence, scale
+
+
+def _hidden(contexts: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    """The perceptron's hidden layer: (N, P + 1, C) -> (N * (P + 1), h)."""
+    return _linear(contexts.view(-1, contexts.shape[2]), w1, b1).relu_()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -151,14 +155,14 @@ class _InFewPasses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        output, *kept = _forward(x, patch_size, w1, b1, w2, b2)
-        ctx.save_for_backward(x, w1, b1, w2, b2, *kept)
+        output, contexts, embedded, confidence, scale = _forward(x, patch_size, w1, b1, w2, b2)
+        ctx.save_for_backward(x, w1, b1, w2, b2, contexts, embedded, confidence, scale)
         ctx.patch_size = patch_size
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, b2, contexts, hidden, embedded, confidence, scale = ctx.saved_tensors
+        x, w1, b1, w2, b2, contexts, embedded, confidence, scale = ctx.saved_tensors
         patch_size = ctx.patch_size
         if torch.is_grad_enabled():
             return _twice_differentiable(ctx, gradient, x, w1, b1, w2, b2)
@@ -176,6 +180,7 @@ class _InFewPasses(torch.autograd.Function):
         torch.mul(of_logits[:, :, None], embedded[:, -1:], out=of_embedded[:, :-1])
         torch.bmm(of_logits[:, None], embedded[:, :-1], out=of_embedded[:, -1:])
         of_embedded = _within(of_embedded, embedded, 0, LIMIT).view(-1, channels)
+        hidden = _hidden(contexts, w1, b1)  # made again, not kept
         of_hidden = of_embedded @ w2.to(dtype)
         of_hidden = _within(of_hidden, hidden, 0, math.inf)
         of_contexts = (of_hidden @ w1.to(dtype)).view(contexts.shape)

@@ -45,7 +45,7 @@ def benchmark_cost(
         precisions: ``"fp32"``, ``"bf16"`` (autocast). If None: both for the modules, bf16 for the rest.
         batch_size: Images of 32 x 32 in a batch, and an eighth of it at 224 x 224. If None: 128 for the modules, 64 for
             the nets.
-        repeats: Rounds; in the part ``"memory"`` a third of it, at least one, as each is a process of its own.
+        repeats: Rounds. Memory is counted, not timed, and so once.
         compile: Whether the module under ``torch.compile`` is timed too; if None, on a CUDA device.
         quick: A tiny run that only shows that everything works; its numbers mean nothing.
         command: The command line, for the record.
@@ -94,8 +94,6 @@ def benchmark_cost(
             **nets, image_sizes=sizes, batch_size=batch_size or 64, repeats=repeats, device=device, progress=progress
         )
     if "memory" in parts:
-        rows += measure_memory(
-            **nets, batch_size=batch_size or 64, repeats=max(1, repeats // 3), device=device, progress=progress
-        )
+        rows += measure_memory(**nets, batch_size=batch_size or 64, device=device, progress=progress)
     settings = {"parts": list(parts), "repeats": repeats, "device": device.type, "quick": quick}
     return make_record("cost", rows, settings=settings, command=command)

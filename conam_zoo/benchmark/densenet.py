@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet
 
 from conam_zoo.benchmark.contenders import memory_format
-from conam_zoo.benchmark.cost_memory import saved_bytes
+from conam_zoo.benchmark.cost_memory import kept_bytes
 from conam_zoo.benchmark.cost_net import image_batch, training_step
 from conam_zoo.benchmark.fresh_process import FreshProcesses
 from conam_zoo.benchmark.memory import peak_growth_bytes
@@ -87,7 +87,7 @@ def densenet_memory(contender: str, depth: int, growth: int, batch_size: int, th
         step()
 
     peak = peak_growth_bytes(work, images.device)
-    return {"kept_for_backward_mib": saved_bytes(net, images, CONTENDERS[contender][1]) / MIB, "peak_mib": peak / MIB}
+    return {"kept_for_backward_mib": kept_bytes(net, images, CONTENDERS[contender][1]) / MIB, "peak_mib": peak / MIB}
 
 
 def benchmark_densenet(

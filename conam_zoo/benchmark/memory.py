@@ -1,45 +1,52 @@
-"""Counting bytes: kept for the backward pass, taken by a process at its peak, read and written by operators."""
+"""Counting bytes: taken from PyTorch's allocator, resident in a process at its peak, read and written by operators."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["TrafficCounter", "count_saved_bytes", "peak_growth_bytes"]
+__all__ = ["Allocated", "TrafficCounter", "allocated_bytes", "peak_growth_bytes"]
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-@contextmanager
-def count_saved_bytes(besides: Iterable[Tensor] = ()) -> Iterator[dict[int, int]]:
-    """Count what autograd saves for the backward pass inside the ``with`` block.
+class Allocated(NamedTuple):
+    """Bytes of PyTorch's allocator, above those that were taken before."""
 
-    A storage that several operators save counts once, with all its bytes.
+    peak: int
+    left: int
 
-    Args:
-        besides: Tensors that are there anyway, such as the parameters; their storages are not counted.
 
-    Yields:
-        Bytes by storage, filled while the block runs; ``sum(saved.values())`` is the total. It is right as long as
-        the graph is alive.
+def allocated_bytes(work: Callable[[], object], device: torch.device) -> Allocated:
+    """What a piece of work takes from PyTorch's allocator: at its peak, and when it has returned.
+
+    What libraries take for themselves does not count, such as the buffers that oneDNN packs weights into. The result
+    of the work is alive until its bytes are counted, and with it the graph of a loss.
     """
-    there = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = work()
+        torch.cuda.synchronize(device)
+        peak, left = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        del result
+        return Allocated(peak - before, left - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    del result
+    events = profiler.profiler.kineto_results.events() if profiler.profiler else []
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    levels = list(accumulate((change for _, change in changes), initial=0))
+    return Allocated(max(levels), levels[-1])
 
 
 def peak_growth_bytes(work: Callable[[], object], device: torch.device) -> int:

@@ -14,6 +14,7 @@ import torch
 from timm.models import checkpoint, register_model
 from torch import Tensor, nn
 
+from conam_zoo.attention.recomputing import recompute_rescaled
 from conam_zoo.models._build import build, dataset_cfgs
 from conam_zoo.models._classifier import StagedClassifier
 from conam_zoo.models._sites import AttentionSites
@@ -50,7 +51,12 @@ class DenseLayer(nn.Module):
 
     def new_features(self, x: Tensor) -> Tensor:
         """The new channels alone: (N, C, H, W) -> (N, growth, H, W)."""
-        x = self.conv1(self.attn(self.act1(self.bn1(x))))
+        x = self.attn(self.act1(self.bn1(x)))
+        if torch.jit.is_scripting():
+            x = self.conv1(x)
+        else:
+            with recompute_rescaled(x):
+                x = self.conv1(x)
         return self.drop(self.conv2(self.act2(self.bn2(x))))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,6 +85,16 @@ class DenseBlock(nn.Sequential):
             self.attn = attn
         for index, layer in enumerate(layers, start=1):
             self.add_module(f"layer{index}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+        else:
+            for module in self:
+                with recompute_rescaled(x):
+                    x = module(x)
+        return x
 
 
 class ConAMDenseNet(StagedClassifier):

@@ -13,6 +13,7 @@ import torch
 from timm.models import checkpoint_seq, register_model
 from torch import Tensor, nn
 
+from conam_zoo.attention.recomputing import recompute_rescaled
 from conam_zoo.models._build import build, dataset_cfgs
 from conam_zoo.models._classifier import StagedClassifier
 from conam_zoo.models._sites import AttentionSites
@@ -47,7 +48,12 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.attn_last else self.attn(x)
-        residual = self.act1(self.bn1(self.conv1(residual)))
+        if torch.jit.is_scripting():
+            residual = self.conv1(residual)
+        else:
+            with recompute_rescaled(residual):
+                residual = self.conv1(residual)
+        residual = self.act1(self.bn1(residual))
         residual = self.bn2(self.conv2(residual))
         if self.attn_last:
             residual = self.attn(residual)
@@ -88,7 +94,12 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.attn_last else self.attn(x)
-        residual = self.act1(self.bn1(self.conv1(residual)))
+        if torch.jit.is_scripting():
+            residual = self.conv1(residual)
+        else:
+            with recompute_rescaled(residual):
+                residual = self.conv1(residual)
+        residual = self.act1(self.bn1(residual))
         residual = self.act2(self.bn2(self.conv2(residual)))
         residual = self.bn3(self.conv3(residual))
         if self.attn_last:

@@ -13,6 +13,7 @@ import torch
 from timm.models import checkpoint_seq, register_model
 from torch import Tensor, nn
 
+from conam_zoo.attention.recomputing import recompute_rescaled
 from conam_zoo.models._build import build, dataset_cfgs
 from conam_zoo.models._classifier import StagedClassifier
 from conam_zoo.models._sites import AttentionSites
@@ -55,7 +56,12 @@ class PreActBlock(nn.Module):
         activated = self.act1(self.bn1(x))
         shortcut = self.downsample(activated) if self.projects else x
         residual = activated if self.attn_last else self.attn(activated)
-        residual = self.act2(self.bn2(self.conv1(residual)))
+        if torch.jit.is_scripting():
+            residual = self.conv1(residual)
+        else:
+            with recompute_rescaled(residual):
+                residual = self.conv1(residual)
+        residual = self.act2(self.bn2(residual))
         if self.attn_last:  # the last norm of a pre-activation block stands before its second convolution
             residual = self.attn(residual)
         return self.conv2(self.drop(residual)) + shortcut
