@@ -36,8 +36,9 @@ def _with(arguments: Mapping[str, Any]) -> Arguments:
     return lambda model: arguments
 
 
-def _form(label: str, variant: str, **switches: Any) -> Setting:
-    return Setting(label, variant, _with({"attn_layer": "conam_variant", "attn_args": switches}))
+def _form(label: str, variant: str, attn_placement: str = "", **switches: Any) -> Setting:
+    placement = {"attn_placement": attn_placement} if attn_placement else {}
+    return Setting(label, variant, _with({"attn_layer": "conam_variant", "attn_args": switches, **placement}))
 
 
 def _patches(per_side: int, model: str) -> Mapping[str, Any]:
@@ -59,6 +60,8 @@ PLAIN = Setting("plain net", "none", _with({"attn_layer": "none"}))
 def _paper(label: str) -> Setting:
     return Setting(label, PAPER.variant, PAPER.arguments)
 
+
+HEADS_COSINE: dict[str, Any] = {"heads": 4, "agreement": "cosine", "scaling": "mean_zero", "identity_start": True}
 
 AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
     "shortcut": ("Shortcut", (_paper("x (1 + eta)"), _form("x eta", "no_shortcut", shortcut=False))),
@@ -109,12 +112,20 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
             _form("cosine, P eta", "cosine_mean_one", agreement="cosine", scaling="mean_one", shortcut=False),
             _form("1 + tanh, below one too", "tanh", gate="tanh"),
             _form("4 heads", "heads4", heads=4),
+            _form("4 heads, cosine, P eta - 1, from the identity", "heads4_cosine_mean_zero_start", **HEADS_COSINE),
             _form(
-                "4 heads, cosine, P eta - 1, from the identity",
-                "heads4_cosine_mean_zero_start",
+                "the same in every block",
+                "heads4_cosine_mean_zero_start_every_block",
+                attn_placement="block",
+                **HEADS_COSINE,
+            ),
+            _form(
+                "4 heads, scaled, 1 + s tanh, from the identity, in every block",
+                "heads4_tanh_start_every_block",
+                attn_placement="block",
                 heads=4,
-                agreement="cosine",
-                scaling="mean_zero",
+                agreement="scaled_dot",
+                gate="tanh",
                 identity_start=True,
             ),
         ),
