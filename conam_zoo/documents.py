@@ -55,8 +55,8 @@ def _speed(checkout: Path) -> str:
 
 
 def _knockout(checkout: Path) -> str:
-    path = checkout / "benchmarks" / "knockout.json"
-    return knockout_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else NOT_MEASURED
+    paths = sorted((checkout / "benchmarks").glob("knockout*.json"))
+    return "\n\n".join(knockout_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths) or NOT_MEASURED
 
 
 def _benchmark(name: str) -> Callable[[Path], str]:

@@ -139,7 +139,7 @@ def benchmark_knockout(
         progress: Told what is being measured.
 
     Returns:
-        What ``benchmarks/knockout.json`` holds: ``what``, ``command``, the environment, and for each of ``models`` its
+        What ``benchmarks/knockout*.json`` hold: ``what``, ``command``, the environment, and for each of ``models`` its
         ``model`` and what ``measure_knockout`` gives.
 
     Raises:
