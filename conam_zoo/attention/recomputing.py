@@ -27,8 +27,9 @@ def recompute_rescaled(y: Tensor) -> AbstractContextManager[None]:
     Args:
         y: What ``ConAM.forward`` returned, before anything is done to it in place.
 
-    >>> attention, layer = ConAM(16, 8), nn.Conv2d(16, 16, 3)
-    >>> y = attention(x)
+    >>> from conam_zoo.attention import ConAM
+    >>> attention, layer = ConAM(16, 8), torch.nn.Conv2d(16, 16, 3)
+    >>> y = attention(torch.randn(2, 16, 32, 32))
     >>> with recompute_rescaled(y):
     ...     z = layer(y)
 
