@@ -43,7 +43,8 @@ def allocated_bytes(work: Callable[[], object], device: torch.device) -> Allocat
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     del result
-    events = profiler.profiler.kineto_results.events() if profiler.profiler else []
+    assert profiler.profiler is not None  # it is there once the block has ended
+    events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     levels = list(accumulate((change for _, change in changes), initial=0))
     return Allocated(max(levels), levels[-1])
