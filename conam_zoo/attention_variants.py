@@ -12,6 +12,7 @@ perceptron ``e`` of ``conam_zoo.attention``:
    ``softmax``     eta_i = exp(z_i) / sum_j exp(z_j)
    ``sigmoid``     eta_i = 1 / (1 + exp(-z_i))
    ``tanh``        eta_i = tanh(z_i - mean_j z_j), between -1 and 1: a gate that can go below one
+   ``tanh_uncentred``  eta_i = tanh(z_i): the same, which can rescale all patches alike, too
 3. scaling:
    ``none``        a_i = eta_i
    ``mean_one``    a_i = eta_i / mean_j eta_j; behind a softmax this is P eta_i
@@ -40,7 +41,7 @@ __all__ = ["ConfidenceAttentionVariant", "ConfidenceForm"]
 CHOICES = {
     "context": ("both", "local", "global"),
     "agreement": ("dot", "scaled_dot", "cosine"),
-    "gate": ("softmax", "sigmoid", "tanh"),
+    "gate": ("softmax", "sigmoid", "tanh", "tanh_uncentred"),
     "scaling": ("none", "mean_one", "mean_zero"),
 }
 FIRST_TEMPERATURE = {"scaled_dot": 1.0, "cosine": 10.0}
@@ -55,7 +56,7 @@ class ConfidenceForm:
         second_relu: Whether the perceptron ends in a ReLU.
         context: ``"both"``, ``"local"`` or ``"global"``: the embeddings that meet in the agreement.
         agreement: ``"dot"``, ``"scaled_dot"`` or ``"cosine"``.
-        gate: ``"softmax"``, ``"sigmoid"`` or ``"tanh"``.
+        gate: ``"softmax"``, ``"sigmoid"``, ``"tanh"`` or ``"tanh_uncentred"``.
         scaling: ``"none"``, ``"mean_one"`` or ``"mean_zero"``.
         reduction: Bottleneck ratio r: the hidden layer has C / r channels, at least one.
         heads: Groups of channels with confidences of their own; they have to divide C.
@@ -87,14 +88,14 @@ class ConfidenceForm:
                 raise ValueError(f"attn_args: {switch} is {value!r}, but it must be {wanted}.")
         if not self.shortcut and self.identity_start:
             raise ValueError("attn_args: identity_start is on, but it needs the shortcut: set shortcut to true.")
-        if not self.shortcut and (self.gate == "tanh" or self.scaling == "mean_zero"):
+        if not self.shortcut and (self.gate.startswith("tanh") or self.scaling == "mean_zero"):
             raise ValueError(
-                f"attn_args: gate is {self.gate!r} and scaling is {self.scaling!r}, which are zero on average, "
-                "but shortcut is off: set it to true."
+                f"attn_args: gate is {self.gate!r} and scaling is {self.scaling!r}, so what is added to one goes below "
+                "zero, but shortcut is off: set it to true."
             )
-        if self.gate == "tanh" and self.scaling != "none":
+        if self.gate.startswith("tanh") and self.scaling != "none":
             raise ValueError(
-                f"attn_args: scaling is {self.scaling!r}, but the mean of a tanh gate is no scale: use 'sum_one'."
+                f"attn_args: scaling is {self.scaling!r}, but the mean of a {self.gate} gate is no scale: use 'none'."
             )
 
     @classmethod
@@ -249,6 +250,8 @@ class ConfidenceAttentionVariant(nn.Module):
             return logits.sigmoid()
         if self.gate == "tanh":
             return (logits - logits.mean(dim=(1, 2), keepdim=True)).tanh()
+        if self.gate == "tanh_uncentred":
+            return logits.tanh()
         return logits.flatten(1, 2).softmax(dim=1).view_as(logits)
 
     def confidence(self, x: Tensor) -> Tensor:

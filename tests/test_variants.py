@@ -30,6 +30,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "global, sigmoid": {"context": "global", "gate": "sigmoid"},
     "sigmoid": {"gate": "sigmoid"},
     "tanh": {"gate": "tanh"},
+    "tanh, not centred": {"gate": "tanh_uncentred", "second_relu": False},
+    "a head for each channel": {"gate": "tanh_uncentred", "agreement": "scaled_dot", "heads": 6, "second_relu": False},
     "bottleneck": {"reduction": 3},
     "narrowest bottleneck": {"reduction": 100},
     "scaled dot": {"agreement": "scaled_dot", "heads": 2},
@@ -146,7 +148,15 @@ def test_identity_start(scaling: str) -> None:
     assert module.gain.grad.abs().min() > 0, "the factor must be able to leave zero"
 
 
-@pytest.mark.parametrize(("switches", "low", "high"), [({"gate": "tanh"}, 0, 2), ({"scaling": "mean_zero"}, 0, 6)])
+GATES_BELOW_ONE = [
+    ({"gate": "tanh"}, 0, 2),
+    # By the sign of the factor s, which is negative in one head.
+    ({"gate": "tanh_uncentred", "second_relu": False, "identity_start": True, "heads": 6}, -1, 3),
+    ({"scaling": "mean_zero"}, 0, 6),
+]
+
+
+@pytest.mark.parametrize(("switches", "low", "high"), GATES_BELOW_ONE)
 def test_a_gate_can_go_below_one(switches: dict[str, Any], low: float, high: float) -> None:
     factor = variant(**switches)(torch.ones(1, 6, 8, 12) + noise(1, 6, 8, 12).abs()) / (1 + noise(1, 6, 8, 12).abs())
     assert low <= factor.min() < 0.99
@@ -156,7 +166,7 @@ def test_a_gate_can_go_below_one(switches: dict[str, Any], low: float, high: flo
 BAD_SWITCHES = [
     ({"shortcut": 1}, "shortcut is 1, but it must be true or false"),
     ({"context": "none"}, "context is 'none', but it must be one of both, local, global"),
-    ({"gate": "Softmax"}, "gate is 'Softmax', but it must be one of softmax, sigmoid, tanh"),
+    ({"gate": "Softmax"}, "gate is 'Softmax', but it must be one of softmax, sigmoid, tanh, tanh_uncentred"),
     ({"agreement": None}, "agreement is None, but it must be one of dot, scaled_dot, cosine"),
     ({"scaling": 1}, "scaling is 1, but it must be one of none, mean_one, mean_zero"),
     ({"reduction": 0}, "reduction is 0, but it must be a positive integer"),
@@ -164,7 +174,9 @@ BAD_SWITCHES = [
     ({"heads": 5}, "heads is 5, but it must divide the 16 channels"),
     ({"shortcut": False, "identity_start": True}, "identity_start is on, but it needs the shortcut"),
     ({"shortcut": False, "gate": "tanh"}, "but shortcut is off: set it to true"),
-    ({"gate": "tanh", "scaling": "mean_one"}, "the mean of a tanh gate is no scale"),
+    ({"gate": "tanh", "scaling": "mean_one"}, "the mean of a tanh gate is no scale: use 'none'"),
+    ({"gate": "tanh_uncentred", "scaling": "mean_zero"}, "the mean of a tanh_uncentred gate is no scale: use 'none'"),
+    ({"shortcut": False, "gate": "tanh_uncentred"}, "but shortcut is off: set it to true"),
     ({"shortcuts": True}, "attn_args has 'shortcuts', but a conam_variant knows only shortcut, second_relu"),
 ]
 

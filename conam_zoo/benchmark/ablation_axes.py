@@ -36,8 +36,10 @@ def _with(arguments: Mapping[str, Any]) -> Arguments:
     return lambda model: arguments
 
 
-def _form(label: str, variant: str, attn_placement: str = "", **switches: Any) -> Setting:
+def _form(label: str, variant: str, attn_placement: str = "", attn_site: str = "", **switches: Any) -> Setting:
     placement = {"attn_placement": attn_placement} if attn_placement else {}
+    if attn_site:
+        placement["attn_site"] = attn_site
     return Setting(label, variant, _with({"attn_layer": "conam_variant", "attn_args": switches, **placement}))
 
 
@@ -62,6 +64,13 @@ def _paper(label: str) -> Setting:
 
 
 HEADS_COSINE: dict[str, Any] = {"heads": 4, "agreement": "cosine", "scaling": "mean_zero", "identity_start": True}
+HEADS_UNCENTRED: dict[str, Any] = {
+    "heads": 16,
+    "agreement": "scaled_dot",
+    "second_relu": False,
+    "gate": "tanh_uncentred",
+    "identity_start": True,
+}
 
 AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
     "shortcut": ("Shortcut", (_paper("x (1 + eta)"), _form("x eta", "no_shortcut", shortcut=False))),
@@ -127,6 +136,24 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
                 agreement="scaled_dot",
                 gate="tanh",
                 identity_start=True,
+            ),
+            _form(
+                "16 heads, scaled, one ReLU, 1 + s tanh uncentred, from the identity, in every block",
+                "heads16_uncentred_start_every_block",
+                attn_placement="block",
+                **HEADS_UNCENTRED,
+            ),
+            _form(
+                "the same after the last norm",
+                "heads16_uncentred_start_every_block_last",
+                attn_placement="block",
+                attn_site="after_last_norm",
+                **HEADS_UNCENTRED,
+            ),
+            Setting(
+                "for comparison: SE in every block",
+                "se_every_block",
+                _with({"attn_layer": "se", "attn_placement": "block"}),
             ),
         ),
     ),

@@ -65,8 +65,10 @@ def conam_variant(
                 eta = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
             elif form["gate"] == "sigmoid":
                 eta = 1 / (1 + np.exp(-logits))
-            else:
+            elif form["gate"] == "tanh":
                 eta = np.tanh(logits - logits.mean())
+            else:
+                eta = np.tanh(logits)
             scale = {"none": eta, "mean_one": eta / eta.mean(), "mean_zero": eta / eta.mean() - 1}[form["scaling"]]
             if form["identity_start"]:
                 scale = gain[head] * scale
