@@ -53,7 +53,7 @@ def finished(cell: Cell, top1: float) -> dict[str, Any]:
         "evaluated_on": "test images",
         "top1_percent": top1,
         "top5_percent": 99.0,
-        "nll": 0.5,
+        "nll": (100 - top1) / 20,
         "ece": 0.05,
         "minutes": 1.0,
         "hardware": "1 x abacus",
@@ -262,9 +262,10 @@ def test_the_attention_table() -> None:
     assert table.startswith("**Short training, 15 epochs**")
     assert "1 x abacus" in table
     lines = table.splitlines()
-    assert "| plain | 92.00 ± 2.00 | 3 | - | 272,474 | 40.81 M | - | - |" in lines
-    assert "| ConAM | 93.17 ± 2.02 | 3 | +1.17 ± 0.72 | 272,474 | 40.81 M | - | - |" in lines
-    assert "| SE | 93.00 | 1 | +3.00 | 272,474 | 40.81 M | - | - |" in lines
+    assert "| plain | 3 | 92.00 ± 2.00 | - | 0.400 ± 0.100 | - | 272,474 | 40.81 M | - | - |" in lines
+    scores = "3 | 93.17 ± 2.02 | +1.17 ± 0.72 | 0.342 ± 0.101 | -0.058 ± 0.036"
+    assert f"| ConAM | {scores} | 272,474 | 40.81 M | - | - |" in lines
+    assert "| SE | 1 | 93.00 | +3.00 | 0.350 | -0.150 | 272,474 | 40.81 M | - | - |" in lines
 
 
 def test_the_attention_table_takes_times_from_the_cost_record() -> None:
@@ -282,7 +283,7 @@ def test_the_attention_table_takes_times_from_the_cost_record() -> None:
     rows = [row("conam", 9.0, precision="fp32"), row("conam", 1.02), row("conam", 1.01, **{"pass": "inference"})]
     record = BenchmarkRecord("cost", "", "1 x abacus", 1, {}, None, {}, rows)
     table = attention_table(asdict(a_grid({"none": [90.0], "conam": [91.0]})), [record])
-    assert "| ConAM | 91.00 | 1 | +1.00 | 272,474 | 40.81 M | 1.02 | 1.01 |" in table.splitlines()
+    assert "| ConAM | 1 | 91.00 | +1.00 | 0.450 | -0.050 | 272,474 | 40.81 M | 1.02 | 1.01 |" in table.splitlines()
 
 
 def test_the_ablation_table_and_panels() -> None:
@@ -291,9 +292,9 @@ def test_the_ablation_table_and_panels() -> None:
     grid = Grid("ablation", "", [finished(cell, scores[cell.variant] + cell.recipe.seed) for cell in cells])
     lines = ablation_table(asdict(grid)).splitlines()
     assert lines[0].startswith("200 epochs")
-    assert "| | plain net | 90.50 ± 0.71 | 2 | -1.00 ± 0.00 | 272,474 |" in lines
-    assert "| Shortcut | x (1 + eta) | 91.50 ± 0.71 | 2 | - | 272,474 |" in lines
-    assert "|  | x eta | 80.50 ± 0.71 | 2 | -11.00 ± 0.00 | 272,474 |" in lines
+    assert "| | plain net | 2 | 90.50 ± 0.71 | -1.00 ± 0.00 | 0.475 ± 0.035 | +0.050 ± 0.000 | 272,474 |" in lines
+    assert "| Shortcut | x (1 + eta) | 2 | 91.50 ± 0.71 | - | 0.425 ± 0.035 | - | 272,474 |" in lines
+    assert "|  | x eta | 2 | 80.50 ± 0.71 | -11.00 ± 0.00 | 0.975 ± 0.035 | +0.550 ± 0.000 | 272,474 |" in lines
     assert [panel.title.partition("\n")[0] for panel in ablation_panels(grid)] == ["Shortcut", "Confidence"]
     assert ablation_panels(grid)[1].values == {
         "softmax": [91.0, 92.0],
@@ -305,7 +306,7 @@ def test_the_ablation_table_and_panels() -> None:
 def test_the_document_s_tables(tmp_path: Path) -> None:
     assert evidence_tables(tmp_path) == {"attention": "Not measured yet.", "ablation": "Not measured yet."}
     (tmp_path / "attention.json").write_text(a_grid({"none": [90.0]}).to_json())
-    assert "| plain | 90.00 | 1 |" in evidence_tables(tmp_path)["attention"]
+    assert "| plain | 1 | 90.00 |" in evidence_tables(tmp_path)["attention"]
     (tmp_path / "ablation.json").write_text(a_grid({"none": [90.0]}).to_json())
     with pytest.raises(UserError, match=r"ablation.json is a grid of conam benchmark attention: rename it"):
         evidence_tables(tmp_path)

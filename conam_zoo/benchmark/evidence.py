@@ -131,14 +131,16 @@ def attention_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecor
     pieces = [_conditions(grid) + " Differences are to the plain net, seed by seed."]
     for (model, dataset), cells in _groups(grid).items():
         lines = [
-            f"| {_backbone(model)}, {DATASETS[dataset].title} | top-1 (%) | seeds | difference to plain, 95 % interval "
-            "| parameters | MACs | training step | inference |",
-            "| --- | --: | --: | --: | --: | --: | --: | --: |",
+            f"| {_backbone(model)}, {DATASETS[dataset].title} | seeds | top-1 (%) | difference to plain, 95 % interval "
+            "| NLL | difference, 95 % interval | parameters | MACs | training step | inference |",
+            "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
         ]
+        nll = _nll(cells, "none")
         for row in compare(cells, "none", LAYERS):
+            scores = _scores(row, nll[row.variant])
             counts = f"{row.facts['params']:,} | {row.facts['macs'] / 1e6:.2f} M"
             times = [_ratio(costs, model, row, which) for which in ("training step", "inference")]
-            lines.append(f"| {TITLES[row.variant]} | {_scores(row)} | {counts} | {' | '.join(times)} |")
+            lines.append(f"| {TITLES[row.variant]} | {scores} | {counts} | {' | '.join(times)} |")
         pieces.append("\n".join(lines))
     return "\n\n".join(pieces)
 
@@ -154,15 +156,16 @@ def ablation_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecord
     pieces = [_conditions(grid) + " Differences are to the paper's form, seed by seed."]
     for (model, dataset), cells in _groups(grid).items():
         rows = {row.variant: row for row in compare(cells, PAPER.variant)}
+        nll = _nll(cells, PAPER.variant)
         lines = [
-            f"| {_backbone(model)}, {DATASETS[dataset].title} | setting | top-1 (%) | seeds | "
-            "difference to the paper's form, 95 % interval | parameters |",
-            "| --- | --- | --: | --: | --: | --: |",
+            f"| {_backbone(model)}, {DATASETS[dataset].title} | setting | seeds | top-1 (%) | "
+            "difference to the paper's form, 95 % interval | NLL | difference, 95 % interval | parameters |",
+            "| --- | --- | --: | --: | --: | --: | --: | --: |",
         ]
         for setting in (PAPER, PLAIN):
             if setting.variant in rows:
                 row = rows[setting.variant]
-                lines.append(f"| | {setting.label} | {_scores(row)} | {row.facts['params']:,} |")
+                lines.append(f"| | {setting.label} | {_scores(row, nll[row.variant])} | {row.facts['params']:,} |")
         for title, settings in AXES.values():
             present = [setting for setting in settings if setting.variant in rows]
             if all(setting.variant == PAPER.variant for setting in present):
@@ -170,7 +173,8 @@ def ablation_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecord
             for index, setting in enumerate(present):
                 row = rows[setting.variant]
                 first = title if index == 0 else ""
-                lines.append(f"| {first} | {setting.label} | {_scores(row)} | {row.facts['params']:,} |")
+                scores = _scores(row, nll[row.variant])
+                lines.append(f"| {first} | {setting.label} | {scores} | {row.facts['params']:,} |")
         pieces.append("\n".join(lines))
     return "\n\n".join(pieces)
 
@@ -226,16 +230,24 @@ def _conditions(grid: Grid) -> str:
     return f"{length} with one cosine; top-1 on {' and '.join(on) or 'nothing'}, last epoch; {' and '.join(where)}."
 
 
-def _scores(row: Comparison) -> str:
-    """Mean and deviation, seeds, difference: three columns."""
-    mean = "-" if row.mean is None else f"{row.mean:.2f}"
+def _nll(cells: Sequence[dict[str, Any]], baseline: str) -> dict[str, Comparison]:
+    return {row.variant: row for row in compare(cells, baseline, metric="nll")}
+
+
+def _scores(top1: Comparison, nll: Comparison) -> str:
+    """Seeds, then mean with deviation and difference with interval, of top-1 and of the NLL: five columns."""
+    seeds = str(len(top1.values)) + (f", {top1.failed} failed" if top1.failed else "")
+    return f"{seeds} | {_mean_and_difference(top1, 2)} | {_mean_and_difference(nll, 3)}"
+
+
+def _mean_and_difference(row: Comparison, digits: int) -> str:
+    mean = "-" if row.mean is None else f"{row.mean:.{digits}f}"
     if row.deviation is not None:
-        mean += f" ± {row.deviation:.2f}"
-    seeds = str(len(row.values)) + (f", {row.failed} failed" if row.failed else "")
-    difference = "-" if row.difference is None else f"{row.difference:+.2f}"
+        mean += f" ± {row.deviation:.{digits}f}"
+    difference = "-" if row.difference is None else f"{row.difference:+.{digits}f}"
     if row.half_width is not None:
-        difference += f" ± {row.half_width:.2f}"
-    return f"{mean} | {seeds} | {difference}"
+        difference += f" ± {row.half_width:.{digits}f}"
+    return f"{mean} | {difference}"
 
 
 def _ratio(costs: Sequence[BenchmarkRecord], model: str, row: Comparison, which: str) -> str:

@@ -24,7 +24,7 @@ class Comparison:
 
     Attributes:
         variant: Short name.
-        values: Top-1 in percent, seed by seed.
+        values: What is compared, top-1 in percent if nothing else is said, seed by seed.
         mean: Their mean.
         deviation: Their standard deviation (n - 1); None for one seed.
         difference: Mean difference to the baseline over the seeds that both have; None without such seeds.
@@ -50,13 +50,16 @@ def t_quantile(degrees: int) -> float:
     return T_975[min(degrees, len(T_975)) - 1]
 
 
-def compare(cells: Sequence[dict[str, Any]], baseline: str, order: Sequence[str] = ()) -> list[Comparison]:
+def compare(
+    cells: Sequence[dict[str, Any]], baseline: str, order: Sequence[str] = (), metric: str = "top1_percent"
+) -> list[Comparison]:
     """Every variant of one model on one data set beside the baseline.
 
     Args:
         cells: Cells of a ``Grid`` that differ in variant and seed alone.
         baseline: Variant that the differences refer to.
         order: Variants that come first, in this order; the others follow by name.
+        metric: Key of the cells: what is compared.
     """
     scores: dict[str, dict[int, float]] = {}
     failed: dict[str, int] = {}
@@ -67,7 +70,7 @@ def compare(cells: Sequence[dict[str, Any]], baseline: str, order: Sequence[str]
         scores.setdefault(variant, {})
         failed[variant] = failed.get(variant, 0) + ("failed" in cell)
         if "failed" not in cell:
-            scores[variant][cell["seed"]] = cell["top1_percent"]
+            scores[variant][cell["seed"]] = cell[metric]
     names = [name for name in order if name in facts] + sorted(name for name in facts if name not in order)
     base = scores.get(baseline, {})
     rows = []
