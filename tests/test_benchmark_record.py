@@ -20,9 +20,27 @@ def test_contenders_take_turns_after_their_warm_up() -> None:
     contenders = {name: lambda name=name: called.append(name) for name in "abc"}
     times = time_in_turns(contenders, repeats=3, device=CPU, warmup=2)
     assert "".join(called[:6]) == "aabbcc"
-    assert "".join(called[6:]) == "abcbcacab"  # each round begins with another one
+    rounds = ["".join(called[start : start + 3]) for start in (6, 9, 12)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
     assert all(value >= 0 for values in times.values() for value in values)
+
+
+def test_no_contender_always_follows_the_same_neighbour() -> None:
+    called: list[str] = []
+    contenders = {name: lambda name=name: called.append(name) for name in "abcd"}
+    time_in_turns(contenders, repeats=8, device=CPU, warmup=0)
+    before = {name: {called[i - 1] for i in range(1, len(called)) if called[i] == name} for name in "abcd"}
+    assert all(len(names - {name}) == 3 for name, names in before.items())
+
+
+def test_a_measurement_settles_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    called: list[int] = []
+    times = time_in_turns({"a": lambda: called.append(next(clock))}, repeats=2, device=CPU, warmup=0, settle=1)
+    assert len(called) == 4
+    assert times == {"a": [2, 2]}  # begin, one call, end: the call before them is not timed
 
 
 def test_short_calls_are_repeated_until_they_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:

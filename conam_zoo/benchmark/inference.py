@@ -120,7 +120,7 @@ def _measure(
             seconds_to_prepare[name] = time.perf_counter() - started
             calls[name] = call
     progress(f"{model}, batch {count}: timing {len(calls)} contenders")
-    times = time_in_turns(calls, repeats=repeats, device=device, min_seconds=min_seconds)
+    times = time_in_turns(calls, repeats=repeats, device=device, settle=1, min_seconds=min_seconds)
     milliseconds = {name: [1000 * t for t in values] for name, values in times.items()}
     rows = []
     for row in summarise(milliseconds, group=group, reference=MODES[0], unit="ms"):
@@ -187,6 +187,7 @@ def _onnx_call(net: nn.Module, images: Tensor) -> Callable[[], object]:
         raise ModeUnavailableError(f"the installed onnxruntime has no {wanted}: install onnxruntime-gpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to the others
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(net, (images.contiguous(),), path, dynamo=True, external_data=False, verbose=False)

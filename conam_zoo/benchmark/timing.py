@@ -1,5 +1,6 @@
 """Timing of contenders side by side: warmed up, in turns, on a CPU or a CUDA device."""
 
+import random
 import time
 from collections.abc import Callable, Mapping
 
@@ -42,17 +43,19 @@ def time_in_turns(
     repeats: int,
     device: torch.device,
     warmup: int = 2,
+    settle: int = 0,
     min_seconds: float = 0.0,
 ) -> dict[str, list[float]]:
     """Time all contenders once in every round, so that whatever drifts on the machine touches them alike.
 
-    Each round begins with another contender than the one before, so that none always follows the same neighbour.
+    Each round has an order of its own, drawn from a fixed seed, so that none always follows the same neighbour.
 
     Args:
         contenders: What to call, by name.
         repeats: Rounds, and so the number of times measured for each contender.
         device: Where they compute.
         warmup: Untimed calls of each contender before the first round.
+        settle: Untimed calls before each measurement, so that it does not begin with the caches of the one before.
         min_seconds: A measurement repeats a call until it lasts about as long as this.
 
     Returns:
@@ -67,9 +70,11 @@ def time_in_turns(
         if min_seconds > 0:
             calls[name] = max(1, round(min_seconds / max(time_call(call, 1, device), 1e-7)))
     names = list(contenders)
+    order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    for _ in range(repeats):
+        for name in order.sample(names, len(names)):
+            for _ in range(settle):
+                contenders[name]()
             times[name].append(time_call(contenders[name], calls[name], device))
     return times
