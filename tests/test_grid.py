@@ -146,11 +146,11 @@ def test_no_cell_is_trained_twice(small_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "attention"
     events: list[tuple[str, str]] = []
 
-    def run(layers: list[str], settings: list[str] = TINY) -> Grid:
+    def run(layers: list[str], settings: list[str] = TINY, command: str = "the command") -> Grid:
         cells = attention_cells(["resnet20"], ["cifar10"], layers, [0], grid_recipe("short", settings))
         events.clear()
         return run_grid(
-            "attention", cells, small_data, output, jobs=2, command="the command", on_event=lambda *e: events.append(e)
+            "attention", cells, small_data, output, jobs=2, command=command, on_event=lambda *e: events.append(e)
         )
 
     first = run(["none", "simam"])
@@ -173,6 +173,8 @@ def test_no_cell_is_trained_twice(small_data: Path, tmp_path: Path) -> None:
     again = run(["none", "simam"])
     assert again == first
     assert events == [(name, "is there") for name in names]
+    assert run(["none"], command="the next command").command == read_grid(file).command == "the next command"
+    assert run(["none", "simam"]) == read_grid(file) == first
 
     # The run folders have them, even without the file.
     for name in names:
@@ -301,6 +303,16 @@ def test_the_ablation_table_and_panels() -> None:
         "sigmoid": [91.5, 92.5],
         "plain net": [90.0, 91.0],
     }
+
+
+def test_the_ablation_states_the_arguments_of_its_forms() -> None:
+    cells = ablation_cells(["resnet20"], ["cifar10"], ["form"], [0], grid_recipe("short"))
+    table = ablation_table(asdict(Grid("ablation", "", [finished(cell, 90.0) for cell in cells])))
+    assert '- 4 heads: `{"attn_layer": "conam_variant", "attn_args": {"heads": 4}}`' in table.splitlines()
+    assert '- for comparison: SE, every block: `{"attn_layer": "se", "attn_placement": "block"}`' in table.splitlines()
+    without = ablation_cells(["resnet20"], ["cifar10"], ["relu"], [0], grid_recipe("short"))
+    table = ablation_table(asdict(Grid("ablation", "", [finished(cell, 90.0) for cell in without])))
+    assert "Arguments of the forms" not in table
 
 
 def test_the_document_s_tables(tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ HEADS_UNCENTRED: dict[str, Any] = {
     "gate": "tanh_uncentred",
     "identity_start": True,
 }
+HEADS_SIGMOID: dict[str, Any] = {
+    "heads": 16,
+    "agreement": "scaled_dot",
+    "second_relu": False,
+    "gate": "sigmoid",
+    "shortcut": False,
+}
 
 AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
     "shortcut": ("Shortcut", (_paper("x (1 + eta)"), _form("x eta", "no_shortcut", shortcut=False))),
@@ -119,17 +126,17 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
             _form("scaled dot product", "scaled_dot", agreement="scaled_dot"),
             _form("cosine", "cosine", agreement="cosine"),
             _form("cosine, P eta", "cosine_mean_one", agreement="cosine", scaling="mean_one", shortcut=False),
-            _form("1 + tanh, below one too", "tanh", gate="tanh"),
+            _form("1 + tanh", "tanh", gate="tanh"),
             _form("4 heads", "heads4", heads=4),
-            _form("4 heads, cosine, P eta - 1, from the identity", "heads4_cosine_mean_zero_start", **HEADS_COSINE),
+            _form("4 heads, cosine, P eta - 1", "heads4_cosine_mean_zero_start", **HEADS_COSINE),
             _form(
-                "the same in every block",
+                "4 heads, cosine, P eta - 1, every block",
                 "heads4_cosine_mean_zero_start_every_block",
                 attn_placement="block",
                 **HEADS_COSINE,
             ),
             _form(
-                "4 heads, scaled, 1 + s tanh, from the identity, in every block",
+                "4 heads, 1 + tanh, every block",
                 "heads4_tanh_start_every_block",
                 attn_placement="block",
                 heads=4,
@@ -138,20 +145,27 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
                 identity_start=True,
             ),
             _form(
-                "16 heads, scaled, one ReLU, 1 + s tanh uncentred, from the identity, in every block",
+                "16 heads, 1 + tanh, every block",
                 "heads16_uncentred_start_every_block",
                 attn_placement="block",
                 **HEADS_UNCENTRED,
             ),
             _form(
-                "the same after the last norm",
+                "16 heads, 1 + tanh, every block, last norm",
                 "heads16_uncentred_start_every_block_last",
                 attn_placement="block",
                 attn_site="after_last_norm",
                 **HEADS_UNCENTRED,
             ),
+            _form("16 heads, x sigmoid", "heads16_sigmoid", **HEADS_SIGMOID),
+            _form(
+                "16 heads, x sigmoid, every block",
+                "heads16_sigmoid_every_block",
+                attn_placement="block",
+                **HEADS_SIGMOID,
+            ),
             Setting(
-                "for comparison: SE in every block",
+                "for comparison: SE, every block",
                 "se_every_block",
                 _with({"attn_layer": "se", "attn_placement": "block"}),
             ),

@@ -1,5 +1,6 @@
 """What the grids say: `conam benchmark attention` and `conam benchmark ablation` as functions, with their tables."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -176,7 +177,20 @@ def ablation_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecord
                 scores = _scores(row, nll[row.variant])
                 lines.append(f"| {first} | {setting.label} | {scores} | {row.facts['params']:,} |")
         pieces.append("\n".join(lines))
+    if forms := _arguments_of_forms(grid):
+        pieces.append("Arguments of the forms:\n\n" + "\n".join(forms))
     return "\n\n".join(pieces)
+
+
+def _arguments_of_forms(grid: Grid) -> list[str]:
+    """A line for each setting of the last axis, whose labels do not say all: what its builder was given."""
+    given = {cell["variant"]: cell["recipe"]["model_args"] for cell in grid.cells}
+    _, settings = AXES["form"]
+    return [
+        f"- {setting.label}: `{json.dumps(given[setting.variant])}`"
+        for setting in settings
+        if given.get(setting.variant)
+    ]
 
 
 def attention_panels(grid: Grid) -> list[Panel]:

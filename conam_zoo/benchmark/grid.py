@@ -200,7 +200,10 @@ def run_grid(
         outcome = outcomes.get(job.name, "stopped")
         if outcome.startswith("failed"):
             keep(by_folder[job.folder], {"failed": outcome.partition(": ")[2]})
-    return Grid(what, command, sorted(results.values(), key=lambda cell: str(cell["name"])))
+    grid = Grid(what, command, sorted(results.values(), key=lambda cell: str(cell["name"])))
+    if earlier and not missing:
+        write_text(file, grid.to_json())  # the command that was last given, though it trained nothing
+    return grid
 
 
 def _check_recipes(file: Path, earlier: Iterable[dict[str, Any]], cells: Sequence[Cell]) -> None:
