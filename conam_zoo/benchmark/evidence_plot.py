@@ -42,16 +42,16 @@ def draw_panels(panels: list[Panel], path: Path, title: str) -> None:
     rows = ceil(len(panels) / columns)
     most = [max(len(panel.values) for panel in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
     heights = [0.3 * count + 1.0 for count in most]
-    figure = Figure(figsize=(4.6 * columns, sum(heights) + 0.6), layout="constrained")
+    width = 4.6 * columns if columns > 1 else 6.4  # a single panel still has room for the words around it
+    figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw(axes, panel)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(title.replace("**", ""), fontsize=9)
-    figure.supxlabel(
-        "top-1 (%); light dots: seeds; dark: mean and its 95 % interval; dashed: mean of the reference", fontsize=8
-    )
+    figure.suptitle(fill(title.replace("**", ""), int(13 * width)), fontsize=9)
+    legend = "top-1 (%); light dots: seeds; dark: mean and its 95 % interval; dashed: mean of the reference"
+    figure.supxlabel(fill(legend, int(15 * width)), fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
 
 

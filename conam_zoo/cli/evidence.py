@@ -144,7 +144,7 @@ def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, com
         on_event=lambda name, event: out.print(f"{name}: {event}", highlight=False, markup=False),
     )
     table = attention_table if what == "attention" else ablation_table
-    out.print(Markdown(table(asdict(grid))))
+    wide_console().print(Markdown(table(asdict(grid))))
     finished = {cell["name"] for cell in grid.cells if "failed" not in cell}
     missing = [cell.name for cell in cells if cell.name not in finished]
     if missing:
