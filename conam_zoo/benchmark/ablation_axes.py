@@ -37,10 +37,9 @@ def _with(arguments: Mapping[str, Any]) -> Arguments:
 
 
 def _form(label: str, variant: str, attn_placement: str = "", attn_site: str = "", **switches: Any) -> Setting:
-    placement = {"attn_placement": attn_placement} if attn_placement else {}
-    if attn_site:
-        placement["attn_site"] = attn_site
-    return Setting(label, variant, _with({"attn_layer": "conam_variant", "attn_args": switches, **placement}))
+    where = {"attn_placement": attn_placement, "attn_site": attn_site}
+    given = {key: value for key, value in where.items() if value}
+    return Setting(label, variant, _with({"attn_layer": "conam_variant", "attn_args": switches, **given}))
 
 
 def _patches(per_side: int, model: str) -> Mapping[str, Any]:

@@ -201,8 +201,8 @@ def run_grid(
         if outcome.startswith("failed"):
             keep(by_folder[job.folder], {"failed": outcome.partition(": ")[2]})
     grid = Grid(what, command, sorted(results.values(), key=lambda cell: str(cell["name"])))
-    if earlier and not missing:
-        write_text(file, grid.to_json())  # the command that was last given, though it trained nothing
+    if grid.cells:
+        write_text(file, grid.to_json())  # with the command that was last given, even if it trained nothing
     return grid
 
 

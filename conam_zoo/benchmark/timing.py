@@ -48,7 +48,7 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Time all contenders once in every round, so that whatever drifts on the machine touches them alike.
 
-    Each round has an order of its own, drawn from a fixed seed, so that none always follows the same neighbour.
+    The order of each round is drawn (from a fixed seed), so that none always follows the same neighbour.
 
     Args:
         contenders: What to call, by name.
