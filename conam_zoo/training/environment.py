@@ -39,7 +39,8 @@ def _hardware() -> str:
         ]
         cpu = names[0] if names else cpu
     several = f"{processes} processes with " if processes > 1 else ""
-    return f"{several}{torch.get_num_threads()} CPU threads ({cpu})"
+    threads = torch.get_num_threads()
+    return f"{several}{threads} CPU thread{'' if threads == 1 else 's'} ({cpu})"
 
 
 def _commit() -> str | None:
