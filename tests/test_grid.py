@@ -254,8 +254,26 @@ def test_differences_are_paired_by_seed() -> None:
     assert (plain.mean, plain.deviation, plain.difference) == (92.0, 2.0, None)
     assert conam.difference == pytest.approx((1.0 + 1.5 + 1.0) / 3)
     deviation = math.sqrt(2 * (1 / 6) ** 2 + (1 / 3) ** 2) / math.sqrt(2)
+    # SE's one seed says nothing about chance, so what is left is the paired t-test of the other two.
     assert conam.half_width == pytest.approx(4.303 * deviation / math.sqrt(3))
-    assert (se.mean, se.deviation, se.difference, se.half_width, se.pairs) == (93.0, None, 3.0, None, 1)
+    assert (se.mean, se.deviation, se.difference, se.pairs) == (93.0, None, 3.0, 1)
+    assert se.half_width == pytest.approx(4.303 * deviation)
+
+
+def test_chance_is_estimated_from_all_variants() -> None:
+    # Without the effects of variants and seeds: 0, 0; 1, -1; -1, 1. Six cells, four effects: two degrees of freedom.
+    grid = a_grid({"none": [90.0, 92.0], "conam": [92.0, 92.0], "se": [91.0, 95.0]})
+    _, conam, se = compare(grid.cells, "none", LAYERS)
+    deviation = math.sqrt((1 + 1 + 1 + 1) / 2)
+    assert (conam.difference, se.difference) == (1.0, 2.0)
+    assert conam.half_width == pytest.approx(4.303 * deviation * math.sqrt(2 / 2))
+    assert se.half_width == pytest.approx(conam.half_width)
+
+
+def test_one_seed_says_nothing_about_chance() -> None:
+    rows = compare(a_grid({"none": [90.0], "conam": [91.0], "se": [92.0]}).cells, "none", LAYERS)
+    assert [row.half_width for row in rows] == [None, None, None]
+    assert [row.difference for row in rows] == [None, 1.0, 2.0]
 
 
 def test_the_attention_table() -> None:
@@ -267,7 +285,7 @@ def test_the_attention_table() -> None:
     assert "| plain | 3 | 92.00 ± 2.00 | - | 0.400 ± 0.100 | - | 272,474 | 40.81 M | - | - |" in lines
     scores = "3 | 93.17 ± 2.02 | +1.17 ± 0.72 | 0.342 ± 0.101 | -0.058 ± 0.036"
     assert f"| ConAM | {scores} | 272,474 | 40.81 M | - | - |" in lines
-    assert "| SE | 1 | 93.00 | +3.00 | 0.350 | -0.150 | 272,474 | 40.81 M | - | - |" in lines
+    assert "| SE | 1 | 93.00 | +3.00 ± 1.24 | 0.350 | -0.150 ± 0.062 | 272,474 | 40.81 M | - | - |" in lines
 
 
 def test_the_attention_table_takes_times_from_the_cost_record() -> None:
@@ -298,7 +316,7 @@ def test_the_ablation_table_and_panels() -> None:
     assert "| Shortcut | x (1 + eta) | 2 | 91.50 ± 0.71 | - | 0.425 ± 0.035 | - | 272,474 |" in lines
     assert "|  | x eta | 2 | 80.50 ± 0.71 | -11.00 ± 0.00 | 0.975 ± 0.035 | +0.550 ± 0.000 | 272,474 |" in lines
     assert [panel.title.partition("\n")[0] for panel in ablation_panels(grid)] == ["Shortcut", "Confidence"]
-    assert ablation_panels(grid)[1].values == {
+    assert {label: row.values for label, row in ablation_panels(grid)[1].rows.items()} == {
         "softmax": [91.0, 92.0],
         "sigmoid": [91.5, 92.5],
         "plain net": [90.0, 91.0],

@@ -197,10 +197,9 @@ def attention_panels(grid: Grid) -> list[Panel]:
     """One panel for each model on each data set."""
     panels = []
     for (model, dataset), cells in _groups(grid).items():
-        rows = [row for row in compare(cells, "none", LAYERS) if row.values]
-        values = {TITLES[row.variant]: row.values for row in rows}
-        panels.append(Panel(f"{_backbone(model)}, {DATASETS[dataset].title}", values, reference="plain"))
-    return [panel for panel in panels if panel.values]
+        rows = {TITLES[row.variant]: row for row in compare(cells, "none", LAYERS) if row.values}
+        panels.append(Panel(f"{_backbone(model)}, {DATASETS[dataset].title}", rows, reference="plain"))
+    return [panel for panel in panels if panel.rows]
 
 
 def ablation_panels(grid: Grid) -> list[Panel]:
@@ -212,12 +211,12 @@ def ablation_panels(grid: Grid) -> list[Panel]:
             present = [setting for setting in settings if setting.variant in rows]
             if all(setting.variant == PAPER.variant for setting in present):
                 continue
-            values = {setting.label: rows[setting.variant].values for setting in present}
+            shown = {setting.label: rows[setting.variant] for setting in present}
             if PLAIN.variant in rows:
-                values[PLAIN.label] = rows[PLAIN.variant].values
+                shown[PLAIN.label] = rows[PLAIN.variant]
             reference = next((s.label for s in present if s.variant == PAPER.variant), None)
             where = f"{_backbone(model)}, {DATASETS[dataset].title}"
-            panels.append(Panel(f"{title}\n{where}", values, reference))
+            panels.append(Panel(f"{title}\n{where}", shown, reference))
     return panels
 
 

@@ -1,15 +1,15 @@
-"""Results of grids as a picture: a dot for each seed, the mean with its interval, a line at the reference."""
+"""Results of grids as a picture: a dot for each seed, the mean, the interval of its difference to the reference."""
 
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from conam_zoo.benchmark.paired import t_quantile
+from conam_zoo.benchmark.paired import Comparison
 from conam_zoo.files import write_atomically
 
 __all__ = ["Panel", "draw_panels"]
@@ -23,12 +23,12 @@ class Panel:
 
     Attributes:
         title: Stands above.
-        values: For each row's label the top-1 of its seeds, in percent.
+        rows: For each row's label its top-1 in percent, seed by seed, beside the reference; at least one seed.
         reference: Label of the row at whose mean a line is drawn.
     """
 
     title: str
-    values: dict[str, list[float]]
+    rows: dict[str, Comparison]
     reference: str | None
 
 
@@ -40,7 +40,7 @@ def draw_panels(panels: list[Panel], path: Path, title: str) -> None:
     """
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = ceil(len(panels) / columns)
-    most = [max(len(panel.values) for panel in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
+    most = [max(len(panel.rows) for panel in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
     heights = [0.3 * count + 1.0 for count in most]
     width = 4.6 * columns if columns > 1 else 6.4  # a single panel still has room for the words around it
     figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained")
@@ -50,25 +50,27 @@ def draw_panels(panels: list[Panel], path: Path, title: str) -> None:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle(fill(title.replace("**", ""), int(13 * width)), fontsize=9)
-    legend = "top-1 (%); light dots: seeds; dark: mean and its 95 % interval; dashed: mean of the reference"
+    legend = (
+        "top-1 (%); light dots: seeds; dark: their mean, with the 95 % interval of its difference to the reference, "
+        "whose mean is the dashed line"
+    )
     figure.supxlabel(fill(legend, int(15 * width)), fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    labels = list(panel.values)
+    labels = list(panel.rows)
     for position, label in enumerate(labels):
-        values = panel.values[label]
-        axes.plot(values, [position] * len(values), "o", color=DOT, markersize=4, alpha=0.8, zorder=2)
-        mean = fmean(values)
-        if len(values) > 1:
-            half = t_quantile(len(values) - 1) * stdev(values) / sqrt(len(values))
-            axes.plot([mean - half, mean + half], [position] * 2, color=MEAN, linewidth=1.4, zorder=3)
+        row = panel.rows[label]
+        mean = fmean(row.values)
+        axes.plot(row.values, [position] * len(row.values), "o", color=DOT, markersize=4, alpha=0.8, zorder=2)
+        if row.half_width is not None:
+            ends = [mean - row.half_width, mean + row.half_width]
+            axes.plot(ends, [position] * 2, color=MEAN, linewidth=1.4, zorder=3)
         axes.plot([mean], [position], "D", color=MEAN, markersize=5, zorder=4)
-    if panel.reference in panel.values:
-        axes.axvline(
-            fmean(panel.values[panel.reference]), color=REFERENCE, linewidth=1, linestyle=(0, (4, 2)), zorder=1
-        )
+    if panel.reference in panel.rows:
+        reference = fmean(panel.rows[panel.reference].values)
+        axes.axvline(reference, color=REFERENCE, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
     axes.set_yticks(range(len(labels)), [fill(label, 26) for label in labels], fontsize=8)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=7)

@@ -1,10 +1,17 @@
-"""Means over seeds, and differences to a baseline seed by seed, with their confidence intervals."""
+"""Means over seeds, and differences to a baseline seed by seed, with their confidence intervals.
 
-from collections.abc import Sequence
+The intervals are those of a two-way layout: a score is taken to be the sum of what its variant and what its seed bring,
+and of chance, whose deviation is the same for all. That deviation is estimated from all variants together, since two or
+three seeds of a single pair say next to nothing about it. With two variants it is the paired t-test.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
+
+import numpy as np
 
 __all__ = ["Comparison", "compare", "t_quantile"]
 
@@ -28,7 +35,7 @@ class Comparison:
         mean: Their mean.
         deviation: Their standard deviation (n - 1); None for one seed.
         difference: Mean difference to the baseline over the seeds that both have; None without such seeds.
-        half_width: Half of its 95 % confidence interval (Student's t); None for one such seed.
+        half_width: Half of its 95 % confidence interval, see above; None where nothing tells chance from effect.
         pairs: How many seeds both have.
         failed: How many cells failed.
         facts: The cell of the first seed, for what does not depend on it.
@@ -73,12 +80,14 @@ def compare(
             scores[variant][cell["seed"]] = cell[metric]
     names = [name for name in order if name in facts] + sorted(name for name in facts if name not in order)
     base = scores.get(baseline, {})
+    chance, degrees = _chance(scores)
     rows = []
     for name in names:
         values = list(scores[name].values())
         differences = [value - base[seed] for seed, value in scores[name].items() if seed in base]
         if name == baseline:
             differences = []
+        told = bool(differences) and degrees > 0
         rows.append(
             Comparison(
                 variant=name,
@@ -86,7 +95,7 @@ def compare(
                 mean=fmean(values) if values else None,
                 deviation=stdev(values) if len(values) > 1 else None,
                 difference=fmean(differences) if differences else None,
-                half_width=_half_width(differences) if len(differences) > 1 else None,
+                half_width=t_quantile(degrees) * chance * sqrt(2 / len(differences)) if told else None,
                 pairs=len(differences),
                 failed=failed[name],
                 facts=facts[name],
@@ -95,6 +104,15 @@ def compare(
     return rows
 
 
-def _half_width(differences: list[float]) -> float:
-    count = len(differences)
-    return t_quantile(count - 1) * stdev(differences) / sqrt(count)
+def _chance(scores: Mapping[str, Mapping[int, float]]) -> tuple[float, int]:
+    """Deviation of what variant and seed leave unexplained, by least squares, and its degrees of freedom."""
+    cells = [(variant, seed, score) for variant, of_seeds in scores.items() for seed, score in of_seeds.items()]
+    variants, seeds = sorted({cell[0] for cell in cells}), sorted({cell[1] for cell in cells})
+    design = np.zeros((len(cells), len(variants) + len(seeds)))
+    for row, (variant, seed, _) in enumerate(cells):
+        design[row, variants.index(variant)] = design[row, len(variants) + seeds.index(seed)] = 1
+    values = np.array([score for _, _, score in cells])
+    effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    degrees = len(cells) - int(rank)
+    squares = float(((values - design @ effects) ** 2).sum())
+    return (sqrt(squares / degrees) if degrees else 0.0), degrees
