@@ -219,6 +219,16 @@ def test_torchrun_trains_with_the_command(recipe: Recipe, data: Path, tmp_path: 
     assert run["scores"] == pytest.approx(vars(scores), abs=1e-6)
 
 
+def test_torchrun_fine_tunes_with_the_command(data: Path, tmp_path: Path) -> None:
+    command = ["-m", "conam_zoo", "finetune", data / "cifar10", "--model", "resnet20_conam.cifar10"]
+    result = torchrun(*command, "--output", tmp_path / "run", "--epochs", "1", "--batch-size", "8")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("written:") == 1  # rank 0 alone speaks
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    scores, _ = evaluate(open_model(f"local-dir:{tmp_path / 'run' / 'final'}"), data, "cifar10")
+    assert report["top1_percent"] == pytest.approx(scores.top1_percent)
+
+
 def test_a_rank_that_is_killed_ends_all_with_a_sentence(data: Path, tmp_path: Path) -> None:
     (tmp_path / "dies.py").write_text(
         "import os, signal\n"
