@@ -78,6 +78,12 @@ HEADS_SIGMOID: dict[str, Any] = {
     "shortcut": False,
 }
 
+
+def _one_patch_sigmoid(model: str) -> Mapping[str, Any]:
+    """A gate of channels alone: what is left of it without its patches."""
+    return {"attn_layer": "conam_variant", "attn_args": HEADS_SIGMOID, **_patches(1, model)}
+
+
 AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
     "shortcut": ("Shortcut", (_paper("x (1 + eta)"), _form("x eta", "no_shortcut", shortcut=False))),
     "relu": ("Second ReLU", (_paper("with"), _form("without", "one_relu", second_relu=False))),
@@ -129,21 +135,6 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
             _form("4 heads", "heads4", heads=4),
             _form("4 heads, cosine, P eta - 1", "heads4_cosine_mean_zero_start", **HEADS_COSINE),
             _form(
-                "4 heads, cosine, P eta - 1, every block",
-                "heads4_cosine_mean_zero_start_every_block",
-                attn_placement="block",
-                **HEADS_COSINE,
-            ),
-            _form(
-                "4 heads, 1 + tanh, every block",
-                "heads4_tanh_start_every_block",
-                attn_placement="block",
-                heads=4,
-                agreement="scaled_dot",
-                gate="tanh",
-                identity_start=True,
-            ),
-            _form(
                 "16 heads, 1 + tanh, every block",
                 "heads16_uncentred_start_every_block",
                 attn_placement="block",
@@ -157,12 +148,15 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
                 **HEADS_UNCENTRED,
             ),
             _form("16 heads, x sigmoid", "heads16_sigmoid", **HEADS_SIGMOID),
+            Setting("16 heads, x sigmoid, one patch", "heads16_sigmoid_patches1", _one_patch_sigmoid),
             _form(
                 "16 heads, x sigmoid, every block",
                 "heads16_sigmoid_every_block",
                 attn_placement="block",
                 **HEADS_SIGMOID,
             ),
+            Setting("for comparison: SE", "se", _with({"attn_layer": "se"})),
+            Setting("for comparison: ECA", "eca", _with({"attn_layer": "eca"})),
             Setting(
                 "for comparison: SE, every block",
                 "se_every_block",
