@@ -125,7 +125,7 @@ def test_two_ranks_learn_what_one_process_learns(
 ) -> None:
     """The learning rate is that of the whole batch. Batch norms are in evaluation mode: they see one rank's images."""
     monkeypatch.setattr(learner_module, "_is_frozen", lambda module: isinstance(module, torch.nn.BatchNorm2d))
-    recipe = replace(recipe, lr=0.01)
+    recipe = replace(recipe, lr=0.001)  # at larger steps the last digits of the sums grow from step to step
     assert fork_ranks(lambda: train(recipe, data, tmp_path / "two"), tmp_path) == [(0, ""), (0, "")]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the ranks: other sums within a convolution would grow over the steps
