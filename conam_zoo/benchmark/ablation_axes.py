@@ -12,7 +12,7 @@ import timm
 
 from conam_zoo.errors import UserError
 
-__all__ = ["AXES", "Setting", "settings_of"]
+__all__ = ["AXES", "PAPER", "PLAIN", "Arguments", "Setting", "settings_of"]
 
 Arguments = Callable[[str], Mapping[str, Any]]
 
@@ -105,7 +105,7 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
     "gate": ("Confidence", (_paper("softmax"), _form("sigmoid", "sigmoid", gate="sigmoid"))),
     "bottleneck": (
         "Bottleneck ratio",
-        (_paper("1"), *(_form(str(ratio), f"bottleneck{ratio}", reduction=ratio) for ratio in (2, 4, 8))),
+        (_paper("1"), *(_form(str(ratio), f"bottleneck{ratio}", reduction=ratio) for ratio in (2, 8))),
     ),
     "placement": (
         "Placement",
@@ -127,24 +127,13 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
         (
             PAPER,
             _form("P eta, mean one", "mean_one", scaling="mean_one", shortcut=False),
-            _form("P eta - 1, from the identity", "mean_zero_start", scaling="mean_zero", identity_start=True),
-            _form("scaled dot product", "scaled_dot", agreement="scaled_dot"),
-            _form("cosine", "cosine", agreement="cosine"),
             _form("cosine, P eta", "cosine_mean_one", agreement="cosine", scaling="mean_one", shortcut=False),
             _form("1 + tanh", "tanh", gate="tanh"),
-            _form("4 heads", "heads4", heads=4),
             _form("4 heads, cosine, P eta - 1", "heads4_cosine_mean_zero_start", **HEADS_COSINE),
             _form(
                 "16 heads, 1 + tanh, every block",
                 "heads16_uncentred_start_every_block",
                 attn_placement="block",
-                **HEADS_UNCENTRED,
-            ),
-            _form(
-                "16 heads, 1 + tanh, every block, last norm",
-                "heads16_uncentred_start_every_block_last",
-                attn_placement="block",
-                attn_site="after_last_norm",
                 **HEADS_UNCENTRED,
             ),
             _form("16 heads, x sigmoid", "heads16_sigmoid", **HEADS_SIGMOID),

@@ -3,10 +3,13 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conam_zoo.benchmark.ablation_axes import AXES, PAPER, PLAIN, settings_of
+import timm
+
+from conam_zoo.benchmark.ablation_axes import AXES, PAPER, PLAIN, Arguments, settings_of
 from conam_zoo.benchmark.evidence_plot import Panel, draw_panels
 from conam_zoo.benchmark.grid import Cell, Grid, plan_grid, read_grid, run_grid
 from conam_zoo.benchmark.paired import Comparison, compare
@@ -51,7 +54,7 @@ def attention_cells(
         if layer not in LAYERS:
             raise UserError(f"There is no layer {layer!r} to compare: choose from {', '.join(LAYERS)}.")
     variants = {layer: _layer_arguments(layer) for layer in layers}
-    return plan_grid(models, datasets, variants, seeds, recipe)
+    return plan_grid(models, datasets, _for_size(variants, recipe.image_size), seeds, recipe)
 
 
 def _layer_arguments(layer: str) -> Callable[[str], Mapping[str, Any]]:
@@ -66,7 +69,20 @@ def ablation_cells(
     Raises:
         UserError: If a model, a data set or an axis is unknown.
     """
-    return plan_grid(models, datasets, settings_of(axes), seeds, recipe)
+    return plan_grid(models, datasets, _for_size(settings_of(axes), recipe.image_size), seeds, recipe)
+
+
+def _for_size(variants: Mapping[str, Arguments], image_size: int) -> dict[str, Arguments]:
+    """The same variants for images of another side than the nets' own: as many patches, of at least one pixel."""
+
+    def scaled(arguments: Arguments, model: str) -> Mapping[str, Any]:
+        given = arguments(model)
+        plain = timm.create_model(model, device="meta")
+        own = plain.pretrained_cfg["input_size"][1]
+        sides = given.get("patch_sizes", plain.patch_sizes)
+        return {**given, "patch_sizes": [max(1, side * image_size // own) for side in sides]}
+
+    return {name: partial(scaled, given) if image_size else given for name, given in variants.items()}
 
 
 def benchmark_evidence(
@@ -240,6 +256,8 @@ def _conditions(grid: Grid) -> str:
     where = sorted({cell["hardware"] for cell in done})
     on = sorted({cell["evaluated_on"] for cell in done})
     length = f"**Short training, {epochs} epochs**" if epochs < SHORT_EPOCHS else f"{epochs} epochs"
+    if side := grid.cells[0]["recipe"].get("image_size", 0):
+        length += f" on images averaged down to {side} x {side} pixels"
     return f"{length} with one cosine; top-1 on {' and '.join(on) or 'nothing'}, last epoch; {' and '.join(where)}."
 
 

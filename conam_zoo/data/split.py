@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conam_zoo.errors import UserError
+
 __all__ = ["ImageSplit"]
 
 
@@ -35,3 +37,21 @@ class ImageSplit:
     def select(self, indices: Tensor) -> "ImageSplit":
         names = tuple(self.names[index] for index in indices.tolist()) if self.names else ()
         return ImageSplit(self.images[indices], self.labels[indices], self.classes, self.source, names)
+
+    def averaged_down(self, side: int) -> "ImageSplit":
+        """The same images with ``side`` x ``side`` pixels, each the rounded mean of a square of pixels.
+
+        Raises:
+            UserError: If the images are not square, or ``side`` does not divide theirs.
+        """
+        n, height, width, channels = self.images.shape
+        if height != width or height % side:
+            raise UserError(
+                f"The setting image_size is {side}, but the images of {self.source} have {height} x {width} pixels: "
+                "set it to a divisor of both."
+            )
+        factor = height // side
+        squares = self.images.view(n, side, factor, side, factor, channels)
+        sums = squares.sum(dim=(2, 4), dtype=torch.int32)
+        images = (sums + factor**2 // 2).div(factor**2, rounding_mode="floor").to(torch.uint8)
+        return ImageSplit(images, self.labels, self.classes, self.source, self.names)

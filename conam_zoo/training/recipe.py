@@ -47,6 +47,8 @@ class Recipe:
         early_size: Side in pixels of the random crops that the first ``early_epochs`` epochs train on, which saves time
             (after Tan and Le, 2021); 0 for whole images.
         early_epochs: How many epochs that are; 0 for none.
+        image_size: Side in pixels to which all images are averaged down first, for cheap comparisons; 0 for images as
+            they are.
     """
 
     model: str
@@ -79,6 +81,7 @@ class Recipe:
     distill_temperature: float = 4.0
     early_size: int = 0
     early_epochs: int = 0
+    image_size: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -208,6 +211,7 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
         "distill_temperature": recipe.distill_temperature > 0,
         "early_size": recipe.early_size == 0 or recipe.early_size >= 8,
         "early_epochs": 0 <= recipe.early_epochs <= recipe.epochs,
+        "image_size": recipe.image_size == 0 or recipe.image_size >= 8,
     }
     for key, good in ranges.items():
         if not good:

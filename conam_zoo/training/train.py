@@ -88,7 +88,7 @@ def train(
             compile=compile,
             checkpoint_minutes=checkpoint_minutes,
         )
-        split = parts.holdout or read_split(data, "test", recipe.dataset)
+        split = parts.holdout or _of_size(read_split(data, "test", recipe.dataset), recipe)
         scores = evaluate_on(result.final, split, sharded=True)
         on = "held-out training images" if parts.holdout else "test images"
         console.print(f"top-1 {scores.top1_percent:.2f} %, top-5 {scores.top5_percent:.2f} % on {len(split):,} {on}")
@@ -191,8 +191,11 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _model(recipe: Recipe) -> StagedClassifier:
+    overlay = {"input_size": (3, recipe.image_size, recipe.image_size)} if recipe.image_size else None
     try:
-        model: StagedClassifier = timm.create_model(f"{recipe.model}.{recipe.dataset}", **recipe.model_args)
+        model: StagedClassifier = timm.create_model(
+            f"{recipe.model}.{recipe.dataset}", pretrained_cfg_overlay=overlay, **recipe.model_args
+        )
     except (TypeError, ValueError) as error:
         raise UserError(
             f"The setting model_args is {recipe.model_args}, which {recipe.model} refuses: {error}"
@@ -202,7 +205,7 @@ def _model(recipe: Recipe) -> StagedClassifier:
 
 def _training_images(recipe: Recipe, data: str | Path) -> tuple[ImageSplit, ImageSplit | None]:
     """The images to train on, and those held out from them by the recipe."""
-    split = read_split(data, "train", recipe.dataset)
+    split = _of_size(read_split(data, "train", recipe.dataset), recipe)
     facts = DATASETS.get(recipe.dataset)
     if facts is not None and split.classes != facts.classes:
         raise UserError(f"{split.source} does not hold the classes of {facts.title}: point --data at that data set.")
@@ -214,3 +217,7 @@ def _training_images(recipe: Recipe, data: str | Path) -> tuple[ImageSplit, Imag
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     held, kept = order[: recipe.holdout], order[recipe.holdout :]
     return split.select(kept), replace(split.select(held), source=f"{split.source}, held out")
+
+
+def _of_size(split: ImageSplit, recipe: Recipe) -> ImageSplit:
+    return split.averaged_down(recipe.image_size) if recipe.image_size else split
