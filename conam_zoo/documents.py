@@ -20,8 +20,8 @@ __all__ = ["fill_table", "generated_files", "rewrite_tables"]
 NOT_MEASURED = "Not measured yet."
 NAMES = {
     "plain DataLoader": "a plain fp32 DataLoader loop",
-    "timm": "timm's loop in bf16",
-    "timm, channels_last": "timm's loop in bf16 and channels_last",
+    "timm": "timm's loop in {precision}",
+    "timm, channels_last": "timm's loop in {precision} and channels_last",
 }
 
 
@@ -45,7 +45,9 @@ def _speed(checkout: Path) -> str:
     for path in sorted((checkout / "benchmarks").glob("train*.json")):
         record = read_record(path)
         ours, *others = record.rows
-        ratios = ", ".join(f"**{row.ratio:.2f} times** those of {NAMES[row.name]}" for row in others)
+        precision = record.settings.get("precision", "bf16")  # earlier records had no other
+        names = {row.name: NAMES[row.name].format(precision=precision) for row in others}
+        ratios = ", ".join(f"**{row.ratio:.2f} times** those of {names[row.name]}" for row in others)
         speed = 1000 * ours.group["batch"] / ours.median
         lines.append(
             f"- Training `{ours.group['model']}` at batch {ours.group['batch']} on {record.hardware}: "

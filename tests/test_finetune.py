@@ -219,6 +219,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
         ({"model": "resnet21_conam"}, "no model 'resnet21_conam'"),
         ({"settings": ["epohcs=3"]}, "no setting 'epohcs'"),
         ({"settings": ["epochs"]}, "has no '='"),
+        ({"settings": ["image_size=16"]}, "image_size is 16, but fine-tuning has none: give --image-size"),
+        ({"settings": ["teacher=resnet20_conam"]}, "fine-tuning has none: learn from a teacher with conam distill"),
         ({"freeze": "everything"}, "no layer 'everything'"),
         ({"image_size": 30}, "multiple of 8"),
         ({"settings": ["model_args={drop=1}"]}, "refuses"),

@@ -115,6 +115,21 @@ def test_patches_per_side_are_what_they_are_called() -> None:
         ablation_cells(["densenet40_12"], ["cifar10"], ["patches"], [0], grid_recipe("short"))
 
 
+def test_smaller_images_keep_the_number_of_patches() -> None:
+    recipe = grid_recipe("short", ["image_size=16"])
+    sides = {
+        cell.variant: cell.recipe.model_args["patch_sizes"]
+        for cell in ablation_cells(["resnet20"], ["cifar10"], ["patches", "gate"], [0], recipe)
+    }
+    assert sides["conam"] == sides["sigmoid"] == sides["none"] == [4, 4, 2]
+    assert sides["patches1"] == [16, 16, 8]
+    assert sides["patches16"] == [1, 1, 1]  # the last site has 8 x 8 pixels
+    (cell,) = attention_cells(["resnet20"], ["cifar10"], ["se"], [0], recipe)
+    assert cell.recipe.model_args == {"attn_layer": "se", "patch_sizes": [4, 4, 2]}
+    table = ablation_table(asdict(Grid("ablation", "", [finished(cell, 90.0)])))
+    assert table.startswith("**Short training, 15 epochs** on images averaged down to 16 x 16 pixels with")
+
+
 def test_the_paper_s_form_is_trained_once_for_all_axes() -> None:
     variants = settings_of(list(AXES))
     assert list(variants)[:2] == ["none", "conam"]
@@ -326,7 +341,10 @@ def test_the_ablation_table_and_panels() -> None:
 def test_the_ablation_states_the_arguments_of_its_forms() -> None:
     cells = ablation_cells(["resnet20"], ["cifar10"], ["form"], [0], grid_recipe("short"))
     table = ablation_table(asdict(Grid("ablation", "", [finished(cell, 90.0) for cell in cells])))
-    assert '- 4 heads: `{"attn_layer": "conam_variant", "attn_args": {"heads": 4}}`' in table.splitlines()
+    assert (
+        '- P eta, mean one: `{"attn_layer": "conam_variant", "attn_args": {"scaling": "mean_one", "shortcut": false}}`'
+        in table.splitlines()
+    )
     assert '- for comparison: SE, every block: `{"attn_layer": "se", "attn_placement": "block"}`' in table.splitlines()
     without = ablation_cells(["resnet20"], ["cifar10"], ["relu"], [0], grid_recipe("short"))
     table = ablation_table(asdict(Grid("ablation", "", [finished(cell, 90.0) for cell in without])))

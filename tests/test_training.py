@@ -15,6 +15,8 @@ from timm.utils import ModelEmaV3
 
 import conam_zoo.training.engine as engine_module
 import conam_zoo.training.fit as fit_module
+import conam_zoo.training.precision as precision_module
+from conam_zoo.data import ImageSplit
 from conam_zoo.errors import UserError
 from conam_zoo.models.lookup import count_params_and_macs
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
@@ -23,6 +25,7 @@ from conam_zoo.training.fit import fit
 from conam_zoo.training.learner import Learner
 from conam_zoo.training.moving_average import MovingAverage
 from conam_zoo.training.plan import plan
+from conam_zoo.training.precision import precision_on
 from conam_zoo.training.ranks import ranks
 from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict
 from conam_zoo.training.train import assemble, train
@@ -114,6 +117,63 @@ def test_a_choosing_run_never_opens_the_test_split(recipe: Recipe, small_data: P
     assert run["evaluated_on"] == "held-out training images"
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     assert all(0 <= float(row["holdout_top1_percent"]) <= 100 for row in rows)
+
+
+def test_images_can_be_averaged_down_for_a_cheap_comparison(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:
+    small = replace(recipe, image_size=16, model_args={"patch_sizes": [4, 4, 2]}, holdout=40)
+    assert assemble(small, small_data, ranks()).holdout.images.shape == (40, 16, 16, 3)
+    told = plan(small, small_data, tmp_path / "run")
+    assert 4 * told.macs == pytest.approx(count_params_and_macs("resnet20_conam.cifar10")[1], rel=0.01)
+    for holdout, on in ((40, "held-out training images"), (0, "test images")):
+        run = train(replace(small, holdout=holdout), small_data, tmp_path / f"run{holdout}")
+        assert run["evaluated_on"] == on
+        model = timm.create_model(f"local-dir:{tmp_path / f'run{holdout}' / 'final'}", pretrained=True)
+        assert model.pretrained_cfg["input_size"] == (3, 16, 16)
+    with pytest.raises(UserError, match=r"image_size is 12, but the images of .* have 32 x 32 pixels: set it to a div"):
+        train(replace(small, image_size=12), small_data, tmp_path / "bad")
+
+
+def test_a_pixel_averaged_down_is_the_mean_of_its_square() -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
+    split = ImageSplit(images, torch.arange(3), ("a", "b", "c"), "it", ("x", "y", "z"))
+    small = split.averaged_down(4)
+    assert (small.images.shape, small.images.dtype) == ((3, 4, 4, 3), torch.uint8)
+    for index, row, column, channel in ((0, 0, 0, 0), (2, 3, 1, 2), (1, 2, 3, 1)):
+        square = images[index, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2, channel].double()
+        assert abs(float(small.images[index, row, column, channel]) - float(square.mean())) <= 0.5
+    assert (small.classes, small.names, small.source) == (split.classes, split.names, split.source)
+    assert torch.equal(split.averaged_down(8).images, images)
+    with pytest.raises(UserError, match="image_size is 4, but the images of it have 8 x 6 pixels"):
+        replace(split, images=images[:, :, :6]).averaged_down(4)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_for_devices_that_multiply_in_it(
+    supported: bool, recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(precision_module, "_multiplies_in_bf16", lambda device: supported)
+    assert precision_on(torch.device("cpu")) == ("bf16" if supported else "fp32")
+    assert precision_on(torch.device("cpu"), "fp32") == "fp32"
+    seen = []
+    forward = torch.nn.Conv2d.forward
+
+    def watched(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(conv, x)
+
+    asked = replace(recipe, precision="bf16", epochs=1, warmup_epochs=0.0)
+    assert plan(asked, small_data, tmp_path / "run").device.endswith("bf16" if supported else "fp32")
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    learner = Learner(timm.create_model("resnet20_conam"), asked, 1)
+    learner.accumulate([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))], 2)
+    assert set(seen) == {supported}
+    monkeypatch.undo()
+    monkeypatch.setattr(precision_module, "_multiplies_in_bf16", lambda device: supported)
+    run = train(replace(asked, holdout=130), small_data, tmp_path / "run")
+    assert run["precision"] == ("bf16" if supported else "fp32")
+    assert run["recipe"]["precision"] == "bf16"
+    assert ("bf16 is left out" in capsys.readouterr().out) is not supported
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(
@@ -217,6 +277,7 @@ def test_every_packaged_recipe_is_whole_and_opens_with_its_facts(name: str, chec
         ("clip_grad=-1", "out of its range"),
         ("early_size=24", "early_size is 24 and early_epochs 0: set both, or none"),
         ("early_epochs=1000", "out of its range"),
+        ("image_size=4", "out of its range"),
     ],
 )
 def test_bad_settings_are_refused_in_a_sentence(setting: str, sentence: str) -> None:

@@ -10,6 +10,7 @@ from conam_zoo.benchmark.record import BenchmarkRecord, Row, make_record
 from conam_zoo.benchmark.timing import benchmark_device
 from conam_zoo.errors import UserError
 from conam_zoo.models.lookup import check_model_name
+from conam_zoo.training.precision import precision_on
 
 __all__ = ["PARTS", "benchmark_cost"]
 
@@ -42,7 +43,8 @@ def benchmark_cost(
         image_sizes: 32 and 224. If None: both for the modules; for the nets 224 only on a CUDA device, since these
             nets keep the size of the images in their first stage, which takes a CPU minutes. Memory is measured at 32.
         layouts: ``"channels_last"``, ``"nchw"``. If None: both for the modules, channels_last for the rest.
-        precisions: ``"fp32"``, ``"bf16"`` (autocast). If None: both for the modules, bf16 for the rest.
+        precisions: ``"fp32"``, ``"bf16"`` (autocast). If None: both for the modules, for the rest
+            what the device trains in: bf16 if it has instructions for it.
         batch_size: Images of 32 x 32 in a batch, and an eighth of it at 224 x 224. If None: 128 for the modules, 64 for
             the nets.
         repeats: Rounds. Memory is counted, not timed, and so once.
@@ -87,7 +89,11 @@ def benchmark_cost(
             sites=1 if quick else None,
             progress=progress,
         )
-    nets = {"models": models, "layouts": layouts or ("channels_last",), "precisions": precisions or ("bf16",)}
+    nets = {
+        "models": models,
+        "layouts": layouts or ("channels_last",),
+        "precisions": precisions or (precision_on(device),),
+    }
     if "net" in parts:
         sizes = image_sizes or ((32, 224) if cuda else (32,))
         rows += measure_nets(

@@ -255,7 +255,11 @@ def _conditions(grid: Grid) -> str:
     done = [cell for cell in grid.cells if "failed" not in cell]
     where = sorted({cell["hardware"] for cell in done})
     on = sorted({cell["evaluated_on"] for cell in done})
-    length = f"**Short training, {epochs} epochs**" if epochs < SHORT_EPOCHS else f"{epochs} epochs"
+    length = (
+        f"**Short training, {epochs} epoch{'' if epochs == 1 else 's'}**"
+        if epochs < SHORT_EPOCHS
+        else f"{epochs} epochs"
+    )
     if side := grid.cells[0]["recipe"].get("image_size", 0):
         length += f" on images averaged down to {side} x {side} pixels"
     return f"{length} with one cosine; top-1 on {' and '.join(on) or 'nothing'}, last epoch; {' and '.join(where)}."

@@ -236,9 +236,8 @@ def _job(cell: Cell, output: Path) -> Job:
 
 def _facts(cell: Cell) -> dict[str, Any]:
     recipe = cell.recipe
-    size = {"input_size": (3, recipe.image_size, recipe.image_size)} if recipe.image_size else {}
     params, macs = count_params_and_macs(
-        f"{recipe.model}.{recipe.dataset}", pretrained_cfg_overlay=size, **recipe.model_args
+        f"{recipe.model}.{recipe.dataset}", pretrained_cfg_overlay=recipe.cfg_overlay, **recipe.model_args
     )
     return {
         "name": cell.name,

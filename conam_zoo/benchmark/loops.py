@@ -46,12 +46,14 @@ class LoopSettings:
         batch_size: Images in a step.
         workers: Worker processes of a data loader.
         compile: Whether ``torch.compile`` is used where the loop's original offers it.
+        precision: ``"bf16"`` or ``"fp32"``, of all loops but the plain one, which knows float32 alone.
     """
 
     model: str
     batch_size: int
     workers: int
     compile: bool = False
+    precision: str = "bf16"
 
 
 class PictureSet(Dataset[tuple[Image.Image, int]]):
@@ -90,7 +92,7 @@ def _net(settings: LoopSettings, split: ImageSplit) -> StagedClassifier:
 
 
 def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) -> Steps:
-    """This package's loop: bf16, channels_last, the whole set on the device, whole batches augmented there.
+    """This package's loop: autocast, channels_last, the whole set on the device, whole batches augmented there.
 
     It is what ``conam train`` runs between two checkpoints, without a moving average of the weights, which the other
     loops have not either.
@@ -113,7 +115,7 @@ def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) ->
         ema_decay=0.0,
         final_weights="raw",
         holdout=0,
-        precision="bf16",
+        precision=settings.precision,
         seed=0,
     )
     net = _net(settings, split).to(device).to(memory_format=torch.channels_last)
@@ -173,7 +175,7 @@ def plain_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) 
 
 
 def timm_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *, channels_last: bool = False) -> Steps:
-    """What timm's training script does with its own parts: bf16 autocast, its loader and prefetcher.
+    """What timm's training script does with its own parts: autocast, its loader and prefetcher.
 
     timm has no loop to import, so these are the steps of ``train_one_epoch`` in its ``train.py``, with its
     ``create_loader``, ``ClassificationTask``, optimiser and meters, as it runs under the options ``--amp --amp-dtype
@@ -209,7 +211,7 @@ def timm_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *
         optimizer.zero_grad()
         for images, targets in itertools.islice(loader, steps):
             images = images.contiguous(memory_format=memory_format)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = task(images, targets)["loss"]
             loss.backward()
             optimizer.step()

@@ -20,6 +20,7 @@ from conam_zoo.benchmark.timing import benchmark_device, time_in_turns
 from conam_zoo.data import ImageSplit, read_split
 from conam_zoo.errors import UserError
 from conam_zoo.models.lookup import check_model_name, count_params_and_macs
+from conam_zoo.training.precision import precision_on
 
 __all__ = ["benchmark_train", "loop_memory"]
 
@@ -70,8 +71,8 @@ def benchmark_train(
             raise UserError(f"The option {option} is {given[name]}, but it must be at least {least}.")
     if quick:
         batch_size, steps, repeats, workers = 4, 2, 2, min(workers, 1)
-    settings = LoopSettings(model, batch_size, workers, compile)
     device = benchmark_device()
+    settings = LoopSettings(model, batch_size, workers, compile, precision_on(device))
     split = _images(data, steps * batch_size)
     # The originals of all three loops let cuDNN choose its algorithms by trying them.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):

@@ -148,7 +148,8 @@ def cost(
         typer.Option(help="channels_last or nchw; repeatable. Default: both for modules, channels_last for nets."),
     ] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="fp32 or bf16; repeatable. Default: both for modules, bf16 for nets.")
+        list[str] | None,
+        typer.Option(help="fp32 or bf16; repeatable. Default: both for modules, what trains faster for nets."),
     ] = None,
     batch_size: Annotated[
         int | None,

@@ -49,6 +49,15 @@ DEFAULTS: dict[str, Any] = {
 LR, FROM_SCRATCH_LR = 0.02, 0.05  # of a batch of 32; proportional to the batch
 WARMUP_SHARE = 0.1  # of all epochs
 BATCH_SIZES = (32, 16, 8)
+DONE_OTHERWISE = {  # settings of a recipe that mean nothing here, and what does the same
+    "model": "give --model",
+    "dataset": "name the data instead",
+    "image_size": "give --image-size",
+    "holdout": "give --val-share",
+    "teacher": "learn from a teacher with conam distill",
+    "distill_weight": "learn from a teacher with conam distill",
+    "distill_temperature": "learn from a teacher with conam distill",
+}
 STEPS = 10  # in an epoch: the largest batch that leaves so many is taken
 CROP_SHARE = 8  # the crop's padding is the image size divided by this, as 4 is of 32
 
@@ -123,7 +132,11 @@ def finetune_recipe(
         "precision": "bf16" if torch.cuda.is_available() else "fp32",
     }
     values |= {key: value for key, value in choices.items() if value is not None}
-    values |= dict(_setting(text) for text in settings or [])
+    given = dict(_setting(text) for text in settings or [])
+    for key in given:
+        if key in DONE_OTHERWISE:
+            raise UserError(f"The setting {key} is {given[key]!r}, but fine-tuning has none: {DONE_OTHERWISE[key]}.")
+    values |= given
     batch_size = values["batch_size"] if isinstance(values["batch_size"], int) else 1  # else it is refused below
     values.setdefault("lr", (FROM_SCRATCH_LR if from_scratch else LR) * batch_size / BATCH_SIZES[0])
     values.setdefault("warmup_epochs", WARMUP_SHARE * values["epochs"] if isinstance(values["epochs"], int) else 0.0)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conam_zoo.data import AugmentationSettings, BatchSettings
 from conam_zoo.errors import UserError
 from conam_zoo.training.moving_average import MovingAverage
+from conam_zoo.training.precision import precision_on
 from conam_zoo.training.ranks import Ranks, ranks
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.teacher import distillation_loss
@@ -101,7 +102,8 @@ class Learner:
         self.grad_accumulation = recipe.grad_accumulation
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._frozen = [m for m in model.modules() if _is_frozen(m)]
-        self._autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
+        bf16 = precision_on(self.device, recipe.precision) == "bf16"
+        self._autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
         self.optimizer = _optimizer(model, recipe, param_groups, self.device)
         steps = math.ceil(batches_per_epoch / recipe.grad_accumulation)
         self.scheduler = CosineLRScheduler(

@@ -15,6 +15,7 @@ from conam_zoo.models.lookup import count_params_and_macs
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS
 from conam_zoo.training.fit import check_free
 from conam_zoo.training.learner import Learner
+from conam_zoo.training.precision import precision_on
 from conam_zoo.training.ranks import process_group
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.train import assemble
@@ -94,12 +95,13 @@ def plan(
         early = _time_steps(learner, parts.batches, 0) if recipe.early_epochs else 0.0
         seconds = _time_steps(learner, parts.batches, recipe.early_epochs)
         total_seconds = steps * (recipe.early_epochs * early + (recipe.epochs - recipe.early_epochs) * seconds)
-        params, macs = count_params_and_macs(f"{recipe.model}.{recipe.dataset}", **recipe.model_args)
+        name = f"{recipe.model}.{recipe.dataset}"
+        params, macs = count_params_and_macs(name, pretrained_cfg_overlay=recipe.cfg_overlay, **recipe.model_args)
         weights = ["final/"]
         if recipe.ema_decay:
             weights.append("raw/" if recipe.final_weights == "ema" else "ema/")
         return TrainingPlan(
-            model=f"{recipe.model}.{recipe.dataset}",
+            model=name,
             source=parts.batches.source,
             loading=parts.note,
             images=parts.batches.num_images,
@@ -111,7 +113,7 @@ def plan(
             batch_size=recipe.batch_size,
             parameters=params,
             macs=macs,
-            device=f"{here.world_size} x {here.device.type}, {recipe.precision}",
+            device=f"{here.world_size} x {here.device.type}, {precision_on(here.device, recipe.precision)}",
             seconds_per_step=seconds,
             estimated_minutes=total_seconds / 60,
             compile_seconds=learner.compile_seconds,

@@ -34,7 +34,7 @@ class Recipe:
         ema_decay: Decay of the moving average of the weights, for each step; 0 for none.
         final_weights: ``"ema"`` or ``"raw"``: which weights are evaluated and shipped. Fixed before the training.
         holdout: Training images kept out for choosing; 0 for a final run on all of them.
-        precision: ``"bf16"`` (autocast) or ``"fp32"``.
+        precision: ``"bf16"`` (autocast, on devices that have instructions for it, else float32) or ``"fp32"``.
         seed: Of initialisation, order, augmentation and dropout.
         cutout: Side in pixels of the square that is blanked in each image; 0 for none (DeVries and Taylor, 2017).
         mixup: Alpha of mixup; 0 for none (Zhang et al., 2018).
@@ -82,6 +82,11 @@ class Recipe:
     early_size: int = 0
     early_epochs: int = 0
     image_size: int = 0
+
+    @property
+    def cfg_overlay(self) -> dict[str, Any]:
+        """What the images change in a net's ``pretrained_cfg``."""
+        return {"input_size": (3, self.image_size, self.image_size)} if self.image_size else {}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

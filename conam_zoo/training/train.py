@@ -22,6 +22,7 @@ from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.export import export_model
 from conam_zoo.training.fit import FitResult, check_free, fit
 from conam_zoo.training.learner import batch_settings, images_per_batch
+from conam_zoo.training.precision import precision_on
 from conam_zoo.training.ranks import Ranks, on_first_rank, process_group
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import write_recipe, write_run
@@ -70,11 +71,16 @@ def train(
         environment = describe_environment()  # now: the checkout may have moved on when the training is done
         parts = assemble(recipe, data, here)
         console = Console(quiet=not here.first)
+        precision = precision_on(here.device, recipe.precision)
         params = sum(p.numel() for p in parts.model.parameters())
         console.print(
             f"{recipe.model} ({params:,} parameters) on {parts.batches.num_images:,} images of {parts.batches.source}, "
-            f"{recipe.epochs} epochs, {recipe.precision} on {here.world_size} x {here.device.type}"
+            f"{recipe.epochs} epochs, {precision} on {here.world_size} x {here.device.type}"
         )
+        if precision != recipe.precision:
+            console.print(
+                f"The recipe's {recipe.precision} is left out: this {here.device.type} has no instructions for it."
+            )
         console.print(parts.note)
         result = fit(
             parts.model,
@@ -99,6 +105,7 @@ def train(
             "train_minutes": result.train_minutes,
             "compile_seconds": result.compile_seconds,
             "world_size": here.world_size,
+            "precision": precision,
             "command": command,
             **parts.facts,
             **environment,
@@ -191,10 +198,9 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _model(recipe: Recipe) -> StagedClassifier:
-    overlay = {"input_size": (3, recipe.image_size, recipe.image_size)} if recipe.image_size else None
     try:
         model: StagedClassifier = timm.create_model(
-            f"{recipe.model}.{recipe.dataset}", pretrained_cfg_overlay=overlay, **recipe.model_args
+            f"{recipe.model}.{recipe.dataset}", pretrained_cfg_overlay=recipe.cfg_overlay, **recipe.model_args
         )
     except (TypeError, ValueError) as error:
         raise UserError(
