@@ -59,7 +59,7 @@ class ConfidenceForm:
         gate: ``"softmax"``, ``"sigmoid"``, ``"tanh"`` or ``"tanh_uncentred"``.
         scaling: ``"none"``, ``"mean_one"`` or ``"mean_zero"``.
         reduction: Bottleneck ratio r: the hidden layer has C / r channels, at least one.
-        heads: Groups of channels with confidences of their own; they have to divide C.
+        heads: Groups of channels with confidences of their own; they have to divide C. 0 for one for each channel.
         identity_start: Whether a learned factor that starts at 0 stands before ``a``.
 
     Raises:
@@ -80,8 +80,10 @@ class ConfidenceForm:
         for switch, value in asdict(self).items():
             if switch in CHOICES:
                 good, wanted = value in CHOICES[switch], f"one of {', '.join(CHOICES[switch])}"
-            elif switch in ("reduction", "heads"):
+            elif switch == "reduction":
                 good, wanted = type(value) is int and value >= 1, "a positive integer"
+            elif switch == "heads":
+                good, wanted = type(value) is int and value >= 0, "a positive integer, or 0 for one for each channel"
             else:
                 good, wanted = type(value) is bool, "true or false"
             if not good:
@@ -197,7 +199,8 @@ class ConfidenceAttentionVariant(nn.Module):
         for name, value in {"channels": channels, "patch_size": patch_size}.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"conam_variant: {name} is {value!r}, but it must be a positive integer.")
-        if channels % form.heads:
+        heads = form.heads or channels
+        if channels % heads:
             raise ValueError(
                 f"attn_args: heads is {form.heads}, but it must divide the {channels} channels of every site."
             )
@@ -210,17 +213,17 @@ class ConfidenceAttentionVariant(nn.Module):
         self.agreement = form.agreement
         self.gate = form.gate
         self.scaling = form.scaling
-        self.heads = form.heads
+        self.heads = heads
         hidden_channels = max(1, channels // form.reduction)
         self.fc1 = nn.Linear(channels, hidden_channels, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_channels, channels, device=device, dtype=dtype)
         self.log_temperature: nn.Parameter | None = None
         if form.agreement != "dot":
             first = math.log(FIRST_TEMPERATURE[form.agreement])
-            self.log_temperature = nn.Parameter(torch.full((form.heads,), first, device=device, dtype=dtype))
+            self.log_temperature = nn.Parameter(torch.full((heads,), first, device=device, dtype=dtype))
         self.gain: nn.Parameter | None = None
         if form.identity_start:
-            self.gain = nn.Parameter(torch.zeros(form.heads, device=device, dtype=dtype))
+            self.gain = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
 
     def agreement_logits(self, x: Tensor) -> Tensor:
         """Step 1: (N, C, H, W) -> (N, rows, columns, heads), in at least float32."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import write_arrays
 
+import conam_zoo.training.precision as precision_module
 from conam_zoo.benchmark import loops
 from conam_zoo.benchmark import train as train_benchmark
 from conam_zoo.benchmark.loops import LOOPS, LoopSettings, noise_images
@@ -45,7 +46,8 @@ def nets(monkeypatch: pytest.MonkeyPatch) -> list[Stem]:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_shows_every_image_once_and_learns(name: str, nets: list[Stem]) -> None:
+def test_a_loop_shows_every_image_once_and_learns(name: str, nets: list[Stem], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision_module, "_multiplies_in_bf16", lambda device: True)  # whatever this processor can
     torch.manual_seed(0)
     # Each image is one grey of its own, which neither crop nor flip changes where there is no black padding.
     greys = torch.arange(24, dtype=torch.uint8) * 4 + 100

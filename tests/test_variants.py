@@ -32,6 +32,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "tanh": {"gate": "tanh"},
     "tanh, not centred": {"gate": "tanh_uncentred", "second_relu": False},
     "a head for each channel": {"gate": "tanh_uncentred", "agreement": "scaled_dot", "heads": 6, "second_relu": False},
+    "a sigmoid for each channel": {"gate": "sigmoid", "heads": 0, "second_relu": False, "shortcut": False},
     "bottleneck": {"reduction": 3},
     "narrowest bottleneck": {"reduction": 100},
     "scaled dot": {"agreement": "scaled_dot", "heads": 2},

@@ -79,6 +79,9 @@ HEADS_SIGMOID: dict[str, Any] = {
 }
 
 
+CHANNELS_SIGMOID: dict[str, Any] = {"heads": 0, "second_relu": False, "gate": "sigmoid", "shortcut": False}
+
+
 def _one_patch_sigmoid(model: str) -> Mapping[str, Any]:
     """A gate of channels alone: what is left of it without its patches."""
     return {"attn_layer": "conam_variant", "attn_args": HEADS_SIGMOID, **_patches(1, model)}
@@ -143,6 +146,13 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
                 "heads16_sigmoid_every_block",
                 attn_placement="block",
                 **HEADS_SIGMOID,
+            ),
+            _form("each channel, x sigmoid", "channels_sigmoid", **CHANNELS_SIGMOID),
+            _form(
+                "each channel, x sigmoid, every block",
+                "channels_sigmoid_every_block",
+                attn_placement="block",
+                **CHANNELS_SIGMOID,
             ),
             Setting("for comparison: SE", "se", _with({"attn_layer": "se"})),
             Setting("for comparison: ECA", "eca", _with({"attn_layer": "eca"})),

@@ -41,9 +41,10 @@ def conam_variant(
     images, channels, height, width = x.shape
     rows, columns = -(-height // patch_size), -(-width // patch_size)
     output = np.empty_like(x)
-    group = channels // form["heads"]
+    heads = form["heads"] or channels
+    group = channels // heads
     for n in range(images):
-        for head in range(form["heads"]):
+        for head in range(heads):
             mine = slice(head * group, (head + 1) * group)
             logits = np.empty((rows, columns))
             for row in range(rows):
