@@ -130,6 +130,13 @@ def test_smaller_images_keep_the_number_of_patches() -> None:
     assert table.startswith("**Short training, 15 epochs** on images averaged down to 16 x 16 pixels with")
 
 
+def test_some_settings_of_an_axis_can_be_trained_alone() -> None:
+    chosen = settings_of(["form", "gate"], ["tanh", "sigmoid"])
+    assert list(chosen) == ["none", "conam", "tanh", "sigmoid"]
+    with pytest.raises(UserError, match="no setting 'tanh' on these axes: choose from none, conam, sigmoid"):
+        settings_of(["gate"], ["tanh"])
+
+
 def test_the_paper_s_form_is_trained_once_for_all_axes() -> None:
     variants = settings_of(list(AXES))
     assert list(variants)[:2] == ["none", "conam"]

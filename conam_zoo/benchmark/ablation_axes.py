@@ -166,15 +166,23 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
 }
 
 
-def settings_of(axes: Sequence[str]) -> dict[str, Arguments]:
+def settings_of(axes: Sequence[str], only: Sequence[str] = ()) -> dict[str, Arguments]:
     """The variants of some axes, each once, after the plain net.
 
+    Args:
+        axes: Names of axes.
+        only: Short names of the settings that are wanted beside the plain net and the paper's form; none means all.
+
     Raises:
-        UserError: If there is no such axis.
+        UserError: If there is no such axis, or no such setting on the axes.
     """
     variants = {PLAIN.variant: PLAIN.arguments}
     for axis in axes:
         if axis not in AXES:
             raise UserError(f"There is no axis {axis!r}: choose from {', '.join(AXES)}.")
         variants |= {setting.variant: setting.arguments for setting in AXES[axis][1]}
-    return variants
+    for name in only:
+        if name not in variants:
+            raise UserError(f"There is no setting {name!r} on these axes: choose from {', '.join(variants)}.")
+    kept = {PLAIN.variant, PAPER.variant, *only} if only else variants.keys()
+    return {name: arguments for name, arguments in variants.items() if name in kept}

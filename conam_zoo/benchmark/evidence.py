@@ -62,14 +62,19 @@ def _layer_arguments(layer: str) -> Callable[[str], Mapping[str, Any]]:
 
 
 def ablation_cells(
-    models: Sequence[str], datasets: Sequence[str], axes: Sequence[str], seeds: Sequence[int], recipe: Recipe
+    models: Sequence[str],
+    datasets: Sequence[str],
+    axes: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    only: Sequence[str] = (),
 ) -> list[Cell]:
     """The cells of the ablation; the paper's form is trained once for all axes.
 
     Raises:
-        UserError: If a model, a data set or an axis is unknown.
+        UserError: If a model, a data set, an axis or a setting is unknown.
     """
-    return plan_grid(models, datasets, _for_size(settings_of(axes), recipe.image_size), seeds, recipe)
+    return plan_grid(models, datasets, _for_size(settings_of(axes, only), recipe.image_size), seeds, recipe)
 
 
 def _for_size(variants: Mapping[str, Arguments], image_size: int) -> dict[str, Arguments]:

@@ -76,6 +76,10 @@ def ablation(
             "Default: all.",
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Settings to train beside the plain net and the paper's form; repeatable. Default: all."),
+    ] = None,
     seeds: Seeds = None,
     recipe: RecipeName = "short",
     holdout: Holdout = 5000,
@@ -97,7 +101,7 @@ def ablation(
 
     shared = grid_recipe(recipe, [*(settings or []), f"holdout={holdout}"])
     cells = ablation_cells(
-        models or ["resnet20"], datasets or ["cifar10"], axes or list(AXES), seeds or [0, 1, 2], shared
+        models or ["resnet20"], datasets or ["cifar10"], axes or list(AXES), seeds or [0, 1, 2], shared, only or ()
     )
     _run("ablation", cells, data, output, jobs, compile, dry_run)
 
