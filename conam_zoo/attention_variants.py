@@ -60,6 +60,8 @@ class ConfidenceForm:
         scaling: ``"none"``, ``"mean_one"`` or ``"mean_zero"``.
         reduction: Bottleneck ratio r: the hidden layer has C / r channels, at least one.
         heads: Groups of channels with confidences of their own; they have to divide C. 0 for one for each channel.
+        unit_start: Whether the bias of the perceptron's last layer starts at one, so that embeddings start around one
+            and an agreement is no product of two small numbers.
         identity_start: Whether a learned factor that starts at 0 stands before ``a``.
 
     Raises:
@@ -74,6 +76,7 @@ class ConfidenceForm:
     scaling: str = "none"
     reduction: int = 1
     heads: int = 1
+    unit_start: bool = False
     identity_start: bool = False
 
     def __post_init__(self) -> None:
@@ -214,9 +217,12 @@ class ConfidenceAttentionVariant(nn.Module):
         self.gate = form.gate
         self.scaling = form.scaling
         self.heads = heads
+        self.unit_start = form.unit_start
         hidden_channels = max(1, channels // form.reduction)
         self.fc1 = nn.Linear(channels, hidden_channels, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_channels, channels, device=device, dtype=dtype)
+        if form.unit_start:
+            nn.init.ones_(self.fc2.bias)
         self.log_temperature: nn.Parameter | None = None
         if form.agreement != "dot":
             first = math.log(FIRST_TEMPERATURE[form.agreement])
@@ -278,5 +284,5 @@ class ConfidenceAttentionVariant(nn.Module):
         return (
             f"channels={self.channels}, patch_size={self.patch_size}, shortcut={self.shortcut}, "
             f"second_relu={self.second_relu}, context={self.context}, agreement={self.agreement}, gate={self.gate}, "
-            f"scaling={self.scaling}, heads={self.heads}"
+            f"scaling={self.scaling}, heads={self.heads}, unit_start={self.unit_start}"
         )

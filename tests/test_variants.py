@@ -149,6 +149,20 @@ def test_identity_start(scaling: str) -> None:
     assert module.gain.grad.abs().min() > 0, "the factor must be able to leave zero"
 
 
+def test_unit_start() -> None:
+    torch.manual_seed(0)
+    module = ConfidenceAttentionVariant(
+        16, 4, ConfidenceForm(gate="sigmoid", heads=0, second_relu=False, unit_start=True)
+    )
+    assert torch.equal(module.fc2.bias, torch.ones(16))
+    torch.manual_seed(0)
+    plain = ConfidenceAttentionVariant(16, 4, ConfidenceForm(gate="sigmoid", heads=0, second_relu=False))
+    assert torch.equal(module.fc1.weight, plain.fc1.weight)
+    assert torch.equal(module.fc2.weight, plain.fc2.weight)
+    x = noise(2, 16, 8, 8)
+    assert (module.agreement_logits(x) - 1).abs().mean() < 0.5 < (plain.agreement_logits(x) - 1).abs().mean()
+
+
 GATES_BELOW_ONE = [
     ({"gate": "tanh"}, 0, 2),
     # By the sign of the factor s, which is negative in one head.

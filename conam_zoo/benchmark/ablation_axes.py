@@ -149,9 +149,9 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
             ),
             _form("each channel, x sigmoid", "channels_sigmoid", **CHANNELS_SIGMOID),
             _form(
-                "each channel, x sigmoid, every block",
-                "channels_sigmoid_every_block",
-                attn_placement="block",
+                "each channel, x sigmoid, from one",
+                "channels_sigmoid_unit_start",
+                unit_start=True,
                 **CHANNELS_SIGMOID,
             ),
             Setting("for comparison: SE", "se", _with({"attn_layer": "se"})),
