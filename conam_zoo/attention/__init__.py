@@ -24,10 +24,11 @@ What is this project's own, because the paper is silent:
 import torch
 from torch import Tensor, nn
 
+from .conam2 import ConAM2
 from .equations import _confidence, _recalibrate
 from .passes import applies, attend
 
-__all__ = ["ConAM"]
+__all__ = ["ConAM", "ConAM2"]
 
 
 @torch.fx.wrap

@@ -28,10 +28,11 @@ __all__ = [
     "evidence_tables",
 ]
 
-LAYERS = ("none", "conam", "se", "eca", "cbam", "gc", "coord", "simam")
+LAYERS = ("none", "conam", "conam2", "se", "eca", "cbam", "gc", "coord", "simam")
 TITLES = {
     "none": "plain",
     "conam": "ConAM",
+    "conam2": "ConAM2",
     "se": "SE",
     "eca": "ECA",
     "cbam": "CBAM",
