@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_model_data_config
 import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.analysis.explain import explain, pictures_in
 from conam_zoo.analysis.explain_sheet import draw_explanations
-from conam_zoo.analysis.panels import draw_map
+from conam_zoo.analysis.panels import draw_map, draw_scale, relative
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.lookup import open_model
@@ -147,6 +147,20 @@ def test_a_map_is_drawn_with_its_numbers_and_the_even_share_in_the_middle_of_the
         ("12.5", (5.5, 5.5)),
     ]
     np.testing.assert_allclose(overlay.norm(overlay.get_array()), [[0.25, 0.5], [1.0, 0.25]])
+
+
+def test_a_map_of_gates_has_its_mean_in_the_middle_of_the_colours() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    gates = np.array([[0.25, 0.5], [1.0, 0.25]], dtype=np.float32)  # their mean is 0.5
+    overlay = draw_map(axes, np.zeros((8, 8, 3), np.uint8), gates, largest=2.0)
+    np.testing.assert_allclose(overlay.norm(overlay.get_array()), [[0.25, 0.5], [1.0, 0.25]])
+    assert draw_scale(figure, overlay, [axes], [gates]).ax.get_ylabel() == "gate as a multiple of its map's mean (line)"
+    label = draw_scale(figure, overlay, [axes], [gates / 2]).ax.get_ylabel()
+    assert label == "confidence as a multiple of the even share, 1/4 (line)"
+    np.testing.assert_allclose(relative(np.array([[-1.0, 1.0]])), [[-2.0, 2.0]])  # a gate about zero
 
 
 def test_the_command_writes_a_picture_and_json(conam: Conam, tmp_path: Path) -> None:

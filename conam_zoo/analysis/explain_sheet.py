@@ -8,7 +8,7 @@ from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from conam_zoo.analysis.explain import Explanation, PatchEffect, SiteExplanation
-from conam_zoo.analysis.panels import PALE, STRONG, draw_bars, draw_frame, draw_map, draw_picture, draw_scale
+from conam_zoo.analysis.panels import PALE, STRONG, draw_bars, draw_frame, draw_map, draw_picture, draw_scale, relative
 from conam_zoo.analysis.predict import percent
 from conam_zoo.analysis.sheet import check_png
 from conam_zoo.errors import UserError
@@ -44,7 +44,8 @@ def draw_explanations(explanations: list[Explanation], path: Path, title: str, *
     layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06)
     figure = Figure(figsize=(2.15 * columns + 1.2, 2.3 * rows + 0.8), layout=layout)
     grid = figure.subplots(rows, columns, squeeze=False, width_ratios=[1, 1.25, *[1] * sites])
-    largest = max(float(s.confidence.max() * s.confidence.size) for e in explanations for s in e.sites)
+    maps = [site.confidence for explanation in explanations for site in explanation.sites]
+    largest = max(float(relative(each).max()) for each in maps)
     overlay = None
     for index, explanation in enumerate(explanations):
         overlay = _draw_upper(grid[lines * index], explanation, largest)
@@ -57,8 +58,7 @@ def draw_explanations(explanations: list[Explanation], path: Path, title: str, *
     for panel, site in zip(grid[0][2:], explanations[0].sites, strict=True):
         panel.set_title(site.site.removesuffix(".attn"), fontsize=9)
     assert overlay is not None  # there is at least one explanation with one site
-    patches = {site.confidence.size for e in explanations for site in e.sites}
-    draw_scale(figure, overlay, list(grid[:, 2:].flat), patches)
+    draw_scale(figure, overlay, list(grid[:, 2:].flat), maps)
     figure.suptitle(title, fontsize=11)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
 

@@ -1,5 +1,7 @@
 """The panels that the sheets are made of: a picture, top-5 bars, and a confidence map over what the net was shown."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
@@ -14,9 +16,11 @@ from PIL import Image
 
 from conam_zoo.analysis.predict import percent
 
-__all__ = ["PALE", "STRONG", "draw_bars", "draw_frame", "draw_map", "draw_picture", "draw_scale"]
+__all__ = ["PALE", "STRONG", "draw_bars", "draw_frame", "draw_map", "draw_picture", "draw_scale", "relative"]
 
-COLOURS = "PuOr_r"  # purple below the even share, white at it, orange above: distinct for every kind of colour vision
+COLOURS = (
+    "PuOr_r"  # purple below the mean of a map, white at it, orange above: distinct for every kind of colour vision
+)
 STRONG, PALE = "#6cb4c9", "#d3dfe4"
 OUTLINE: list[AbstractPathEffect] = [withStroke(linewidth=1.6, foreground="white")]
 
@@ -46,19 +50,28 @@ def draw_bars(axes: Axes, top: list[tuple[str, float]]) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
+def relative(confidence: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A map as multiples of its mean, which is the even share, one over the number of patches, where it sums to one.
+
+    A map whose mean is not above zero, as that of a gate about zero, is given as multiples of the even share.
+    """
+    mean = confidence.mean()
+    return confidence / mean if mean > 0 else confidence * confidence.size
+
+
 def draw_map(
     axes: Axes, seen: NDArray[np.uint8], confidence: NDArray[np.float32], largest: float, fontsize: float = 7.5
 ) -> AxesImage:
     """A confidence map over the picture that the net was shown.
 
-    A patch's number is its confidence in percent; its colour is the multiple of the even share, one over the number of
-    patches: white at 1, purple below, orange above.
+    A patch's number is its confidence in percent; its colour is the multiple of the map's mean: white at 1, purple
+    below, orange above.
 
     Args:
         axes: Where to draw.
         seen: The picture, (H, W, 3).
         confidence: The map, (rows, columns).
-        largest: Multiple of the even share at the upper end of the colours.
+        largest: Multiple of the mean at the upper end of the colours.
         fontsize: Of the numbers, in points; a map of more than eight patches a side has none.
     """
     rows, columns = confidence.shape
@@ -67,7 +80,7 @@ def draw_map(
     grey = np.asarray(Image.fromarray(seen).convert("L"))
     axes.imshow(grey, cmap="gray", vmin=-60, vmax=255, extent=extent)  # no deep black: the colours have to show
     scale = TwoSlopeNorm(1, 0, max(largest, 1.5))
-    overlay = axes.imshow(confidence * confidence.size, cmap=COLOURS, alpha=0.6, norm=scale, extent=extent)
+    overlay = axes.imshow(relative(confidence), cmap=COLOURS, alpha=0.6, norm=scale, extent=extent)
     if max(rows, columns) <= 8:
         for row in range(rows):
             for column in range(columns):
@@ -97,14 +110,14 @@ def draw_frame(axes: Axes, seen: NDArray[np.uint8], patch: tuple[int, int], grid
         axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=line, zorder=3))
 
 
-def draw_scale(figure: Figure, overlay: AxesImage, axes: list[Axes], patches: set[int]) -> Colorbar:
-    """The colour bar of all maps, with the even share marked.
+def draw_scale(figure: Figure, overlay: AxesImage, axes: list[Axes], maps: Sequence[NDArray[np.float32]]) -> Colorbar:
+    """The colour bar of all maps, with their mean marked.
 
     Args:
         figure: Where to draw.
         overlay: What ``draw_map`` gave.
         axes: The panels that the bar stands beside.
-        patches: Numbers of patches that the maps have.
+        maps: What was drawn.
     """
     bar = figure.colorbar(overlay, ax=axes, shrink=0.9, aspect=40, pad=0.01)
     top = bar.norm.vmax or 1.0
@@ -113,6 +126,10 @@ def draw_scale(figure: Figure, overlay: AxesImage, axes: list[Axes], patches: se
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     bar.ax.tick_params(labelsize=7)
     bar.ax.axhline(1, color="black", linewidth=1)
-    share = f"1/{patches.pop()}" if len(patches) == 1 else "1/patches"
-    bar.set_label(f"confidence as a multiple of the even share, {share} (line)", fontsize=8)
+    patches = {each.size for each in maps}
+    if all(abs(each.sum() - 1) < 1e-3 for each in maps):
+        share = f"1/{patches.pop()}" if len(patches) == 1 else "1/patches"
+        bar.set_label(f"confidence as a multiple of the even share, {share} (line)", fontsize=8)
+    else:
+        bar.set_label("gate as a multiple of its map's mean (line)", fontsize=8)
     return bar

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from conam_zoo.analysis.panels import draw_bars, draw_map, draw_picture, draw_scale
+from conam_zoo.analysis.panels import draw_bars, draw_map, draw_picture, draw_scale, relative
 from conam_zoo.analysis.predict import Prediction
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
@@ -27,7 +27,7 @@ def draw_sheet(predictions: list[Prediction], path: Path, title: str) -> None:
     """Write a PNG with one row for each prediction.
 
     The maps lie over what the net was shown. A patch's number is its confidence in percent; the colour says how far it
-    lies from the even share (one over the number of patches), on one scale for the whole sheet.
+    lies from the map's mean, the even share of one over the number of patches, on one scale for the whole sheet.
 
     Raises:
         UserError: If the file cannot be written.
@@ -37,7 +37,8 @@ def draw_sheet(predictions: list[Prediction], path: Path, title: str) -> None:
     columns = 2 + len(sites)
     figure = Figure(figsize=(2.1 * columns + 1.2, 2.05 * len(predictions) + 0.7), layout="constrained")
     grid = figure.subplots(len(predictions), columns, squeeze=False, width_ratios=[1, 1.25, *[1] * len(sites)])
-    largest = max((float((m * m.numel()).max()) for p in predictions for m in p.maps.values()), default=1.0)
+    maps = [m.numpy() for p in predictions for m in p.maps.values()]
+    largest = max((float(relative(each).max()) for each in maps), default=1.0)
     overlay = None
     for row, (axes, prediction) in enumerate(zip(grid, predictions, strict=True)):
         draw_picture(axes[0], np.asarray(prediction.image), prediction.path.name)
@@ -50,7 +51,6 @@ def draw_sheet(predictions: list[Prediction], path: Path, title: str) -> None:
             axes[0].set_title("image", fontsize=9)
             axes[1].set_title("top 5, probability", fontsize=9)
     if overlay is not None:
-        patches = {m.numel() for p in predictions for m in p.maps.values()}
-        draw_scale(figure, overlay, list(grid[:, 2:].flat), patches)
+        draw_scale(figure, overlay, list(grid[:, 2:].flat), maps)
     figure.suptitle(title, fontsize=11)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
