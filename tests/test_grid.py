@@ -417,6 +417,6 @@ def test_bad_input_gives_one_sentence(conam: Conam, tmp_path: Path) -> None:
     code, _, err = conam("benchmark", "attention", "--data", tmp_path, "--layer", "bam", "--output", tmp_path / "a")
     assert code == 2
     assert err == (
-        "conam: There is no layer 'bam' to compare: choose from none, conam, conam2, se, eca, cbam, gc, coord, simam.\n"
+        "conam: There is no layer 'bam' to compare: choose from none, conam, se, eca, cbam, gc, coord, simam.\n"
     )
     assert list(tmp_path.iterdir()) == []

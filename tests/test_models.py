@@ -26,7 +26,7 @@ from conam_zoo.weights import WeightsError
 NAMES = timm.list_models("*_conam")
 TAGGED = timm.list_models("*_conam", include_tags=True)
 SMALL = ["resnet20_conam", "wide_resnet16_4_conam", "densenet40_12_conam"]  # one of each family
-LAYERS = ["conam", "conam2", "none", "se", "eca", "cbam", "gc", "coord"]
+LAYERS = ["conam", "none", "se", "eca", "cbam", "gc", "coord"]
 
 # Parameters of the nets without attention, with 10 classes. Sources: pytorch-cifar-models and pytorchcv (their tables),
 # kuangliu/pytorch-cifar (the ImageNet nets with a 3x3 stem), the WideResNet and DenseNet papers.

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from conam_zoo.attention import ConAM, ConAM2
+from conam_zoo.attention import ConAM
 from conam_zoo.attention_variants import ConfidenceAttentionVariant
 
 __all__ = ["confidence_maps"]
@@ -25,13 +25,13 @@ def confidence_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str,
     """
     maps: dict[str, Tensor] = {}
 
-    def keep(site: str, module: ConAM | ConAM2 | ConfidenceAttentionVariant, inputs: tuple[Tensor]) -> None:
+    def keep(site: str, module: ConAM | ConfidenceAttentionVariant, inputs: tuple[Tensor]) -> None:
         maps[site] = module.confidence(inputs[0])
 
     hooks = [
         module.register_forward_pre_hook(partial(keep, name))
         for name, module in model.named_modules()
-        if isinstance(module, ConAM | ConAM2 | ConfidenceAttentionVariant)
+        if isinstance(module, ConAM | ConfidenceAttentionVariant)
     ]
     try:
         logits = model(images)

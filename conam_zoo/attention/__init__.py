@@ -24,11 +24,10 @@ What is this project's own, because the paper is silent:
 import torch
 from torch import Tensor, nn
 
-from .conam2 import ConAM2
 from .equations import _confidence, _recalibrate
 from .passes import applies, attend
 
-__all__ = ["ConAM", "ConAM2"]
+__all__ = ["ConAM"]
 
 
 @torch.fx.wrap

@@ -7,14 +7,14 @@ import torch
 from timm.layers import create_attn
 from torch import nn
 
-from conam_zoo.attention import ConAM, ConAM2
+from conam_zoo.attention import ConAM
 from conam_zoo.benchmark.rearrange import RearrangeConAM, with_rearrange
 from conam_zoo.errors import UserError
 
 __all__ = ["ATTENTIONS", "check_choice", "make_attention", "make_net", "memory_format"]
 
-# This project's own form, the rearrange-based formulation, then timm's layers.
-ATTENTIONS = ("conam", "conam2", "rearrange", "se", "eca", "cbam", "gc")
+# The rearrange-based formulation, then timm's layers.
+ATTENTIONS = ("conam", "rearrange", "se", "eca", "cbam", "gc")
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
 
@@ -24,11 +24,9 @@ def memory_format(layout: str) -> torch.memory_format:
 
 
 def make_attention(name: str, channels: int, patch_size: int) -> nn.Module:
-    """One attention of ``ATTENTIONS`` for maps of ``channels`` channels; ``patch_size`` is for ConAM's forms."""
+    """One attention of ``ATTENTIONS`` for maps of ``channels`` channels; ``patch_size`` is for ConAM alone."""
     if name == "conam":
         return ConAM(channels, patch_size)
-    if name == "conam2":
-        return ConAM2(channels, patch_size)
     if name == "rearrange":
         return RearrangeConAM(channels, patch_size)
     attention: nn.Module = create_attn(name, channels)

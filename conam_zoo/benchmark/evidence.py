@@ -28,11 +28,10 @@ __all__ = [
     "evidence_tables",
 ]
 
-LAYERS = ("none", "conam", "conam2", "se", "eca", "cbam", "gc", "coord", "simam")
+LAYERS = ("none", "conam", "se", "eca", "cbam", "gc", "coord", "simam")
 TITLES = {
     "none": "plain",
     "conam": "ConAM",
-    "conam2": "ConAM2",
     "se": "SE",
     "eca": "ECA",
     "cbam": "CBAM",

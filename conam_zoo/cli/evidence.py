@@ -36,7 +36,7 @@ def attention(
     datasets: Datasets = None,
     layers: Annotated[
         list[str] | None,
-        typer.Option("--layer", help="none, conam, conam2, se, eca, cbam, gc, coord, simam; repeatable. Default: all."),
+        typer.Option("--layer", help="none, conam, se, eca, cbam, gc, coord, simam; repeatable. Default: all."),
     ] = None,
     seeds: Seeds = None,
     recipe: RecipeName = "short",

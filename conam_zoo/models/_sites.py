@@ -7,13 +7,13 @@ import torch
 from timm.layers import create_attn
 from torch import nn
 
-from conam_zoo.attention import ConAM, ConAM2
+from conam_zoo.attention import ConAM
 from conam_zoo.attention_variants import ConfidenceAttentionVariant, ConfidenceForm
 from conam_zoo.simam import SimAM
 
 __all__ = ["ATTENTION_LAYERS", "ATTENTION_PLACEMENTS", "ATTENTION_SITES", "AttentionSites"]
 
-ATTENTION_LAYERS = ("conam", "conam2", "none", "se", "eca", "cbam", "gc", "coord", "simam", "conam_variant")
+ATTENTION_LAYERS = ("conam", "none", "se", "eca", "cbam", "gc", "coord", "simam", "conam_variant")
 ATTENTION_PLACEMENTS = ("stage", "block")
 ATTENTION_SITES = ("before_first_conv", "after_last_norm")
 
@@ -22,9 +22,9 @@ class AttentionSites:
     """Decides for every block of a net whether an attention stands on its residual branch, and which.
 
     Args:
-        attn_layer: One of ``ATTENTION_LAYERS``. ``conam2`` is this project's own form of ConAM; ``"none"`` makes the
-            plain twin; ``se``, ``eca``, ``cbam``, ``gc`` and ``coord`` are timm's layers with timm's defaults;
-            ``simam`` has no parameters; ``conam_variant`` is the form of ConAM that ``attn_args`` describes.
+        attn_layer: One of ``ATTENTION_LAYERS``. ``"none"`` makes the plain twin; ``se``, ``eca``, ``cbam``, ``gc`` and
+            ``coord`` are timm's layers with timm's defaults; ``simam`` has no parameters; ``conam_variant`` is the form
+            of ConAM that ``attn_args`` describes.
         attn_placement: ``"stage"`` for the first block of every stage, ``"block"`` for every block.
         patch_sizes: ConAM's patch side on the input of the first block of each stage, in pixels; 0 for a stage without
             attention, whichever layer it is.
@@ -98,8 +98,6 @@ class AttentionSites:
         patch_size = max(1, patch_size // shrink)
         if self.attn_layer == "conam":
             return ConAM(channels, patch_size, device=device, dtype=dtype)
-        if self.attn_layer == "conam2":
-            return ConAM2(channels, patch_size, device=device, dtype=dtype)
         if self.attn_layer == "conam_variant":
             return ConfidenceAttentionVariant(channels, patch_size, self.form, device=device, dtype=dtype)
         if self.attn_layer == "simam":

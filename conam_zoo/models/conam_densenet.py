@@ -109,8 +109,8 @@ class ConAMDenseNet(StagedClassifier):
         global_pool: timm's pooling name; ``""`` for none.
         drop_rate: Dropout before the classifier.
         block_drop_rate: Dropout behind each dense layer (the paper's dropout).
-        attn_layer: ``"conam"``, ``"conam2"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``,
-            ``"coord"``, ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
+        attn_layer: ``"conam"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``,
+            ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
         attn_placement: ``"stage"`` (input of each dense block) or ``"block"`` (every dense layer).
         patch_sizes: ConAM's patch side in each dense block, in pixels; 0 for no attention there.
         attn_args: Switches of ``conam_zoo.attention_variants.ConfidenceForm`` by name, for ``"conam_variant"``.

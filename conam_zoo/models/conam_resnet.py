@@ -128,8 +128,8 @@ class ConAMResNet(StagedClassifier):
         in_chans: Channels of the images.
         global_pool: timm's pooling name; ``""`` for none.
         drop_rate: Dropout before the classifier.
-        attn_layer: ``"conam"``, ``"conam2"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``,
-            ``"coord"``, ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
+        attn_layer: ``"conam"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``,
+            ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
         attn_placement: ``"stage"`` (first block of each stage) or ``"block"`` (every block).
         patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
         attn_args: Switches of ``conam_zoo.attention_variants.ConfidenceForm`` by name, for ``"conam_variant"``.
