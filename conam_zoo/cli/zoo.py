@@ -59,6 +59,7 @@ def info(
     from timm.models import split_model_name_tag
 
     from conam_zoo.attention import ConAM
+    from conam_zoo.attention_variants import ConfidenceAttentionVariant
     from conam_zoo.models.lookup import count_params_and_macs, open_model
     from conam_zoo.weights import load_manifest
 
@@ -79,7 +80,7 @@ def info(
         "sites": {
             n: f"{m.channels} channels, patch side {m.patch_size}"
             for n, m in net.named_modules()
-            if isinstance(m, ConAM)
+            if isinstance(m, ConAM | ConfidenceAttentionVariant)
         },
         "features": [f"{f['module']}: {f['num_chs']} channels, 1/{f['reduction']}" for f in net.feature_info],
     }
