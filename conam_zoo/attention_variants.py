@@ -20,9 +20,11 @@ perceptron ``e`` of ``conam_zoo.attention``:
 4. every pixel of patch i becomes ``x (1 + a_i)`` with the shortcut, ``x a_i`` without. With ``identity_start`` it
    becomes ``x (1 + s a_i)``, where s is learned and 0 at the start, so that the module begins as the identity.
 
-With several heads, the embedding is cut into as many groups of channels; each group has its own agreement, t and s, and
-rescales its own channels of the map. A context that is left out is replaced by a vector of ones in step 1; with the
-global one alone all patches agree equally, and behind a softmax the map is multiplied by the constant 1 + 1/P.
+With several heads, the embedding is cut into as many groups of channels, one for each channel at ``heads`` 0; each
+group has its own agreement, t and s, and rescales its own channels of the map. With ``unit_start`` the last layer's
+bias starts at one, so that an agreement of a few channels is no product of two small numbers. A context that is left
+out is replaced by a vector of ones in step 1; with the global one alone all patches agree equally, and behind a softmax
+the map is multiplied by the constant 1 + 1/P.
 
 What is the paper's: ``dot``, ``softmax``, no scaling, one head, and the ablation of shortcut, second ReLU, contexts and
 softmax. The rest is this project's own.
