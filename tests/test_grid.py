@@ -20,9 +20,11 @@ from conam_zoo.benchmark.evidence import (
     ablation_panels,
     ablation_table,
     attention_cells,
+    attention_panels,
     attention_table,
     evidence_tables,
 )
+from conam_zoo.benchmark.evidence_plot import _draw
 from conam_zoo.benchmark.grid import Cell, Grid, grid_recipe, read_grid, run_grid
 from conam_zoo.benchmark.paired import compare, t_quantile
 from conam_zoo.benchmark.record import BenchmarkRecord, Row
@@ -343,6 +345,16 @@ def test_the_ablation_table_and_panels() -> None:
         "sigmoid": [91.5, 92.5],
         "plain net": [90.0, 91.0],
     }
+
+
+def test_the_plot_shows_the_difference_over_the_seeds_that_both_have() -> None:
+    from matplotlib.figure import Figure
+
+    (panel,) = attention_panels(a_grid({"none": [90.0, 92.0, 97.0], "se": [91.0, 93.0]}))
+    axes = Figure().subplots()
+    _draw(axes, panel)
+    means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
+    assert means == pytest.approx([93.0, 94.0])  # one point above the plain net with either seed
 
 
 def test_the_ablation_states_the_arguments_of_its_forms() -> None:

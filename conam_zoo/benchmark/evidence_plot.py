@@ -51,8 +51,8 @@ def draw_panels(panels: list[Panel], path: Path, title: str) -> None:
         axes.set_visible(False)
     figure.suptitle(fill(title.replace("**", ""), int(13 * width)), fontsize=9)
     legend = (
-        "top-1 (%); light dots: seeds; dark: their mean, with the 95 % interval of its difference to the reference, "
-        "whose mean is the dashed line"
+        "top-1 (%); light dots: seeds; dashed: mean of the reference; dark: their mean as its difference to the "
+        "reference, over the seeds that both have, with its 95 % interval"
     )
     figure.supxlabel(fill(legend, int(15 * width)), fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
@@ -60,16 +60,18 @@ def draw_panels(panels: list[Panel], path: Path, title: str) -> None:
 
 def _draw(axes: Axes, panel: Panel) -> None:
     labels = list(panel.rows)
+    reference = fmean(panel.rows[panel.reference].values) if panel.reference in panel.rows else None
     for position, label in enumerate(labels):
         row = panel.rows[label]
         mean = fmean(row.values)
+        if reference is not None and row.difference is not None:
+            mean = reference + row.difference  # the same, unless the reference has seeds that this one has not
         axes.plot(row.values, [position] * len(row.values), "o", color=DOT, markersize=4, alpha=0.8, zorder=2)
         if row.half_width is not None:
             ends = [mean - row.half_width, mean + row.half_width]
             axes.plot(ends, [position] * 2, color=MEAN, linewidth=1.4, zorder=3)
         axes.plot([mean], [position], "D", color=MEAN, markersize=5, zorder=4)
-    if panel.reference in panel.rows:
-        reference = fmean(panel.rows[panel.reference].values)
+    if reference is not None:
         axes.axvline(reference, color=REFERENCE, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
     axes.set_yticks(range(len(labels)), [fill(label, 26) for label in labels], fontsize=8)
     axes.set_ylim(len(labels) - 0.5, -0.5)
