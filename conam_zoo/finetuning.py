@@ -18,6 +18,7 @@ from conam_zoo.training.engine import score
 from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.finetune import FineTuned, finetune_recipe, freeze_layers, net_for_data, train_on
 from conam_zoo.training.fit import check_free
+from conam_zoo.training.precision import precision_on
 from conam_zoo.training.ranks import ranks
 from conam_zoo.training.recipe import Recipe
 
@@ -162,7 +163,7 @@ def _choices(
         (
             "training",
             f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.opt}, learning rate {recipe.lr:g}, "
-            f"{recipe.precision}, seed {recipe.seed}",
+            f"{precision_on(ranks().device, recipe.precision)}, seed {recipe.seed}",
         ),
         (
             "augmentation",

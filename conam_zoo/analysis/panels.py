@@ -18,9 +18,8 @@ from conam_zoo.analysis.predict import percent
 
 __all__ = ["PALE", "STRONG", "draw_bars", "draw_frame", "draw_map", "draw_picture", "draw_scale", "relative"]
 
-COLOURS = (
-    "PuOr_r"  # purple below the mean of a map, white at it, orange above: distinct for every kind of colour vision
-)
+# Purple below the mean of a map, white at it, orange above: distinct for every kind of colour vision.
+COLOURS = "PuOr_r"
 STRONG, PALE = "#6cb4c9", "#d3dfe4"
 OUTLINE: list[AbstractPathEffect] = [withStroke(linewidth=1.6, foreground="white")]
 

@@ -49,7 +49,7 @@ class Grid:
         command: The command line that was last given.
         cells: For each finished cell: ``name``, ``model``, ``dataset``, ``variant``, ``seed``, ``epochs``, ``recipe``,
             ``evaluated_on``, ``top1_percent``, ``top5_percent``, ``nll``, ``ece``, ``params``, ``macs``, ``minutes``
-            (of the clock, with whatever ran beside it), ``hardware``, ``library_versions``, ``code_commit``; for one
+            (of the clock, with whatever ran beside it), ``precision`` (that of the device), ``hardware``, ``library_versions``, ``code_commit``; for one
             that failed, ``failed`` instead of the scores.
     """
 
@@ -261,5 +261,6 @@ def _outcome(cell: Cell, folder: Path) -> dict[str, Any]:
         "evaluated_on": run["evaluated_on"],
         **run["scores"],
         "minutes": round(run["train_minutes"], 2),
+        "precision": run.get("precision", cell.recipe.precision),  # earlier runs had no other than the recipe's
         **{key: run[key] for key in ("hardware", "library_versions", "code_commit")},
     }
