@@ -49,7 +49,8 @@ class Grid:
         command: The command line that was last given.
         cells: For each finished cell: ``name``, ``model``, ``dataset``, ``variant``, ``seed``, ``epochs``, ``recipe``,
             ``evaluated_on``, ``top1_percent``, ``top5_percent``, ``nll``, ``ece``, ``params``, ``macs``, ``minutes``
-            (of the clock, with whatever ran beside it), ``precision`` (that of the device), ``hardware``, ``library_versions``, ``code_commit``; for one
+            (of the clock, with whatever ran beside it), ``precision`` (that of the device), ``hardware``,
+            ``library_versions``, ``code_commit``; for one
             that failed, ``failed`` instead of the scores.
     """
 
