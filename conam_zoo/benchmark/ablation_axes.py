@@ -80,11 +80,12 @@ HEADS_SIGMOID: dict[str, Any] = {
 
 
 CHANNELS_SIGMOID: dict[str, Any] = {"heads": 0, "second_relu": False, "gate": "sigmoid", "shortcut": False}
+CHANNELS_UNIT_START: dict[str, Any] = {"unit_start": True, **CHANNELS_SIGMOID}
 
 
-def _one_patch_sigmoid(model: str) -> Mapping[str, Any]:
-    """A gate of channels alone: what is left of it without its patches."""
-    return {"attn_layer": "conam_variant", "attn_args": HEADS_SIGMOID, **_patches(1, model)}
+def _one_patch(switches: Mapping[str, Any], model: str) -> Mapping[str, Any]:
+    """A gate of channels alone: what is left of a form without its patches."""
+    return {"attn_layer": "conam_variant", "attn_args": switches, **_patches(1, model)}
 
 
 AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
@@ -140,7 +141,7 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
                 **HEADS_UNCENTRED,
             ),
             _form("16 heads, x sigmoid", "heads16_sigmoid", **HEADS_SIGMOID),
-            Setting("16 heads, x sigmoid, one patch", "heads16_sigmoid_patches1", _one_patch_sigmoid),
+            Setting("16 heads, x sigmoid, one patch", "heads16_sigmoid_patches1", partial(_one_patch, HEADS_SIGMOID)),
             _form(
                 "16 heads, x sigmoid, every block",
                 "heads16_sigmoid_every_block",
@@ -148,11 +149,11 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
                 **HEADS_SIGMOID,
             ),
             _form("each channel, x sigmoid", "channels_sigmoid", **CHANNELS_SIGMOID),
-            _form(
-                "each channel, x sigmoid, from one",
-                "channels_sigmoid_unit_start",
-                unit_start=True,
-                **CHANNELS_SIGMOID,
+            _form("each channel, x sigmoid, from one", "channels_sigmoid_unit_start", **CHANNELS_UNIT_START),
+            Setting(
+                "each channel, x sigmoid, from one, one patch",
+                "channels_sigmoid_unit_start_patches1",
+                partial(_one_patch, CHANNELS_UNIT_START),
             ),
             Setting("for comparison: SE", "se", _with({"attn_layer": "se"})),
             Setting("for comparison: ECA", "eca", _with({"attn_layer": "eca"})),
