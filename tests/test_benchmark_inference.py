@@ -53,6 +53,7 @@ def test_a_compiler_that_is_missing_is_a_reason(net: torch.nn.Module, monkeypatc
 
 def test_a_quick_run_prints_ratios_to_eager_and_to_the_plain_twin(conam, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(inference, "_installed", lambda package: package != "onnxruntime")
+    monkeypatch.setattr(inference, "precision_on", lambda device: "bf16")
     code, out, _ = conam("benchmark", "inference", "--quick", "--json", tmp_path / "inference.json")
     assert code == 0
     assert "relative to eager fp32" in out
@@ -68,6 +69,19 @@ def test_a_quick_run_prints_ratios_to_eager_and_to_the_plain_twin(conam, tmp_pat
     reasons = {(skip["name"], skip["reason"]) for skip in facts["skipped"]}
     reason = "onnxruntime not installed: pip install 'conam-zoo[onnx]'"
     assert reasons == {("onnx fp32", reason), ("plain, onnx fp32", reason)}
+
+
+def test_bf16_is_left_out_where_it_is_slow_unless_it_is_asked_for(conam, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(inference, "_installed", lambda package: False)
+    monkeypatch.setattr(inference, "precision_on", lambda device: "fp32")
+    code, out, _ = conam("benchmark", "inference", "--quick", "--json", tmp_path / "inference.json")
+    assert code == 0
+    assert "no instructions for bf16 here: --mode 'eager bf16' measures it" in " ".join(out.split())
+    facts = json.loads((tmp_path / "inference.json").read_text())
+    assert [row["name"] for row in facts["rows"]] == ["eager fp32", "plain, eager fp32"]
+    assert {skip["name"] for skip in facts["skipped"]} >= {"eager bf16", "compiled bf16"}
+    asked = benchmark_inference(["resnet20_conam"], modes=["eager bf16"], quick=True)
+    assert [row.name for row in asked.rows] == ["eager fp32", "eager bf16", "plain, eager fp32", "plain, eager bf16"]
 
 
 def test_the_ratio_to_the_plain_twin_is_that_of_the_same_mode(monkeypatch: pytest.MonkeyPatch) -> None:

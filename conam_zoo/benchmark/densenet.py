@@ -18,13 +18,15 @@ from conam_zoo.benchmark.record import BenchmarkRecord, make_record, summarise
 from conam_zoo.benchmark.timing import benchmark_device, time_in_turns
 from conam_zoo.errors import UserError
 from conam_zoo.models.conam_densenet import ConAMDenseNet
+from conam_zoo.training.precision import precision_on
 
 __all__ = ["CONFIGURATIONS", "benchmark_densenet", "densenet_memory", "torchvision_densenet"]
 
 # Depth and growth rate. torchvision has the form with bottlenecks and compression alone.
 CONFIGURATIONS = {"densenetbc100_12_conam": (100, 12), "densenetbc190_40_conam": (190, 40)}
 OURS, TORCHVISION, RECOMPUTING, PLAIN = "conam_zoo", "torchvision", "recomputing", "plain twin"
-# What each contender is: its layout, its precision, and whether it recomputes features in the backward pass.
+# What each contender is: its layout, its precision where the device has instructions for it (else it is fp32), and
+# whether it recomputes features in the backward pass.
 CONTENDERS = {
     OURS: ("channels_last", "bf16", False),
     f"{OURS}, {RECOMPUTING}": ("channels_last", "bf16", True),
@@ -74,7 +76,7 @@ def _step(contender: str, depth: int, growth: int, batch_size: int) -> tuple[nn.
         net.set_grad_checkpointing(recompute)
     net = net.to(device).to(memory_format=memory_format(layout)).train()
     images = image_batch(batch_size, 32, layout, device)
-    return net, images, training_step(net, images, precision)
+    return net, images, training_step(net, images, precision_on(device, precision))
 
 
 def densenet_memory(contender: str, depth: int, growth: int, batch_size: int, threads: int) -> dict[str, float]:
@@ -87,7 +89,8 @@ def densenet_memory(contender: str, depth: int, growth: int, batch_size: int, th
         step()
 
     peak = peak_growth_bytes(work, images.device)
-    return {"kept_for_backward_mib": kept_bytes(net, images, CONTENDERS[contender][1]) / MIB, "peak_mib": peak / MIB}
+    kept = kept_bytes(net, images, precision_on(images.device, CONTENDERS[contender][1]))
+    return {"kept_for_backward_mib": kept / MIB, "peak_mib": peak / MIB}
 
 
 def benchmark_densenet(
@@ -144,5 +147,12 @@ def benchmark_densenet(
             )
             speed = {"images_per_second": 1000 * batch_size / row.median}
             rows[index] = replace(row, facts={**speed, **shares[row.name], **memory})
-    settings = {"model": model, "batch_size": batch_size, "repeats": repeats, "device": device.type, "quick": quick}
+    settings = {
+        "model": model,
+        "batch_size": batch_size,
+        "repeats": repeats,
+        "device": device.type,
+        "precision": precision_on(device),
+        "quick": quick,
+    }
     return make_record("densenet", rows, settings=settings, command=command)

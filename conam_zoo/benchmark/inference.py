@@ -17,6 +17,7 @@ from conam_zoo.benchmark.record import BenchmarkRecord, Row, Skipped, make_recor
 from conam_zoo.benchmark.timing import benchmark_device, time_in_turns
 from conam_zoo.errors import UserError
 from conam_zoo.models.lookup import check_model_name
+from conam_zoo.training.precision import precision_on
 
 __all__ = ["MODES", "ModeUnavailableError", "benchmark_inference", "mode_call"]
 
@@ -34,7 +35,7 @@ def benchmark_inference(
     models: Sequence[str] = ("resnet20_conam",),
     *,
     batch: Sequence[int] = BATCH_SIZES,
-    modes: Sequence[str] = MODES,
+    modes: Sequence[str] | None = None,
     repeats: int = 15,
     quick: bool = False,
     command: str = "",
@@ -48,7 +49,8 @@ def benchmark_inference(
     Args:
         models: Builders of this package, with or without tag.
         batch: Images in a batch.
-        modes: Some of ``MODES``; eager fp32 is always measured.
+        modes: Some of ``MODES``; eager fp32 is always measured. If None: all, but those in bf16 only where the device
+            has instructions for it, because they take several times as long elsewhere.
         repeats: Rounds.
         quick: A tiny run that only shows that everything works; its numbers mean nothing.
         command: The command line, for the record.
@@ -57,6 +59,11 @@ def benchmark_inference(
     Raises:
         UserError: If an argument is none of these.
     """
+    device = benchmark_device()
+    slow: list[str] = []
+    if modes is None:
+        modes = MODES
+        slow = [mode for mode in MODES if mode.endswith("bf16") and precision_on(device) == "fp32"]
     check_choice("--mode", modes, MODES)
     if not batch or min(batch) < 1:
         raise UserError(f"The option --batch is {', '.join(map(str, batch)) or 'empty'}, but it must be at least 1.")
@@ -67,10 +74,9 @@ def benchmark_inference(
     if quick:
         models, batch, repeats = models[:1], (2,), 2
         modes = [mode for mode in modes if not mode.startswith("compiled")]
-    modes = [mode for mode in MODES if mode in modes or mode == MODES[0]]
-    device = benchmark_device()
+    modes = [mode for mode in MODES if mode == MODES[0] or (mode in modes and mode not in slow)]
     rows: list[Row] = []
-    skipped: list[Skipped] = []
+    skipped = [Skipped({}, mode, f"no instructions for bf16 here: --mode '{mode}' measures it") for mode in slow]
     for model in models:
         for count in batch:
             done, left = _measure(model, count, modes, repeats, 0.0 if quick else 0.05, device, progress)

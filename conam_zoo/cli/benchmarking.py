@@ -109,20 +109,22 @@ def inference(
     batch: Annotated[list[int] | None, typer.Option(help="Images in a batch; repeatable. Default: 1, 64, 512.")] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="'eager fp32', 'compiled bf16', 'onnx fp32', ...; repeatable. Default: all."),
+        typer.Option(
+            help="'eager fp32', 'compiled bf16', 'onnx fp32', ...; repeatable. Default: all that suit the device."
+        ),
     ] = None,
     repeats: Repeats = 15,
     quick: Quick = False,
     json_file: Json = None,
 ) -> None:
     """Latency and throughput of models and their plain twins: eager, compiled, ONNX Runtime."""
-    from conam_zoo.benchmark.inference import BATCH_SIZES, MODES, benchmark_inference
+    from conam_zoo.benchmark.inference import BATCH_SIZES, benchmark_inference
 
     with progress_line() as progress:
         record = benchmark_inference(
             models or ["resnet20_conam"],
             batch=batch or BATCH_SIZES,
-            modes=mode or MODES,
+            modes=mode,
             repeats=repeats,
             quick=quick,
             command=typed_command(),
