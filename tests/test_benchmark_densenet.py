@@ -8,7 +8,14 @@ import timm
 import torch
 
 import conam_zoo  # noqa: F401
-from conam_zoo.benchmark.densenet import CONTENDERS, OPERATORS, benchmark_densenet, torchvision_densenet
+from conam_zoo.benchmark import densenet
+from conam_zoo.benchmark.densenet import (
+    CONTENDERS,
+    OPERATORS,
+    benchmark_densenet,
+    densenet_memory,
+    torchvision_densenet,
+)
 from conam_zoo.benchmark.operator_shares import operator_shares
 from conam_zoo.benchmark.record import read_record
 from conam_zoo.benchmark.timing import benchmark_device
@@ -42,10 +49,21 @@ def test_every_contender_has_a_time_its_parts_and_its_memory(tmp_path: Path) -> 
         assert sum(shares) < 100
     kept = {name: row.facts["kept_for_backward_mib"] for name, row in rows.items()}
     assert kept["conam_zoo, recomputing"] < 0.7 * kept["conam_zoo"]
-    half = record.settings["precision"] == "bf16"  # without instructions for it all contenders are in float32
-    assert half is (precision_on(benchmark_device()) == "bf16")
-    assert kept["torchvision, fp32, nchw"] > (1.3 if half else 0.9) * kept["torchvision"]
     assert kept["conam_zoo, plain twin"] < kept["conam_zoo"]
+    assert record.settings["precision"] == precision_on(benchmark_device())
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_contenders_are_in_bf16_where_the_device_has_it(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(densenet, "precision_on", lambda device, wanted: wanted if has_bf16 else "fp32")
+    kept = {
+        name: densenet_memory(name, 16, 4, 2, torch.get_num_threads())["kept_for_backward_mib"]
+        for name in ("torchvision", "torchvision, fp32, nchw")
+    }
+    if has_bf16:
+        assert kept["torchvision, fp32, nchw"] > 1.3 * kept["torchvision"]
+    else:
+        assert kept["torchvision, fp32, nchw"] == kept["torchvision"]
 
 
 def test_the_shares_of_operators_are_those_of_their_time() -> None:

@@ -63,8 +63,10 @@ def torchvision_densenet(depth: int, growth: int, recompute: bool = False) -> nn
     return net
 
 
-def _step(contender: str, depth: int, growth: int, batch_size: int) -> tuple[nn.Module, Tensor, Callable[[], None]]:
-    """A contender, its batch, and one training step on it."""
+def _step(
+    contender: str, depth: int, growth: int, batch_size: int
+) -> tuple[nn.Module, Tensor, str, Callable[[], None]]:
+    """A contender, its batch, the precision it computes in here, and one training step on it."""
     layout, precision, recompute = CONTENDERS[contender]
     device = benchmark_device()
     torch.manual_seed(0)
@@ -76,21 +78,21 @@ def _step(contender: str, depth: int, growth: int, batch_size: int) -> tuple[nn.
         net.set_grad_checkpointing(recompute)
     net = net.to(device).to(memory_format=memory_format(layout)).train()
     images = image_batch(batch_size, 32, layout, device)
-    return net, images, training_step(net, images, precision_on(device, precision))
+    precision = precision_on(device, precision)
+    return net, images, precision, training_step(net, images, precision)
 
 
 def densenet_memory(contender: str, depth: int, growth: int, batch_size: int, threads: int) -> dict[str, float]:
     """MiB that autograd keeps for the backward pass, and by which the first steps raise the peak of this process."""
     torch.set_num_threads(threads)
-    net, images, step = _step(contender, depth, growth, batch_size)
+    net, images, precision, step = _step(contender, depth, growth, batch_size)
 
     def work() -> None:
         step()
         step()
 
     peak = peak_growth_bytes(work, images.device)
-    kept = kept_bytes(net, images, precision_on(images.device, CONTENDERS[contender][1]))
-    return {"kept_for_backward_mib": kept / MIB, "peak_mib": peak / MIB}
+    return {"kept_for_backward_mib": kept_bytes(net, images, precision) / MIB, "peak_mib": peak / MIB}
 
 
 def benchmark_densenet(
@@ -126,7 +128,7 @@ def benchmark_densenet(
     if quick:
         depth, growth, batch_size, repeats = 16, 4, 2, 1
     progress(f"training steps of {model} and its contenders, {batch_size} images, {repeats} rounds")
-    steps = {name: _step(name, depth, growth, batch_size)[2] for name in CONTENDERS}
+    steps = {name: _step(name, depth, growth, batch_size)[-1] for name in CONTENDERS}
     device = benchmark_device()
     times = time_in_turns(steps, repeats=repeats, device=device)
     progress("shares of the operators")

@@ -23,6 +23,7 @@ __all__ = ["MODES", "ModeUnavailableError", "benchmark_inference", "mode_call"]
 
 # How a model is run, and in what precision.
 MODES = ("eager fp32", "compiled fp32", "onnx fp32", "eager bf16", "compiled bf16")
+TWIN = "plain, "  # before the mode, where it is the plain twin that is run
 BATCH_SIZES = (1, 64, 512)
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -62,8 +63,8 @@ def benchmark_inference(
     device = benchmark_device()
     slow: list[str] = []
     if modes is None:
-        modes = MODES
         slow = [mode for mode in MODES if mode.endswith("bf16") and precision_on(device) == "fp32"]
+        modes = [mode for mode in MODES if mode not in slow]
     check_choice("--mode", modes, MODES)
     if not batch or min(batch) < 1:
         raise UserError(f"The option --batch is {', '.join(map(str, batch)) or 'empty'}, but it must be at least 1.")
@@ -74,9 +75,13 @@ def benchmark_inference(
     if quick:
         models, batch, repeats = models[:1], (2,), 2
         modes = [mode for mode in modes if not mode.startswith("compiled")]
-    modes = [mode for mode in MODES if mode == MODES[0] or (mode in modes and mode not in slow)]
+    modes = [mode for mode in MODES if mode in modes or mode == MODES[0]]
     rows: list[Row] = []
-    skipped = [Skipped({}, mode, f"no instructions for bf16 here: --mode '{mode}' measures it") for mode in slow]
+    skipped = [
+        Skipped({}, prefix + mode, f"no instructions for bf16 here: --mode '{mode}' measures it")
+        for prefix in ("", TWIN)
+        for mode in slow
+    ]
     for model in models:
         for count in batch:
             done, left = _measure(model, count, modes, repeats, 0.0 if quick else 0.05, device, progress)
@@ -110,7 +115,7 @@ def _measure(
     skipped = []
     seconds_to_prepare: dict[str, float] = {}
     torch.compiler.reset()  # a compiled net that is not used any more must not count against the limit of variants
-    for prefix, attention in (("", {}), ("plain, ", {"attn_layer": "none"})):
+    for prefix, attention in (("", {}), (TWIN, {"attn_layer": "none"})):
         torch.manual_seed(0)
         net = timm.create_model(model, **attention).to(device).to(memory_format=torch.channels_last).eval()
         for mode in modes:
@@ -133,7 +138,7 @@ def _measure(
         facts = {"images_per_second": 1000 * count / row.median}
         if "eager" not in row.name:
             facts["seconds_to_prepare"] = seconds_to_prepare[row.name]
-        twin = f"plain, {row.name}"
+        twin = TWIN + row.name
         if twin in milliseconds:
             pair = {name: milliseconds[name] for name in (twin, row.name)}
             facts["ratio_to_plain"] = summarise(pair, group={}, reference=twin, unit="ms")[1].ratio
