@@ -1,7 +1,8 @@
 """What all tests share: the real images where they are given, and small synthetic ones everywhere.
 
 Where ``CONAM_DATA`` names a folder with ``cifar10/`` and ``cifar100/`` in one of the layouts of ``conam_zoo.data``, the
-tests on real images run, and a skip of any test is a failure.
+tests on real images run, and a skip of any test is a failure. Where pytest shares the tests out over processes, each
+process computes with one thread: two with all threads each would wait for one another.
 """
 
 import os
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported, and for what the tests start
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
