@@ -8,6 +8,8 @@ perceptron ``e`` of ``conam_zoo.attention``:
    ``dot``         z_i = e(l_i) . e(g)
    ``scaled_dot``  z_i = t e(l_i) . e(g) / sqrt(C / heads),   t learned, 1 at the start
    ``cosine``      z_i = t e(l_i) . e(g) / (|e(l_i)| |e(g)|), t learned, 10 at the start
+   With ``channel_term`` channel c of patch i has an agreement of its own, z_ic = z_i + e(g)_c: the global embedding
+   rescales the channels, as in SE, and its agreement with the local one the patches.
 2. confidence over the P patches:
    ``softmax``     eta_i = exp(z_i) / sum_j exp(z_j)
    ``sigmoid``     eta_i = 1 / (1 + exp(-z_i))
@@ -64,6 +66,7 @@ class ConfidenceForm:
         heads: Groups of channels with confidences of their own; they have to divide C. 0 for one for each channel.
         unit_start: Whether the bias of the perceptron's last layer starts at one, so that embeddings start around one
             and an agreement is no product of two small numbers.
+        channel_term: Whether the global embedding is added to the agreement, channel by channel.
         identity_start: Whether a learned factor that starts at 0 stands before ``a``.
 
     Raises:
@@ -79,6 +82,7 @@ class ConfidenceForm:
     reduction: int = 1
     heads: int = 1
     unit_start: bool = False
+    channel_term: bool = False
     identity_start: bool = False
 
     def __post_init__(self) -> None:
@@ -103,6 +107,11 @@ class ConfidenceForm:
         if self.gate.startswith("tanh") and self.scaling != "none":
             raise ValueError(
                 f"attn_args: scaling is {self.scaling!r}, but the mean of a {self.gate} gate is no scale: use 'none'."
+            )
+        if self.channel_term and self.gate not in ("sigmoid", "tanh_uncentred"):
+            raise ValueError(
+                f"attn_args: channel_term is on, but behind the gate {self.gate!r} what all patches share has no "
+                "effect: use 'sigmoid' or 'tanh_uncentred'."
             )
 
     @classmethod
@@ -163,7 +172,16 @@ def _embed(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, sec
 @torch.fx.wrap
 def _rescale(x: Tensor, factors: Tensor, patch_size: int) -> Tensor:
     """Multiply the patches of every group of channels: (N, C, H, W), (N, rows, columns, heads) -> (N, C, H, W)."""
-    factors = factors.to(x.dtype).permute(0, 3, 1, 2)
+    factors = factors.to(x.dtype)
+    n, channels, height, width = x.shape
+    rows, heads = factors.shape[1], factors.shape[3]
+    if heads > 1 and height % patch_size == 0:  # repeated along the lines of the map alone, not along its columns
+        lines = factors.repeat_interleave(channels // heads, dim=3).repeat_interleave(patch_size, dim=2)[:, :, :width]
+        lines = lines.permute(0, 3, 1, 2)  # (N, C, rows, W)
+        if x.is_contiguous():
+            lines = lines.contiguous()
+        return (x.view(n, channels, rows, patch_size, width) * lines[:, :, :, None]).reshape(x.shape)
+    factors = factors.permute(0, 3, 1, 2)
     factors = factors.repeat_interleave(x.shape[1] // factors.shape[1], dim=1) if factors.shape[1] > 1 else factors
     factors = factors.repeat_interleave(patch_size, dim=2)[:, :, : x.shape[2]]
     return x * factors.repeat_interleave(patch_size, dim=3)[:, :, :, : x.shape[3]]
@@ -173,7 +191,7 @@ class ConfidenceAttentionVariant(nn.Module):
     """A form of ConAM; the module's docstring has the equations.
 
     Shape: (N, C, H, W) -> (N, C, H, W), any H and W. The keys of its state dict are those of ``ConAM``, and
-    ``log_temperature`` and ``gain``, (heads,) each, where the form learns them.
+    ``log_temperature``, (heads,), and ``gain``, one number for each gate, where the form learns them.
 
     >>> attention = ConfidenceAttentionVariant(16, patch_size=8, form=ConfidenceForm(gate="sigmoid", heads=4))
     >>> attention(torch.randn(2, 16, 32, 32)).shape
@@ -220,6 +238,7 @@ class ConfidenceAttentionVariant(nn.Module):
         self.scaling = form.scaling
         self.heads = heads
         self.unit_start = form.unit_start
+        self.channel_term = form.channel_term
         hidden_channels = max(1, channels // form.reduction)
         self.fc1 = nn.Linear(channels, hidden_channels, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_channels, channels, device=device, dtype=dtype)
@@ -231,13 +250,14 @@ class ConfidenceAttentionVariant(nn.Module):
             self.log_temperature = nn.Parameter(torch.full((heads,), first, device=device, dtype=dtype))
         self.gain: nn.Parameter | None = None
         if form.identity_start:
-            self.gain = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
+            self.gain = nn.Parameter(torch.zeros(channels if form.channel_term else heads, device=device, dtype=dtype))
 
     def agreement_logits(self, x: Tensor) -> Tensor:
-        """Step 1: (N, C, H, W) -> (N, rows, columns, heads), in at least float32."""
+        """Step 1: (N, C, H, W) -> (N, rows, columns, gates), in at least float32; a gate for each head or channel."""
         w1, b1, w2, b2 = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         local_contexts = _embed(_local_contexts(x, self.patch_size), w1, b1, w2, b2, self.second_relu)
         global_context = _embed(_global_context(x), w1, b1, w2, b2, self.second_relu)
+        channel_term = global_context
         if self.context == "local":
             global_context = torch.ones_like(global_context)
         elif self.context == "global":
@@ -252,10 +272,12 @@ class ConfidenceAttentionVariant(nn.Module):
             logits = logits / math.sqrt(self.channels // self.heads)
         if self.log_temperature is not None:
             logits = logits * self.log_temperature.exp()
+        if self.channel_term:
+            logits = logits.repeat_interleave(self.channels // self.heads, dim=3) + channel_term
         return logits
 
     def head_confidence(self, x: Tensor) -> Tensor:
-        """Step 2, for every head: (N, C, H, W) -> (N, rows, columns, heads), in at least float32."""
+        """Step 2, for every gate: (N, C, H, W) -> (N, rows, columns, gates), in at least float32."""
         logits = self.agreement_logits(x)
         if self.gate == "sigmoid":
             return logits.sigmoid()
@@ -266,7 +288,7 @@ class ConfidenceAttentionVariant(nn.Module):
         return logits.flatten(1, 2).softmax(dim=1).view_as(logits)
 
     def confidence(self, x: Tensor) -> Tensor:
-        """The confidence map, the mean of the heads: (N, C, H, W) -> (N, rows, columns)."""
+        """The confidence map, the mean of the gates: (N, C, H, W) -> (N, rows, columns)."""
         return self.head_confidence(x).mean(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -286,5 +308,6 @@ class ConfidenceAttentionVariant(nn.Module):
         return (
             f"channels={self.channels}, patch_size={self.patch_size}, shortcut={self.shortcut}, "
             f"second_relu={self.second_relu}, context={self.context}, agreement={self.agreement}, gate={self.gate}, "
-            f"scaling={self.scaling}, heads={self.heads}, unit_start={self.unit_start}"
+            f"scaling={self.scaling}, heads={self.heads}, unit_start={self.unit_start}, "
+            f"channel_term={self.channel_term}"
         )

@@ -33,6 +33,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "tanh, not centred": {"gate": "tanh_uncentred", "second_relu": False},
     "a head for each channel": {"gate": "tanh_uncentred", "agreement": "scaled_dot", "heads": 6, "second_relu": False},
     "a sigmoid for each channel": {"gate": "sigmoid", "heads": 0, "second_relu": False, "shortcut": False},
+    "a term for each channel": {"gate": "sigmoid", "channel_term": True, "second_relu": False, "shortcut": False},
+    "a term for each channel, heads": {
+        "gate": "tanh_uncentred",
+        "channel_term": True,
+        "heads": 2,
+        "agreement": "scaled_dot",
+        "identity_start": True,
+    },
+    "a term for each channel, local": {"gate": "sigmoid", "channel_term": True, "context": "local"},
     "bottleneck": {"reduction": 3},
     "narrowest bottleneck": {"reduction": 100},
     "scaled dot": {"agreement": "scaled_dot", "heads": 2},
@@ -97,7 +106,7 @@ def test_every_form_equals_its_equations(name: str, shape: tuple[int, ...]) -> N
     module = variant(torch.float64, **FORMS[name])
     x = noise(*shape, dtype=torch.float64)
     arrays = [p.detach().numpy() for p in (module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)]
-    ones = torch.zeros(module.heads, dtype=torch.float64)
+    ones = torch.zeros(6, dtype=torch.float64)
     temperature = (module.log_temperature if module.log_temperature is not None else ones).exp().detach().numpy()
     gain = (module.gain if module.gain is not None else ones).detach().numpy()
     expected = conam_variant(x.numpy(), 4, *arrays, asdict(ConfidenceForm(**FORMS[name])), temperature, gain)
@@ -191,6 +200,8 @@ BAD_SWITCHES = [
     ({"shortcut": False, "gate": "tanh"}, "but shortcut is off: set it to true"),
     ({"gate": "tanh", "scaling": "mean_one"}, "the mean of a tanh gate is no scale: use 'none'"),
     ({"gate": "tanh_uncentred", "scaling": "mean_zero"}, "the mean of a tanh_uncentred gate is no scale: use 'none'"),
+    ({"channel_term": True}, "channel_term is on, but behind the gate 'softmax'"),
+    ({"channel_term": True, "gate": "tanh"}, "channel_term is on, but behind the gate 'tanh'"),
     ({"shortcut": False, "gate": "tanh_uncentred"}, "but shortcut is off: set it to true"),
     ({"shortcuts": True}, "attn_args has 'shortcuts', but a conam_variant knows only shortcut, second_relu"),
 ]

@@ -80,6 +80,7 @@ HEADS_SIGMOID: dict[str, Any] = {
 
 
 CHANNELS_SIGMOID: dict[str, Any] = {"heads": 0, "second_relu": False, "gate": "sigmoid", "shortcut": False}
+CHANNEL_TERM: dict[str, Any] = {"channel_term": True, "second_relu": False, "gate": "sigmoid", "shortcut": False}
 CHANNELS_UNIT_START: dict[str, Any] = {"unit_start": True, **CHANNELS_SIGMOID}
 
 
@@ -155,6 +156,7 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
                 "channels_sigmoid_unit_start_patches1",
                 partial(_one_patch, CHANNELS_UNIT_START),
             ),
+            _form("a term for each channel, x sigmoid", "channel_term_sigmoid", **CHANNEL_TERM),
             Setting("for comparison: SE", "se", _with({"attn_layer": "se"})),
             Setting("for comparison: ECA", "eca", _with({"attn_layer": "eca"})),
             Setting(

@@ -36,16 +36,19 @@ def conam_variant(
         b2: Second bias, (C,).
         form: Every switch by name.
         temperature: t of each head.
-        gain: s of each head, for ``identity_start``.
+        gain: s of each gate, for ``identity_start``.
     """
     images, channels, height, width = x.shape
     rows, columns = -(-height // patch_size), -(-width // patch_size)
     output = np.empty_like(x)
     heads = form["heads"] or channels
     group = channels // heads
+    gates = channels if form["channel_term"] else heads
     for n in range(images):
-        for head in range(heads):
+        for gate in range(gates):
+            head = gate * heads // gates
             mine = slice(head * group, (head + 1) * group)
+            rescaled = slice(gate, gate + 1) if form["channel_term"] else mine
             logits = np.empty((rows, columns))
             for row in range(rows):
                 for column in range(columns):
@@ -61,6 +64,8 @@ def conam_variant(
                     if form["agreement"] == "cosine":
                         lengths = (sum(local**2) * sum(whole**2)) ** 0.5
                         agreement = temperature[head] * agreement / lengths if lengths > 0 else 0.0
+                    if form["channel_term"]:
+                        agreement += _embed(_mean(x[n]), w1, b1, w2, b2, form)[gate]
                     logits[row, column] = agreement
             if form["gate"] == "softmax":
                 eta = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
@@ -72,12 +77,12 @@ def conam_variant(
                 eta = np.tanh(logits)
             scale = {"none": eta, "mean_one": eta / eta.mean(), "mean_zero": eta / eta.mean() - 1}[form["scaling"]]
             if form["identity_start"]:
-                scale = gain[head] * scale
+                scale = gain[gate] * scale
             factor = 1 + scale if form["shortcut"] else scale
             for row in range(rows):
                 for column in range(columns):
-                    patch = _patch(x[n], row, column, patch_size)[mine]
-                    _patch(output[n], row, column, patch_size)[mine] = patch * factor[row, column]
+                    patch = _patch(x[n], row, column, patch_size)[rescaled]
+                    _patch(output[n], row, column, patch_size)[rescaled] = patch * factor[row, column]
     return output
 
 
