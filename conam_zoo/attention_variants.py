@@ -8,8 +8,8 @@ perceptron ``e`` of ``conam_zoo.attention``:
    ``dot``         z_i = e(l_i) . e(g)
    ``scaled_dot``  z_i = t e(l_i) . e(g) / sqrt(C / heads),   t learned, 1 at the start
    ``cosine``      z_i = t e(l_i) . e(g) / (|e(l_i)| |e(g)|), t learned, 10 at the start
-   With ``channel_term`` channel c of patch i has an agreement of its own, z_ic = z_i + e(g)_c: the global embedding
-   rescales the channels, as in SE, and its agreement with the local one the patches.
+   With ``channel_term`` channel c of patch i has an agreement of its own, z_ic = e(g)_c + z_i - mean_j z_j: the global
+   embedding rescales the channels, as in SE, and what sets a patch's agreement apart from the others' the patch.
 2. confidence over the P patches:
    ``softmax``     eta_i = exp(z_i) / sum_j exp(z_j)
    ``sigmoid``     eta_i = 1 / (1 + exp(-z_i))
@@ -66,7 +66,7 @@ class ConfidenceForm:
         heads: Groups of channels with confidences of their own; they have to divide C. 0 for one for each channel.
         unit_start: Whether the bias of the perceptron's last layer starts at one, so that embeddings start around one
             and an agreement is no product of two small numbers.
-        channel_term: Whether the global embedding is added to the agreement, channel by channel.
+        channel_term: Whether the global embedding takes the place of the mean agreement, channel by channel.
         identity_start: Whether a learned factor that starts at 0 stands before ``a``.
 
     Raises:
@@ -273,7 +273,8 @@ class ConfidenceAttentionVariant(nn.Module):
         if self.log_temperature is not None:
             logits = logits * self.log_temperature.exp()
         if self.channel_term:
-            logits = logits.repeat_interleave(self.channels // self.heads, dim=3) + channel_term
+            of_patches = logits - logits.mean(dim=(1, 2), keepdim=True)
+            logits = of_patches.repeat_interleave(self.channels // self.heads, dim=3) + channel_term
         return logits
 
     def head_confidence(self, x: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ def conam_variant(
                     if form["agreement"] == "cosine":
                         lengths = (sum(local**2) * sum(whole**2)) ** 0.5
                         agreement = temperature[head] * agreement / lengths if lengths > 0 else 0.0
-                    if form["channel_term"]:
-                        agreement += _embed(_mean(x[n]), w1, b1, w2, b2, form)[gate]
                     logits[row, column] = agreement
+            if form["channel_term"]:
+                logits = _embed(_mean(x[n]), w1, b1, w2, b2, form)[gate] + logits - logits.mean()
             if form["gate"] == "softmax":
                 eta = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
             elif form["gate"] == "sigmoid":
