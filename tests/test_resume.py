@@ -165,6 +165,7 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(
 
 
 def test_a_second_signal_does_not_wait(recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after) -> None:
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     before = signal.getsignal(signal.SIGINT)
 
     def impatient() -> None:
@@ -175,8 +176,11 @@ def test_a_second_signal_does_not_wait(recipe: Recipe, tiny_data: Path, tmp_path
         time.sleep(60)  # which the second one interrupts
 
     stop_after(2, impatient)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, tiny_data, tmp_path / "run")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tiny_data, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, outside)
 
 
 def test_the_command_ends_a_stopped_training_with_one_sentence(
