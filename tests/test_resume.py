@@ -165,8 +165,8 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(
 
 
 def test_a_second_signal_does_not_wait(recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after) -> None:
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler
+    outside = signal.signal(signal.SIGINT, before)  # a shell's background jobs ignore it
 
     def impatient() -> None:
         os.kill(os.getpid(), signal.SIGINT)
