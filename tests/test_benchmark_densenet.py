@@ -50,7 +50,9 @@ def test_every_contender_has_a_time_its_parts_and_its_memory(tmp_path: Path) -> 
     kept = {name: row.facts["kept_for_backward_mib"] for name, row in rows.items()}
     assert kept["conam_zoo, recomputing"] < 0.7 * kept["conam_zoo"]
     assert kept["conam_zoo, plain twin"] < kept["conam_zoo"]
-    assert record.settings["precision"] == precision_on(benchmark_device())
+    assert rows["conam_zoo"].facts["precision"] == precision_on(benchmark_device())
+    assert rows["torchvision"].facts["precision"] == rows["conam_zoo"].facts["precision"]
+    assert rows["torchvision, fp32, nchw"].facts["precision"] == "fp32"
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

@@ -128,8 +128,10 @@ def benchmark_densenet(
     if quick:
         depth, growth, batch_size, repeats = 16, 4, 2, 1
     progress(f"training steps of {model} and its contenders, {batch_size} images, {repeats} rounds")
-    steps = {name: _step(name, depth, growth, batch_size)[-1] for name in CONTENDERS}
     device = benchmark_device()
+    steps, precisions = {}, {}
+    for name in CONTENDERS:
+        _, _, precisions[name], steps[name] = _step(name, depth, growth, batch_size)
     times = time_in_turns(steps, repeats=repeats, device=device)
     progress("shares of the operators")
     shares = {name: operator_shares(step, OPERATORS, device) for name, step in steps.items()}
@@ -148,13 +150,13 @@ def benchmark_densenet(
                 threads=torch.get_num_threads(),
             )
             speed = {"images_per_second": 1000 * batch_size / row.median}
-            rows[index] = replace(row, facts={**speed, **shares[row.name], **memory})
+            facts = {"precision": precisions[row.name], **speed, **shares[row.name], **memory}
+            rows[index] = replace(row, facts=facts)
     settings = {
         "model": model,
         "batch_size": batch_size,
         "repeats": repeats,
         "device": device.type,
-        "precision": precision_on(device),
         "quick": quick,
     }
     return make_record("densenet", rows, settings=settings, command=command)
