@@ -10,11 +10,12 @@ from torch import nn
 from conam_zoo.attention import ConAM
 from conam_zoo.benchmark.rearrange import RearrangeConAM, with_rearrange
 from conam_zoo.errors import UserError
+from conam_zoo.simam import SimAM
 
 __all__ = ["ATTENTIONS", "check_choice", "make_attention", "make_net", "memory_format"]
 
-# The rearrange-based formulation, then timm's layers.
-ATTENTIONS = ("conam", "rearrange", "se", "eca", "cbam", "gc")
+# The rearrange-based formulation, then timm's layers, then the one without parameters.
+ATTENTIONS = ("conam", "rearrange", "se", "eca", "cbam", "gc", "coord", "simam")
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
 
@@ -29,6 +30,8 @@ def make_attention(name: str, channels: int, patch_size: int) -> nn.Module:
         return ConAM(channels, patch_size)
     if name == "rearrange":
         return RearrangeConAM(channels, patch_size)
+    if name == "simam":
+        return SimAM()
     attention: nn.Module = create_attn(name, channels)
     return attention
 

@@ -164,7 +164,7 @@ def cost(
     quick: Quick = False,
     json_file: Json = None,
 ) -> None:
-    """What ConAM costs in time and memory, beside the rearrange formulation and SE, ECA, CBAM and GC."""
+    """What ConAM costs in time and memory, beside the rearrange formulation and six other attentions."""
     from conam_zoo.benchmark.cost import NETS, PARTS, benchmark_cost
 
     with progress_line() as progress:
