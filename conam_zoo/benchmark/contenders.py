@@ -4,13 +4,11 @@ from collections.abc import Sequence
 
 import timm
 import torch
-from timm.layers import create_attn
 from torch import nn
 
-from conam_zoo.attention import ConAM
 from conam_zoo.benchmark.rearrange import RearrangeConAM, with_rearrange
 from conam_zoo.errors import UserError
-from conam_zoo.simam import SimAM
+from conam_zoo.models._sites import AttentionSites
 
 __all__ = ["ATTENTIONS", "check_choice", "make_attention", "make_net", "memory_format"]
 
@@ -25,14 +23,14 @@ def memory_format(layout: str) -> torch.memory_format:
 
 
 def make_attention(name: str, channels: int, patch_size: int) -> nn.Module:
-    """One attention of ``ATTENTIONS`` for maps of ``channels`` channels; ``patch_size`` is for ConAM alone."""
-    if name == "conam":
-        return ConAM(channels, patch_size)
+    """One attention of ``ATTENTIONS`` for maps of ``channels`` channels; ``patch_size`` is for ConAM alone.
+
+    It is the layer that the nets hold at such a site.
+    """
     if name == "rearrange":
         return RearrangeConAM(channels, patch_size)
-    if name == "simam":
-        return SimAM()
-    attention: nn.Module = create_attn(name, channels)
+    attention = AttentionSites(name, "stage", (patch_size,), num_stages=1).build(channels, 0, first=True)
+    assert attention is not None  # only "none" makes none
     return attention
 
 

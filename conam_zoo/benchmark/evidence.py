@@ -291,7 +291,10 @@ def _mean_and_difference(row: Comparison, digits: int) -> str:
 
 
 def _ratio(costs: Sequence[BenchmarkRecord], model: str, row: Comparison, which: str) -> str:
-    """Time of the net as a ratio to its plain twin, in layout and precision of the training; "-" if not measured."""
+    """Time of the net as a ratio to its plain twin, in layout and precision of the training; "-" if not measured.
+
+    From the first record that has it, whatever the batch.
+    """
     wanted = {"part": "net", "model": model, "layout": "channels_last", "pass": which}
     wanted["precision"] = row.facts["recipe"]["precision"]
 
