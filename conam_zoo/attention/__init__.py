@@ -14,7 +14,11 @@ What is this project's own, because the paper is silent:
 
 - Sizes that ``p`` does not divide: the patches at the right and lower edge are smaller, their mean counts only real
   pixels, and ``g`` stays the mean over all pixels. A map smaller than a patch is one patch.
-- The hidden width defaults to C, both linear layers have biases and keep PyTorch's default initialisation.
+- The hidden width defaults to C and both linear layers have biases. They start as PyTorch has them, but for the second
+  bias, which starts at one: the agreement is of degree four in the weights, so from PyTorch's start every patch gets
+  about the same confidence, and its gradient is small.
+- Weight decay pulls such weights to zero, where the gradient vanishes with their cube and all confidences are even for
+  good. So the nets exempt them from it: see ``no_weight_decay`` of the models.
 - Embedding, dot product and softmax are computed in at least float32, also under autocast and in half precision
   models, because the logits are unbounded. The patch means of a half precision map are summed in float32 too, but
   rounded once to the map's type. Patch means and embeddings are clamped to 1e17, so that the global context and the
@@ -88,6 +92,7 @@ class ConAM(nn.Module):
         self.hidden_channels = hidden_channels
         self.fc1 = nn.Linear(channels, hidden_channels, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_channels, channels, device=device, dtype=dtype)
+        nn.init.ones_(self.fc2.bias)
 
     @torch.jit.export
     def confidence(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from conam_zoo.errors import UserError
 __all__ = [
     "AugmentationSettings",
     "ImageDraws",
+    "alternating_flips",
     "crop_and_flip",
     "cut_out",
     "mix",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 # What a stream of random numbers is for. They start at 1: numpy's seeding cannot tell a missing word from a zero.
-ORDER, IMAGES, MIXING, SPLITTING = 1, 2, 3, 4
+ORDER, IMAGES, MIXING, SPLITTING, FLIPS = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class AugmentationSettings:
         cutmix: The same of CutMix. With both on, each batch gets one of them, with even chances (as timm does).
         early_size: Side in pixels of the random crops in the first ``early_epochs`` epochs; 0 for whole images.
         early_epochs: How many epochs that are.
+        alternate_flip: With ``flip``, show each image once as it is and once mirrored in any two epochs in a row, chance
+            deciding on the first (Jordan, "94% on CIFAR-10 in 3.29 Seconds", arXiv 2404.00498, 2024, section 3.6).
+        mix_share: Share of the batches that mixup or CutMix is applied to.
     """
 
     crop_padding: int = 4
@@ -50,6 +54,8 @@ class AugmentationSettings:
     cutmix: float = 0.0
     early_size: int = 0
     early_epochs: int = 0
+    alternate_flip: bool = False
+    mix_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout", "mixup", "cutmix", "early_size", "early_epochs"):
@@ -99,15 +105,21 @@ class ImageDraws:
         size: tuple[int, int],
         settings: AugmentationSettings,
         crop: tuple[int, int] | None = None,
+        mirrored: Tensor | None = None,
     ) -> "ImageDraws":
-        """Draw for ``count`` images of the size (H, W), of which crops of another size are shown if that is given."""
+        """Draw for ``count`` images of the size (H, W), of which crops of another size are shown if that is given.
+
+        ``mirrored`` (N,) says which are to be flipped if that is decided already.
+        """
 
         def integers(high: int) -> Tensor:
             return torch.from_numpy(stream.integers(high, size=count))
 
         crop = crop or size
         offsets = [2 * settings.crop_padding + whole - shown + 1 for whole, shown in zip(size, crop, strict=True)]
-        mirrored = integers(2) == 1
+        drawn = integers(2) == 1  # whether it is used or not, so that the draws behind it stay the same
+        if mirrored is None:
+            mirrored = drawn
         return cls(
             integers(offsets[0]),
             integers(offsets[1]),
@@ -122,6 +134,12 @@ class ImageDraws:
 
     def __getitem__(self, part: slice) -> "ImageDraws":
         return ImageDraws(*(tensor[part] for tensor in vars(self).values()))
+
+
+def alternating_flips(count: int, seed: int, epoch: int) -> Tensor:
+    """Which of the images of a set are mirrored in an epoch: bool (count,), the opposite of the epoch before."""
+    first = torch.from_numpy(random_stream(FLIPS, seed).integers(2, size=count)) == 1
+    return first ^ (epoch % 2 == 1)
 
 
 def crop_and_flip(

@@ -19,6 +19,7 @@ from conam_zoo.data.augmentation import (
     MIXING,
     AugmentationSettings,
     ImageDraws,
+    alternating_flips,
     check_fits,
     crop_and_flip,
     cut_out,
@@ -77,7 +78,7 @@ class Batches(Protocol):
 
         Yields:
             Images (B, 3, h, w), float32, normalised, channels_last, on the training device, smaller in early epochs if
-            that is asked for; and targets: int64 (B,), or float32 (B, classes) where mixup or CutMix is on.
+            that is asked for; and targets: int64 (B,), or float32 (B, classes) for a batch that mixup or CutMix mixed.
         """
         ...
 
@@ -120,7 +121,8 @@ class AugmentedBatches(ABC):
         order = epoch_order(self._host_labels, seed, epoch, balance=self._settings.balance)
         crop = augmentation.crop_size(epoch, self._size)
         normalize = Normalizer(self._settings.mean, self._settings.std, crop[1], self._device)
-        draws = ImageDraws.draw(random_stream(IMAGES, seed, epoch), len(order), self._size, augmentation, crop)
+        flips = alternating_flips(len(self._host_labels), seed, epoch)[order] if augmentation.alternate_flip else None
+        draws = ImageDraws.draw(random_stream(IMAGES, seed, epoch), len(order), self._size, augmentation, crop, flips)
         parts = [self._shards.part(step) for step in range(first_step, self.steps)]
         order_here, draws = order.to(self._device, non_blocking=True), draws.to(self._device)
         batches = self._windows(order, order_here, draws, parts, crop)
@@ -129,8 +131,8 @@ class AugmentedBatches(ABC):
             labels = self._labels[order_here[part]]
             if augmentation.cutout:
                 images = cut_out(images, draws[part], augmentation.cutout)
-            if augmentation.mixes:
-                stream = random_stream(MIXING, seed, epoch, step, self._settings.rank)
+            stream = random_stream(MIXING, seed, epoch, step, self._settings.rank)
+            if augmentation.mixes and (augmentation.mix_share == 1 or stream.random() < augmentation.mix_share):
                 yield mix(images, labels, len(self.classes), augmentation, stream)
             else:
                 yield images, labels

@@ -78,6 +78,15 @@ class StagedClassifier(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of all parameters of attention layers; timm's optimiser factories exempt them from weight decay.
+
+        Decay puts ConAM to sleep: its agreement is of degree four in the weights, so that near zero the gradient is
+        weaker than any decay.
+        """
+        return {name for name, _ in self.named_parameters() if "attn" in name.split(".")[:-1]}
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable

@@ -64,6 +64,8 @@ def batch_settings(
         recipe.cutmix,
         recipe.early_size,
         recipe.early_epochs,
+        recipe.alternate_flip,
+        recipe.mix_share,
     )
     size = images_per_batch(recipe, here)
     return BatchSettings(augmentation, size, recipe.seed, mean, std, here.rank, here.world_size, balance)
@@ -77,7 +79,7 @@ class Learner:
         recipe: Optimiser, schedule, loss, precision.
         batches_per_epoch: Batches of one epoch on this rank.
         param_groups: Groups of parameters as optimisers take them, with ``lr_scale`` where a group learns slower; None
-            for timm's grouping, weight decay for everything but norms and biases.
+            for timm's grouping: no weight decay for norms, biases and what the net's ``no_weight_decay`` names.
         teacher: A net to learn from, or None.
         compile: Whether to run the net through ``torch.compile``.
 

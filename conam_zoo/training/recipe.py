@@ -25,7 +25,7 @@ class Recipe:
         opt: Name of a timm optimiser; ``sgd`` is SGD with Nesterov momentum.
         lr: Peak learning rate, that of ``batch_size`` images in a step on however many devices.
         momentum: Momentum of the optimiser.
-        weight_decay: Applied to convolution and linear weights, not to norms and biases.
+        weight_decay: Applied to convolution and linear weights, not to norms, biases and attention layers.
         warmup_epochs: Epochs over which the learning rate rises linearly from a hundredth of its peak.
         min_lr: Learning rate at the end of the cosine.
         label_smoothing: Share of the target spread over all classes.
@@ -49,6 +49,9 @@ class Recipe:
         early_epochs: How many epochs that are; 0 for none.
         image_size: Side in pixels to which all images are averaged down first, for cheap comparisons; 0 for images as
             they are.
+        alternate_flip: Show each image once as it is and once mirrored in any two epochs in a row, instead of by
+            chance every time.
+        mix_share: Share of the batches that mixup or CutMix is applied to.
     """
 
     model: str
@@ -82,6 +85,8 @@ class Recipe:
     early_size: int = 0
     early_epochs: int = 0
     image_size: int = 0
+    alternate_flip: bool = False
+    mix_share: float = 1.0
 
     @property
     def cfg_overlay(self) -> dict[str, Any]:
@@ -217,6 +222,7 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
         "early_size": recipe.early_size == 0 or recipe.early_size >= 8,
         "early_epochs": 0 <= recipe.early_epochs <= recipe.epochs,
         "image_size": recipe.image_size == 0 or recipe.image_size >= 8,
+        "mix_share": 0 < recipe.mix_share <= 1,
     }
     for key, good in ranges.items():
         if not good:
@@ -225,6 +231,8 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
         raise UserError(
             f"The setting early_size is {recipe.early_size} and early_epochs {recipe.early_epochs}: set both, or none."
         )
+    if recipe.alternate_flip and not recipe.flip:
+        raise UserError("The setting alternate_flip is true, but flip is false: set flip to true as well.")
     if recipe.final_weights == "ema" and recipe.ema_decay == 0:
         raise UserError("The setting final_weights is 'ema', but ema_decay is 0: set one of them otherwise.")
     return recipe
