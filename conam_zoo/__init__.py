@@ -4,6 +4,6 @@ Importing it registers the models with timm.
 """
 
 import conam_zoo.models  # noqa: F401 (registers the models)
-from conam_zoo.attention import ConAM
+from conam_zoo.layers.conam import ConAM
 
 __all__ = ["ConAM"]

@@ -93,7 +93,7 @@ def create(task):
 
 
 def open_model(task):
-    from conam_zoo.models.lookup import open_model as run
+    from conam_zoo.models.registry import open_model as run
     return {"architecture": run(task["name"], cache_dir=task["cache_dir"]).pretrained_cfg["architecture"]}
 
 
@@ -106,7 +106,7 @@ def torch_hub(task):
 
 
 def publish(task):
-    from conam_zoo.weights.publish import publish as run
+    from conam_zoo.release.publish import publish as run
     options = task["options"]
     options["manifest_path"] = Path(options["manifest_path"])
     return {"done": [[p.name, p.hub_id, p.tag, dict(p.files), p.revision, p.changed] for p in run(**options)]}

@@ -17,9 +17,10 @@ from oracles.conam_oracle import conam
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import conam_zoo.attention
+import conam_zoo.layers.conam
 from conam_zoo import ConAM
-from conam_zoo.attention import equations, passes
+from conam_zoo.layers import conam_equations as equations
+from conam_zoo.layers import conam_fused as passes
 
 # Height, width, patch side: divided, not divided, a map smaller than a patch in one or both directions, one pixel.
 SIZES = [
@@ -146,7 +147,7 @@ def test_gradients(side: int) -> None:
 
     def both(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         output = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
-        return output, conam_zoo.attention._confidence(x, module.patch_size, *parameters)
+        return output, conam_zoo.layers.conam._confidence(x, module.patch_size, *parameters)
 
     inputs = [noise(2, 3, side, side, dtype=torch.float64), *(p.detach().clone() for p in module.parameters())]
     for tensor in inputs:
@@ -379,7 +380,7 @@ def test_prints_its_sizes() -> None:
 
 
 def test_docstring_examples() -> None:
-    results = doctest.testmod(conam_zoo.attention)
+    results = doctest.testmod(conam_zoo.layers.conam)
     assert results.attempted >= 4
     assert results.failed == 0
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from conam_zoo import ConAM
-from conam_zoo.benchmark.contenders import ATTENTIONS, make_attention, make_net
-from conam_zoo.benchmark.cost import benchmark_cost
-from conam_zoo.benchmark.cost_memory import kept_bytes
-from conam_zoo.benchmark.cost_module import SITES, attention_calls
-from conam_zoo.benchmark.fresh_process import FreshProcesses
-from conam_zoo.benchmark.memory import TrafficCounter, allocated_bytes, peak_growth_bytes
-from conam_zoo.benchmark.rearrange import RearrangeConAM
+from experiments.speed.baselines import ATTENTIONS, make_attention, make_net
+from experiments.speed.cost import benchmark_cost
+from experiments.speed.cost_memory import kept_bytes
+from experiments.speed.cost_module import SITES, attention_calls
+from experiments.speed.fresh_process import FreshProcesses
+from experiments.speed.memory import TrafficCounter, allocated_bytes, peak_growth_bytes
+from experiments.speed.rearrange import RearrangeConAM
 
 CPU = torch.device("cpu")
 KIB = 1024

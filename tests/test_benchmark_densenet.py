@@ -8,19 +8,19 @@ import timm
 import torch
 
 import conam_zoo  # noqa: F401
-from conam_zoo.benchmark import densenet
-from conam_zoo.benchmark.densenet import (
+from conam_zoo.errors import UserError
+from conam_zoo.training.precision import precision_on
+from experiments.speed import densenet
+from experiments.speed.densenet import (
     CONTENDERS,
     OPERATORS,
     benchmark_densenet,
     densenet_memory,
     torchvision_densenet,
 )
-from conam_zoo.benchmark.operator_shares import operator_shares
-from conam_zoo.benchmark.record import read_record
-from conam_zoo.benchmark.timing import benchmark_device
-from conam_zoo.errors import UserError
-from conam_zoo.training.precision import precision_on
+from experiments.speed.operator_shares import operator_shares
+from experiments.speed.record import read_record
+from experiments.speed.timing import benchmark_device
 
 
 def test_torchvision_s_net_is_our_plain_twin() -> None:

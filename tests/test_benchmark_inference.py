@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
-from conam_zoo.benchmark import inference
-from conam_zoo.benchmark.inference import MODES, ModeUnavailableError, benchmark_inference, mode_call
+from experiments.speed import inference
+from experiments.speed.inference import MODES, ModeUnavailableError, benchmark_inference, mode_call
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from conam_zoo.benchmark.record import BenchmarkRecord, Skipped, make_record, read_record, summarise
-from conam_zoo.benchmark.tables import benchmark_tables, record_tables
-from conam_zoo.benchmark.timing import time_in_turns
-from conam_zoo.documents import fill_table
 from conam_zoo.errors import UserError
+from conam_zoo.release.documents import fill_table
+from experiments.speed.record import BenchmarkRecord, Skipped, make_record, read_record, summarise
+from experiments.speed.tables import benchmark_tables, record_tables
+from experiments.speed.timing import time_in_turns
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,11 @@ import torch
 from conftest import write_arrays
 
 import conam_zoo.training.precision as precision_module
-from conam_zoo.benchmark import loops
-from conam_zoo.benchmark import train as train_benchmark
-from conam_zoo.benchmark.loops import LOOPS, LoopSettings, noise_images
 from conam_zoo.data import ImageSplit
 from conam_zoo.datasets import DATASETS
+from experiments.speed import loops
+from experiments.speed import train as train_benchmark
+from experiments.speed.loops import LOOPS, LoopSettings, noise_images
 
 CPU = torch.device("cpu")
 SETTINGS = LoopSettings(model="resnet20_conam", batch_size=8, workers=0)

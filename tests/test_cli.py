@@ -7,7 +7,7 @@ import pytest
 from conftest import write_arrays
 from PIL import Image
 
-from conam_zoo.models.lookup import model_names
+from conam_zoo.models.registry import model_names
 
 
 @pytest.fixture(scope="module")

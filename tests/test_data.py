@@ -10,7 +10,7 @@ from conftest import write_arrays
 from PIL import Image
 
 from conam_zoo.data import AugmentationSettings, normalize, read_split
-from conam_zoo.data.augmentation import IMAGES, ImageDraws, crop_and_flip, random_stream
+from conam_zoo.data.transforms import IMAGES, ImageDraws, crop_and_flip, random_stream
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 

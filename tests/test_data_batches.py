@@ -7,15 +7,15 @@ import torch
 from conam_zoo.data import (
     AugmentationSettings,
     BatchSettings,
+    DeviceLoader,
     ImageSplit,
     LoaderBatches,
-    ResidentBatches,
-    choose_batches,
+    create_loader,
     normalize,
 )
-from conam_zoo.data.augmentation import MIXING, mix, random_stream
-from conam_zoo.data.order import Shards, epoch_order
+from conam_zoo.data.sampler import Shards, epoch_order
 from conam_zoo.data.sources import source_of_split
+from conam_zoo.data.transforms import MIXING, mix, random_stream
 from conam_zoo.errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -35,8 +35,8 @@ def how(augmentation: AugmentationSettings = PLAIN, batch_size: int = 8, seed: i
     return BatchSettings(augmentation, batch_size, seed, MEAN, STD, **more)
 
 
-def batches(split: ImageSplit, *settings, **more) -> ResidentBatches:
-    return ResidentBatches(split, how(*settings, **more))
+def batches(split: ImageSplit, *settings, **more) -> DeviceLoader:
+    return DeviceLoader(split, how(*settings, **more))
 
 
 def numbers_of(images: torch.Tensor) -> list[int]:
@@ -247,10 +247,10 @@ def test_settings_that_do_not_fit_are_refused(settings: dict, sentence: str) -> 
 
 def test_the_path_is_chosen_by_size_and_said_in_a_line() -> None:
     split = numbered(16)
-    made, line = choose_batches(source_of_split(split), 8, how(batch_size=4), free=10**9, workers=0)
+    made, line = create_loader(source_of_split(split), 8, how(batch_size=4), free=10**9, workers=0)
     assert isinstance(made, LoaderBatches)
     assert "read by a loader" in line
-    made, line = choose_batches(split, 8, how(batch_size=4), free=1)
-    assert isinstance(made, ResidentBatches)  # it is in this memory already
+    made, line = create_loader(split, 8, how(batch_size=4), free=1)
+    assert isinstance(made, DeviceLoader)  # it is in this memory already
     assert "stays on the cpu as uint8 (0.0 MB of images" in line
     assert "\n" not in line

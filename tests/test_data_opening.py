@@ -14,7 +14,7 @@ from conftest import write_arrays
 from PIL import Image
 
 from conam_zoo.data import ImageSplit, open_images, pixel_statistics, read_split
-from conam_zoo.data.opening import find_sources, stratified_split
+from conam_zoo.data.load import find_sources, stratified_split
 from conam_zoo.errors import UserError
 
 

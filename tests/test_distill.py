@@ -12,13 +12,13 @@ import torch
 from conftest import write_arrays
 
 from conam_zoo.errors import UserError
+from conam_zoo.models.export import export_model
 from conam_zoo.training.distill import distill
-from conam_zoo.training.export import export_model
-from conam_zoo.training.learner import Learner
-from conam_zoo.training.ranks import ranks
+from conam_zoo.training.distillation import Renormalized, distillation_loss, open_teacher
+from conam_zoo.training.distributed import ranks
 from conam_zoo.training.recipe import Recipe, load_recipe
-from conam_zoo.training.teacher import Renormalized, distillation_loss, open_teacher
 from conam_zoo.training.train import assemble, train
+from conam_zoo.training.train_state import TrainState
 
 SETTINGS = ["epochs=1", "warmup_epochs=0", "batch_size=16", "precision=fp32"]
 
@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_its_definition() -> None:
 def test_a_step_weighs_labels_and_teacher(weight: float, recipe: Recipe, data: Path) -> None:
     recipe = replace(recipe, distill_weight=weight, distill_temperature=2.0)
     parts = assemble(recipe, data, ranks())
-    learner = Learner(parts.model, recipe, parts.batches.steps, teacher=parts.teacher)
+    learner = TrainState(parts.model, recipe, parts.batches.steps, teacher=parts.teacher)
     images, labels = next(parts.batches.epoch(0))
     learner.train()
     loss, _ = learner.accumulate([(images, labels)], len(labels))
@@ -97,7 +97,7 @@ def test_the_teacher_is_named_in_the_record_and_stays_as_it_was(
 def test_a_teacher_is_in_evaluation_mode_and_without_gradients(recipe: Recipe, data: Path) -> None:
     parts = assemble(recipe, data, ranks())
     before = {name: tensor.clone() for name, tensor in parts.teacher.state_dict().items()}
-    learner = Learner(parts.model, recipe, parts.batches.steps, teacher=parts.teacher)
+    learner = TrainState(parts.model, recipe, parts.batches.steps, teacher=parts.teacher)
     learner.train()
     learner.accumulate([next(parts.batches.epoch(0))], 16)
     assert not any(module.training for module in parts.teacher.modules())

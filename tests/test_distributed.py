@@ -21,16 +21,16 @@ import torch
 from safetensors.torch import load_file
 
 import conam_zoo.training.evaluate as evaluate_module
-import conam_zoo.training.learner as learner_module
-from conam_zoo.models.lookup import open_model
+import conam_zoo.training.train_state as learner_module
+from conam_zoo.models.registry import open_model
 from conam_zoo.training.checkpoint import CHECKPOINT, load_checkpoint
+from conam_zoo.training.distributed import ranks
 from conam_zoo.training.engine import predict_logits
 from conam_zoo.training.evaluate import evaluate
-from conam_zoo.training.learner import Learner
-from conam_zoo.training.ranks import ranks
 from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.stopping import TrainingStopped
 from conam_zoo.training.train import train
+from conam_zoo.training.train_state import TrainState
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -88,13 +88,13 @@ def test_two_ranks_see_every_image_once_and_measure_what_one_process_measures(
     monkeypatch.setattr(evaluate_module, "predict_logits", partial(predict_logits, batch_size=3))
 
     def work() -> None:
-        accumulate, seen = Learner.accumulate, []
+        accumulate, seen = TrainState.accumulate, []
 
         def recording(self, group, images):
             seen.append([value for inputs, _ in group for value in inputs.double().sum((1, 2, 3)).tolist()])
             return accumulate(self, group, images)
 
-        learner_module.Learner.accumulate = recording
+        learner_module.TrainState.accumulate = recording
         train(recipe, data, tmp_path / "run")
         (tmp_path / f"seen{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
@@ -142,7 +142,7 @@ def test_two_ranks_stop_together_and_resume_to_the_same_weights(recipe: Recipe, 
     recipe = replace(recipe, model_args={"drop_rate": 0.2}, mixup=0.2, grad_accumulation=2)
 
     def stopped() -> None:
-        accumulate, calls = Learner.accumulate, []
+        accumulate, calls = TrainState.accumulate, []
 
         def asks_one_rank_to_stop(self, *args):
             calls.append(1)
@@ -150,7 +150,7 @@ def test_two_ranks_stop_together_and_resume_to_the_same_weights(recipe: Recipe, 
                 os.kill(os.getpid(), signal.SIGTERM)
             return accumulate(self, *args)
 
-        learner_module.Learner.accumulate = asks_one_rank_to_stop
+        learner_module.TrainState.accumulate = asks_one_rank_to_stop
         with pytest.raises(TrainingStopped, match="SIGTERM stopped the training in epoch 2 after step 2"):
             train(recipe, data, tmp_path / "cut")
 
@@ -166,14 +166,14 @@ def test_two_ranks_stop_together_and_resume_to_the_same_weights(recipe: Recipe, 
 
 def test_what_is_wrong_on_one_rank_ends_both_with_a_sentence(recipe: Recipe, data: Path, tmp_path: Path) -> None:
     def diverges() -> None:
-        accumulate, calls = Learner.accumulate, []
+        accumulate, calls = TrainState.accumulate, []
 
         def once(self, *args):
             calls.append(1)
             loss, hits = accumulate(self, *args)
             return (loss * float("nan") if len(calls) == 2 and ranks().rank == 1 else loss), hits
 
-        learner_module.Learner.accumulate = once
+        learner_module.TrainState.accumulate = once
         train(recipe, data, tmp_path / "run")
 
     outcomes = fork_ranks(diverges, tmp_path)
@@ -233,14 +233,14 @@ def test_a_rank_that_is_killed_ends_all_with_a_sentence(data: Path, tmp_path: Pa
     (tmp_path / "dies.py").write_text(
         "import os, signal\n"
         "from conam_zoo import cli\n"
-        "from conam_zoo.training.learner import Learner\n"
-        "accumulate, calls = Learner.accumulate, []\n"
+        "from conam_zoo.training.train_state import TrainState\n"
+        "accumulate, calls = TrainState.accumulate, []\n"
         "def dies(self, *args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3 and os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return accumulate(self, *args)\n"
-        "Learner.accumulate = dies\n"
+        "TrainState.accumulate = dies\n"
         "cli.main()\n"
     )
     arguments = [

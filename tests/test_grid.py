@@ -12,9 +12,15 @@ import timm
 import torch
 from PIL import Image
 
-import conam_zoo.benchmark.grid as grid_module
-from conam_zoo.benchmark.ablation_axes import AXES, settings_of
-from conam_zoo.benchmark.evidence import (
+import experiments.accuracy.grid as grid_module
+from conam_zoo.errors import UserError
+from conam_zoo.release.documents import fill_table
+from conam_zoo.training.checkpoint import has_checkpoint
+from conam_zoo.training.engine import NonFiniteLossError
+from conam_zoo.training.recipe import load_recipe
+from conam_zoo.training.train import train
+from experiments.accuracy.ablation_axes import AXES, settings_of
+from experiments.accuracy.compare import (
     LAYERS,
     ablation_cells,
     ablation_panels,
@@ -24,16 +30,10 @@ from conam_zoo.benchmark.evidence import (
     attention_table,
     evidence_tables,
 )
-from conam_zoo.benchmark.evidence_plot import _draw
-from conam_zoo.benchmark.grid import Cell, Grid, grid_recipe, read_grid, run_grid
-from conam_zoo.benchmark.paired import compare, t_quantile
-from conam_zoo.benchmark.record import BenchmarkRecord, Row
-from conam_zoo.documents import fill_table
-from conam_zoo.errors import UserError
-from conam_zoo.training.checkpoint import has_checkpoint
-from conam_zoo.training.engine import NonFiniteLossError
-from conam_zoo.training.recipe import load_recipe
-from conam_zoo.training.train import train
+from experiments.accuracy.compare_plot import _draw
+from experiments.accuracy.grid import Cell, Grid, grid_recipe, read_grid, run_grid
+from experiments.accuracy.statistics import compare, t_quantile
+from experiments.speed.record import BenchmarkRecord, Row
 
 Conam = Callable[..., tuple[int, str, str]]
 TINY = ["epochs=1", "warmup_epochs=0", "batch_size=32", "precision=fp32"]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conam_zoo.analysis.predict import percent
+from conam_zoo.data.images import decode_image, read_image, resize_image
 from conam_zoo.errors import UserError
-from conam_zoo.images import decode_image, read_image, resize_image
+from conam_zoo.visualize.predict import percent
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "HSV", "YCbCr"])

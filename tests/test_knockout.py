@@ -8,10 +8,10 @@ import timm
 import torch
 
 import conam_zoo
-from conam_zoo.benchmark.knockout import CHANGES, EVERY_SITE, knocked_out, knockout_table, measure_knockout
 from conam_zoo.data import ImageSplit
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
+from experiments.accuracy.knockout import CHANGES, EVERY_SITE, knocked_out, knockout_table, measure_knockout
 
 NAME = "resnet20_conam.cifar10"
 

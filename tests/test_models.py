@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from conam_zoo import ConAM
-from conam_zoo.training.export import export_model
+from conam_zoo.models.export import export_model
 from conam_zoo.weights import WeightsError
 
 NAMES = timm.list_models("*_conam")
@@ -573,7 +573,7 @@ def test_names_are_free_in_timm(fresh_process: dict[str, Any]) -> None:
 
 
 def test_import_brings_neither_training_nor_analysis(fresh_process: dict[str, Any]) -> None:
-    unwanted = ("conam_zoo.training", "conam_zoo.analysis", "conam_zoo.cli", "matplotlib")
+    unwanted = ("conam_zoo.training", "conam_zoo.visualize", "conam_zoo.cli", "matplotlib")
     assert [name for name in fresh_process["modules"] if name.startswith(unwanted)] == []
     assert "conam_zoo.models.conam_resnet" in fresh_process["modules"]
 

@@ -10,12 +10,12 @@ import timm
 import torch
 from conftest import CHECKOUT
 
-import conam_zoo.training.pack as pack_module
-from conam_zoo.documents import generated_files
+import conam_zoo.release.pack as pack_module
 from conam_zoo.errors import UserError
-from conam_zoo.models.lookup import open_model
+from conam_zoo.models.registry import open_model
+from conam_zoo.release.documents import generated_files
+from conam_zoo.release.pack import pack
 from conam_zoo.training.evaluate import evaluate
-from conam_zoo.training.pack import pack
 from conam_zoo.training.recipe import load_recipe
 from conam_zoo.training.train import train
 from conam_zoo.weights import load_manifest, read_verified
@@ -130,7 +130,7 @@ def test_weights_that_half_precision_would_spoil_stay_float32(
         model.bn1.weight.mul_(1e-9)
         model.bn1.bias.mul_(1e-9)
         model.layer1[0].conv1.weight.mul_(1e9)
-    from conam_zoo.training.export import export_model
+    from conam_zoo.models.export import export_model
 
     export_model(model, run / "final", tag=None)
     assert pack(run, small_data, empty_checkout).dtype == "float32"

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from conam_zoo.weights.patience import call_patiently
+from conam_zoo.weights.patience import call_with_timeout
 
 
 def test_results_and_errors_come_through() -> None:
-    assert call_patiently(lambda alive: 3, 5) == 3
+    assert call_with_timeout(lambda alive: 3, 5) == 3
     with pytest.raises(ZeroDivisionError):
-        call_patiently(lambda alive: 1 // 0, 5)
+        call_with_timeout(lambda alive: 1 // 0, 5)
 
 
 def test_a_slow_call_that_shows_life_is_waited_for() -> None:
@@ -22,7 +22,7 @@ def test_a_slow_call_that_shows_life_is_waited_for() -> None:
             alive()
         return "done"
 
-    assert call_patiently(slow, 0.5) == "done"
+    assert call_with_timeout(slow, 0.5) == "done"
 
 
 def test_a_quiet_call_is_given_up_and_ends_at_its_next_sign_of_life() -> None:
@@ -37,7 +37,7 @@ def test_a_quiet_call_is_given_up_and_ends_at_its_next_sign_of_life() -> None:
 
     start = time.monotonic()
     with pytest.raises(TimeoutError, match="no answer within"):
-        call_patiently(quiet, 0.2)
+        call_with_timeout(quiet, 0.2)
     assert time.monotonic() - start < 5
     go_on.set()
     assert ended.wait(5)

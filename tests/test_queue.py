@@ -15,7 +15,7 @@ import pytest
 from conam_zoo.errors import UserError
 from conam_zoo.training.queue import Job, plan_queue, run_queue
 from conam_zoo.training.recipe import list_recipes, load_recipe
-from conam_zoo.training.seeds import add_seed, read_seeds, seed_table
+from experiments.accuracy.seeds import add_seed, read_seeds, seed_table
 
 NAME = "resnet20_conam.cifar10"
 

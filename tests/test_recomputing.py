@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import conam_zoo.attention.recomputing
-from conam_zoo.attention import ConAM
-from conam_zoo.attention.recomputing import recompute_rescaled
-from conam_zoo.benchmark.contenders import make_net
-from conam_zoo.benchmark.cost_memory import kept_bytes, step_peak_bytes
-from conam_zoo.benchmark.memory import allocated_bytes
+import conam_zoo.layers.conam_recompute
+from conam_zoo.layers.conam import ConAM
+from conam_zoo.layers.conam_recompute import recompute_rescaled
 from conam_zoo.models import conam_densenet, conam_resnet, conam_wide_resnet
 from conam_zoo.models.conam_densenet import ConAMDenseNet
 from conam_zoo.models.conam_resnet import ConAMResNet
 from conam_zoo.models.conam_wide_resnet import ConAMWideResNet
+from experiments.speed.baselines import make_net
+from experiments.speed.cost_memory import kept_bytes, step_peak_bytes
+from experiments.speed.memory import allocated_bytes
 
 CPU = torch.device("cpu")
 NETS = {
@@ -160,6 +160,6 @@ def test_the_compiled_net_agrees() -> None:
 
 
 def test_the_example_of_the_docstring() -> None:
-    results = doctest.testmod(conam_zoo.attention.recomputing)
+    results = doctest.testmod(conam_zoo.layers.conam_recompute)
     assert results.failed == 0
     assert results.attempted > 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conam_zoo.analysis.report import Report, build_report, write_report
+from conam_zoo.finetuning.report import Report, build_report, write_report
 
 CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu")
 

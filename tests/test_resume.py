@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 import conam_zoo.training.checkpoint as checkpoint_module
 from conam_zoo.errors import UserError
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, load_checkpoint, save_checkpoint
-from conam_zoo.training.learner import Learner
 from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.stopping import TrainingStopped
 from conam_zoo.training.train import train
+from conam_zoo.training.train_state import TrainState
 
 EPOCHS, STEPS, KILLS = 3, 6, 10
 
@@ -51,7 +51,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], o
     """Have something done in the middle of the n-th step of this process."""
 
     def arrange(steps: int, happens: Callable[[], object]) -> None:
-        accumulate, calls = Learner.accumulate, []
+        accumulate, calls = TrainState.accumulate, []
 
         def counted(self, *args):
             calls.append(1)
@@ -59,7 +59,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], o
                 happens()
             return accumulate(self, *args)
 
-        monkeypatch.setattr(Learner, "accumulate", counted)
+        monkeypatch.setattr(TrainState, "accumulate", counted)
 
     return arrange
 
@@ -232,7 +232,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe,
     write_arrays(root / "data" / "cifar10", DATASETS["cifar10"].classes, {"train": 44, "test": 20})
     recipe = load_recipe("resnet20_conam.cifar10", ["epochs=1", "warmup_epochs=0", "batch_size=8"])
     whole = train(recipe, root / "data", root / "whole")
-    accumulate, calls = Learner.accumulate, []
+    accumulate, calls = TrainState.accumulate, []
 
     def stops_itself(self, *args):
         calls.append(1)
@@ -241,7 +241,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe,
         return accumulate(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "accumulate", stops_itself)
+        patch.setattr(TrainState, "accumulate", stops_itself)
         with pytest.raises(TrainingStopped):
             train(recipe, root / "data", root / "run", checkpoint_minutes=0)
     return root, recipe, whole["sha256"]

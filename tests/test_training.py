@@ -18,17 +18,17 @@ import conam_zoo.training.fit as fit_module
 import conam_zoo.training.precision as precision_module
 from conam_zoo.data import ImageSplit
 from conam_zoo.errors import UserError
-from conam_zoo.models.lookup import count_params_and_macs
+from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
+from conam_zoo.training.distributed import ranks
+from conam_zoo.training.dry_run import plan
 from conam_zoo.training.engine import NonFiniteLossError, score
 from conam_zoo.training.fit import fit
-from conam_zoo.training.learner import Learner
 from conam_zoo.training.moving_average import MovingAverage
-from conam_zoo.training.plan import plan
 from conam_zoo.training.precision import precision_on
-from conam_zoo.training.ranks import ranks
 from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict
 from conam_zoo.training.train import assemble, train
+from conam_zoo.training.train_state import TrainState
 
 TINY = ["epochs=2", "warmup_epochs=0.5", "batch_size=32", "lr=0.05", "ema_decay=0.5", "precision=fp32"]
 
@@ -165,7 +165,7 @@ def test_bf16_is_for_devices_that_multiply_in_it(
     asked = replace(recipe, precision="bf16", epochs=1, warmup_epochs=0.0)
     assert plan(asked, small_data, tmp_path / "run").device.endswith("bf16" if supported else "fp32")
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
-    learner = Learner(timm.create_model("resnet20_conam"), asked, 1)
+    learner = TrainState(timm.create_model("resnet20_conam"), asked, 1)
     learner.accumulate([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))], 2)
     assert set(seen) == {supported}
     monkeypatch.undo()
@@ -194,14 +194,14 @@ def test_a_non_finite_loss_names_its_step_however_late_it_is_looked_at(
 ) -> None:
     """On a GPU the losses are looked at every 20 steps; here the CPU does so, too."""
     monkeypatch.setattr(engine_module, "steps_between_checks", lambda device: every)
-    accumulate, calls = Learner.accumulate, []
+    accumulate, calls = TrainState.accumulate, []
 
     def fails_at_the_eighth_step(self, *args):
         calls.append(1)
         loss, hits = accumulate(self, *args)
         return (loss * float("inf") if len(calls) == 8 else loss), hits
 
-    monkeypatch.setattr(Learner, "accumulate", fails_at_the_eighth_step)
+    monkeypatch.setattr(TrainState, "accumulate", fails_at_the_eighth_step)
     with pytest.raises(NonFiniteLossError, match=r"The loss is inf in epoch 2, step 3 of 5, at learning rate 0.0\d+:"):
         train(recipe, small_data, tmp_path / "run", checkpoint_minutes=0)
     facts = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["facts"]
@@ -337,7 +337,7 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(recipe: Recipe, sm
         changed = replace(recipe, grad_accumulation=accumulation, opt="sgd")
         parts = assemble(changed, small_data, ranks())
         parts.model.requires_grad_(True).eval()
-        learner = Learner(parts.model, changed, parts.batches.steps)
+        learner = TrainState(parts.model, changed, parts.batches.steps)
         learner._frozen = list(parts.model.modules())
         learner.train()
         stream = parts.batches.epoch(0)
@@ -351,7 +351,7 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(recipe: Recipe, sm
 
 def test_a_long_gradient_is_clipped(recipe: Recipe, small_data: Path) -> None:
     parts = assemble(replace(recipe, clip_grad=1e-3), small_data, ranks())
-    learner = Learner(parts.model, replace(recipe, clip_grad=1e-3), parts.batches.steps)
+    learner = TrainState(parts.model, replace(recipe, clip_grad=1e-3), parts.batches.steps)
     learner.train()
     batch = next(parts.batches.epoch(0))
     learner.accumulate([batch], len(batch[1]))
@@ -383,7 +383,7 @@ def test_a_fused_optimiser_does_what_the_plain_one_does(opt: str, recipe: Recipe
         changed = replace(recipe, opt=opt, lr=1e-3, warmup_epochs=0.0)
         parts = assemble(changed, small_data, ranks())
         model = parts.model.to(memory_format=torch.channels_last if fused else torch.contiguous_format)
-        learner = Learner(model, changed, parts.batches.steps)
+        learner = TrainState(model, changed, parts.batches.steps)
         if not fused:
             learner.optimizer = create_optimizer_v2(
                 model, opt=opt, lr=1e-3, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=False

@@ -37,10 +37,12 @@ from conam_zoo.weights import (
     client,
     dump_manifest,
     find_verified,
-    hub,
     read_safetensors,
     read_verified,
     verified_file,
+)
+from conam_zoo.weights import (
+    resolve as hub,
 )
 
 pytestmark = pytest.mark.enable_socket  # pytest-socket's mark: the loopback server needs one

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.datasets import DATASETS
-from conam_zoo.documents import generated_files
-from conam_zoo.models.lookup import count_params_and_macs
+from conam_zoo.models.registry import count_params_and_macs
+from conam_zoo.release.documents import generated_files
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.recipe import load_recipe
 from conam_zoo.weights import WeightsError, check_copies, load_manifest

@@ -4,14 +4,14 @@
 import logging
 import sys
 
+import typer
+
 from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
     zoo,
     predicting,
     explaining,
     training,
     finetuning,
-    benchmarking,
-    evidence,
     publishing,
     queueing,
 )
@@ -19,11 +19,16 @@ from conam_zoo.cli._heap import keep_freed_memory
 from conam_zoo.cli._shared import app
 from conam_zoo.errors import UserError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run_app"]
 
 
 def main() -> None:
-    """Run the command; bad input ends in one sentence and exit code 2."""
+    """Run the ``conam`` command."""
+    run_app(app, "conam")
+
+
+def run_app(app: typer.Typer, name: str) -> None:
+    """Run a command; bad input ends in one sentence and exit code 2."""
     from conam_zoo.training.engine import NonFiniteLossError
     from conam_zoo.training.stopping import TrainingStopped
     from conam_zoo.weights import ManifestError, WeightsError
@@ -31,7 +36,7 @@ def main() -> None:
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="conam: %(message)s")
     try:
-        app(prog_name="conam")
+        app(prog_name=name)
     except (UserError, WeightsError, ManifestError, NonFiniteLossError) as error:
         sys.stderr.write(f"conam: {error}\n")
         sys.exit(2)

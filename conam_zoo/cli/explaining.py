@@ -28,12 +28,12 @@ def explain(
 
     The least confident patch is blurred too, for comparison.
     """
-    from conam_zoo.analysis.explain import explain as run
-    from conam_zoo.analysis.explain import pictures_in
-    from conam_zoo.analysis.explain_sheet import draw_explanations
-    from conam_zoo.analysis.predict import percent
-    from conam_zoo.analysis.sheet import check_png
-    from conam_zoo.models.lookup import open_model
+    from conam_zoo.models.registry import open_model
+    from conam_zoo.visualize.explain import explain as run
+    from conam_zoo.visualize.explain import pictures_in
+    from conam_zoo.visualize.explain_plots import draw_explanations
+    from conam_zoo.visualize.predict import percent
+    from conam_zoo.visualize.sheet import check_png
 
     check_png(output)
     folder = images[0].is_dir()

@@ -57,8 +57,8 @@ def finetune(
     ] = None,
 ) -> None:
     """Fine-tune a net on your own pictures, and write a report with accuracy, classes, and mistakes."""
-    from conam_zoo.finetuning import finetune as run
-    from conam_zoo.training.ranks import process_group
+    from conam_zoo.finetuning.run import finetune as run
+    from conam_zoo.training.distributed import process_group
 
     with process_group():
         run(

@@ -20,13 +20,13 @@ def predict(
     json_file: Json = None,
 ) -> None:
     """Classify pictures: the five most probable classes of each."""
-    from conam_zoo.analysis.predict import percent
-    from conam_zoo.analysis.predict import predict as run
-    from conam_zoo.models.lookup import open_model
+    from conam_zoo.models.registry import open_model
+    from conam_zoo.visualize.predict import percent
+    from conam_zoo.visualize.predict import predict as run
 
     predictions = run(open_model(model), images)
     if output is not None:
-        from conam_zoo.analysis.sheet import draw_sheet
+        from conam_zoo.visualize.sheet import draw_sheet
 
         draw_sheet(predictions, output, title=model)
     rows = [

@@ -18,8 +18,8 @@ def pack(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
 ) -> None:
     """Turn a run into weights/NAME.TAG of the checkout and an entry of the manifest."""
-    from conam_zoo.analysis.card_picture import draw_card_picture
-    from conam_zoo.training.pack import pack as run_pack
+    from conam_zoo.release.pack import pack as run_pack
+    from conam_zoo.visualize.card_picture import draw_card_picture
     from conam_zoo.weights import find_checkout
 
     entry = run_pack(run, data)
@@ -42,9 +42,9 @@ def publish(
     """Upload weights to the Hugging Face Hub, read them back, and pin their commits in the manifest."""
     import tomllib
 
-    from conam_zoo.training.card import model_card
+    from conam_zoo.release.card import model_card
+    from conam_zoo.release.publish import publish as run_publish
     from conam_zoo.weights import find_checkout, load_manifest
-    from conam_zoo.weights.publish import publish as run_publish
 
     checkout = find_checkout()
     if checkout is None:
@@ -72,7 +72,7 @@ def publish(
 @app.command(rich_help_panel="For those who publish")
 def tables() -> None:
     """Rewrite the README's result table and the model cards from the manifest."""
-    from conam_zoo.documents import rewrite_tables
+    from conam_zoo.release.documents import rewrite_tables
 
     changed = rewrite_tables()
     console().print("\n".join(f"written: {path}" for path in changed) or "All tables are up to date.", highlight=False)

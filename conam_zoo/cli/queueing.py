@@ -45,8 +45,8 @@ def queue(
     weights of the recipe's own seed are packed; the results of all seeds go to benchmarks/seeds.json.
     """
     from conam_zoo.training.queue import plan_queue, run_queue
-    from conam_zoo.training.seeds import add_seed
     from conam_zoo.weights import find_checkout, load_manifest
+    from experiments.accuracy.seeds import add_seed
 
     if not data:
         raise UserError("The queue has no data: pass --data, a folder that holds cifar10/ and cifar100/.")

@@ -87,7 +87,7 @@ def _train(
 
     recipe = load_recipe(name, settings)
     if dry_run:
-        from conam_zoo.training.plan import plan
+        from conam_zoo.training.dry_run import plan
 
         facts = asdict(plan(recipe, data, output, resume=resume, compile=compile))
         table = Table(box=None, show_header=False)
@@ -141,7 +141,7 @@ def evaluate(
     import torch
 
     from conam_zoo.datasets import DATASETS
-    from conam_zoo.models.lookup import open_model
+    from conam_zoo.models.registry import open_model
     from conam_zoo.training.evaluate import evaluate as run
     from conam_zoo.weights import load_manifest
 

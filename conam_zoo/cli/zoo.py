@@ -24,7 +24,7 @@ def list_command(
     from fnmatch import fnmatch
 
     from conam_zoo.datasets import DATASETS
-    from conam_zoo.models.lookup import count_params_and_macs, model_names
+    from conam_zoo.models.registry import count_params_and_macs, model_names
     from conam_zoo.weights import load_manifest
 
     entries = load_manifest().entries
@@ -58,9 +58,9 @@ def info(
     """Show what a model is: size, input, where its attention stands, and its weights."""
     from timm.models import split_model_name_tag
 
-    from conam_zoo.attention import ConAM
-    from conam_zoo.attention_variants import ConfidenceAttentionVariant
-    from conam_zoo.models.lookup import count_params_and_macs, open_model
+    from conam_zoo.layers.conam import ConAM
+    from conam_zoo.layers.conam_variant import ConfidenceAttentionVariant
+    from conam_zoo.models.registry import count_params_and_macs, open_model
     from conam_zoo.weights import load_manifest
 
     net = open_model(model, pretrained=False, **({} if ":" in model else {"device": "meta"}))
@@ -113,7 +113,7 @@ def verify(
     json_file: Json = None,
 ) -> None:
     """Check every local copy of the weights against the manifest; exit code 1 if one is wrong or none is good."""
-    from conam_zoo.models.lookup import check_model_name
+    from conam_zoo.models.registry import check_model_name
     from conam_zoo.weights import check_copies, load_manifest
 
     manifest = load_manifest()

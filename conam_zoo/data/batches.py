@@ -14,7 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from conam_zoo.data.augmentation import (
+from conam_zoo.data.dataset import ImageSplit
+from conam_zoo.data.normalization import Normalizer
+from conam_zoo.data.sampler import Shards, epoch_order
+from conam_zoo.data.transforms import (
     IMAGES,
     MIXING,
     AugmentationSettings,
@@ -26,11 +29,8 @@ from conam_zoo.data.augmentation import (
     mix,
     random_stream,
 )
-from conam_zoo.data.normalization import Normalizer
-from conam_zoo.data.order import Shards, epoch_order
-from conam_zoo.data.split import ImageSplit
 
-__all__ = ["AugmentationSettings", "AugmentedBatches", "BatchSettings", "Batches", "ResidentBatches"]
+__all__ = ["AugmentationSettings", "AugmentedBatches", "BatchSettings", "Batches", "DeviceLoader"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class AugmentedBatches(ABC):
         """The cropped and flipped uint8 images (B, h, w, 3) of every part of the order, on the device."""
 
 
-class ResidentBatches(AugmentedBatches):
+class DeviceLoader(AugmentedBatches):
     """Batches of a split that lies on the training device as a whole, as uint8.
 
     Args:

@@ -2,13 +2,13 @@
 
 import torch
 
-from conam_zoo.data.batches import AugmentedBatches, BatchSettings, ResidentBatches
+from conam_zoo.data.batches import AugmentedBatches, BatchSettings, DeviceLoader
+from conam_zoo.data.dataset import ImageSplit
 from conam_zoo.data.loader import LoaderBatches
 from conam_zoo.data.memory import free_bytes
-from conam_zoo.data.sources import ImageSource, source_of_split
-from conam_zoo.data.split import ImageSplit
+from conam_zoo.data.sources import LazyImages, source_of_split
 
-__all__ = ["SHARE_OF_MEMORY", "choose_batches", "fits"]
+__all__ = ["SHARE_OF_MEMORY", "create_loader", "fits"]
 
 SHARE_OF_MEMORY = 0.5  # of what is free: the rest is for the training
 
@@ -26,8 +26,8 @@ def fits(count: int, size: int, device: torch.device | str, *, free: int | None 
     return 3 * count * size * size <= SHARE_OF_MEMORY * available
 
 
-def choose_batches(
-    train: ImageSplit | ImageSource,
+def create_loader(
+    train: ImageSplit | LazyImages,
     size: int,
     settings: BatchSettings,
     *,
@@ -55,7 +55,7 @@ def choose_batches(
     )
     need = f"{3 * len(train) * size * size / 1e6:,.1f} MB of images, {free / 1e6:,.0f} MB free on {device.type}"
     if held and isinstance(train, ImageSplit):
-        batches = ResidentBatches(train.to(device), settings)
+        batches = DeviceLoader(train.to(device), settings)
         return batches, f"The whole training set stays on the {device.type} as uint8 ({need})."
     source = source_of_split(train) if isinstance(train, ImageSplit) else train
     if isinstance(train, ImageSplit):

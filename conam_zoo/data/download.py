@@ -2,7 +2,7 @@
 
 import torch
 
-from conam_zoo.data.split import ImageSplit
+from conam_zoo.data.dataset import ImageSplit
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 

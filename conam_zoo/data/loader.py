@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from conam_zoo.data.augmentation import ImageDraws
 from conam_zoo.data.batches import AugmentedBatches, BatchSettings
-from conam_zoo.data.sources import ImageSource
+from conam_zoo.data.sources import LazyImages
+from conam_zoo.data.transforms import ImageDraws
 
 __all__ = ["LoaderBatches"]
 
@@ -19,7 +19,7 @@ MAX_WORKERS = 16
 class _Pixels(Dataset[Tensor]):
     """The images of a source at one size, for ``DataLoader``."""
 
-    def __init__(self, source: ImageSource, size: int) -> None:
+    def __init__(self, source: LazyImages, size: int) -> None:
         self.source, self.size = source, size
 
     def __len__(self) -> int:
@@ -30,7 +30,7 @@ class _Pixels(Dataset[Tensor]):
 
 
 class LoaderBatches(AugmentedBatches):
-    """The batches that ``ResidentBatches`` would give, bit for bit, with images read from their source every epoch.
+    """The batches that ``DeviceLoader`` would give, bit for bit, with images read from their source every epoch.
 
     The workers decode and resize, nothing else, so nothing is random in them. What is augmented is augmented on the
     training device, as a whole batch.
@@ -48,7 +48,7 @@ class LoaderBatches(AugmentedBatches):
 
     def __init__(
         self,
-        source: ImageSource,
+        source: LazyImages,
         size: int,
         settings: BatchSettings,
         *,

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from conam_zoo.data.dataset import ImageSplit
 from conam_zoo.data.download import read_download
-from conam_zoo.data.opening import find_sources
+from conam_zoo.data.load import find_sources
 from conam_zoo.data.sources import read_source
-from conam_zoo.data.split import ImageSplit
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 

@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from conam_zoo.data.split import ImageSplit
+from conam_zoo.data.dataset import ImageSplit
+from conam_zoo.data.images import resize_image
 from conam_zoo.errors import UserError
-from conam_zoo.images import resize_image
 
-__all__ = ["ImageSource", "Unreadable", "find_unreadable", "median_side", "read_source", "source_of_split"]
+__all__ = ["LazyImages", "Unreadable", "find_unreadable", "median_side", "read_source", "source_of_split"]
 
 PEEKED = 200  # images that are looked at to learn the usual size
 
 
 @dataclass(frozen=True)
-class ImageSource:
+class LazyImages:
     """Images that are read one by one.
 
     Attributes:
@@ -46,7 +46,7 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def select(self, indices: np.ndarray) -> "ImageSource":
+    def select(self, indices: np.ndarray) -> "LazyImages":
         """Some of the images, in the order of ``indices``."""
         names = [self.names[index] for index in indices]
         return replace(self, labels=self.labels[indices], names=names, members=self.members[indices])
@@ -69,10 +69,10 @@ class Unreadable:
     reason: str
 
 
-def source_of_split(split: ImageSplit) -> ImageSource:
+def source_of_split(split: ImageSplit) -> LazyImages:
     """A split in memory as a source."""
     pixels = split.images.cpu().numpy()
-    return ImageSource(
+    return LazyImages(
         labels=split.labels.cpu().numpy(),
         classes=split.classes,
         source=split.source,
@@ -86,7 +86,7 @@ def _picture(pixels: np.ndarray, index: int) -> Image.Image:
     return Image.fromarray(pixels[index])
 
 
-def median_side(source: ImageSource) -> float:
+def median_side(source: LazyImages) -> float:
     """Median of the shorter side in pixels, of up to 200 images spread evenly over the source."""
     sides = []
     for index in np.unique(np.linspace(0, len(source) - 1, PEEKED).astype(int)):
@@ -99,7 +99,7 @@ def median_side(source: ImageSource) -> float:
     return float(np.median(sides))
 
 
-def read_source(source: ImageSource, size: int) -> tuple[ImageSplit, list[Unreadable]]:
+def read_source(source: LazyImages, size: int) -> tuple[ImageSplit, list[Unreadable]]:
     """Read all images at a size, on as many threads as there are cores; those that cannot be read are listed.
 
     The split holds the readable ones in the order of the source.
@@ -116,17 +116,17 @@ def read_source(source: ImageSource, size: int) -> tuple[ImageSplit, list[Unread
     return split, broken
 
 
-def find_unreadable(source: ImageSource) -> tuple[ImageSource, list[Unreadable]]:
+def find_unreadable(source: LazyImages) -> tuple[LazyImages, list[Unreadable]]:
     """Decode every image once, keeping none: the readable part of the source, and those that cannot be read."""
     broken = _each(source, source.picture)
     return (source.select(_others(source, broken)) if broken else source), broken
 
 
-def _others(source: ImageSource, broken: list[Unreadable]) -> np.ndarray:
+def _others(source: LazyImages, broken: list[Unreadable]) -> np.ndarray:
     return np.setdiff1d(np.arange(len(source)), [image.index for image in broken])
 
 
-def _each(source: ImageSource, work: Callable[[int], object]) -> list[Unreadable]:
+def _each(source: LazyImages, work: Callable[[int], object]) -> list[Unreadable]:
     def attempt(index: int) -> Unreadable | None:
         try:
             work(index)

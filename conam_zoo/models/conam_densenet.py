@@ -14,10 +14,10 @@ import torch
 from timm.models import checkpoint, register_model
 from torch import Tensor, nn
 
-from conam_zoo.attention.recomputing import recompute_rescaled
-from conam_zoo.models._build import build, dataset_cfgs
-from conam_zoo.models._classifier import StagedClassifier
-from conam_zoo.models._sites import AttentionSites
+from conam_zoo.layers.conam_recompute import recompute_rescaled
+from conam_zoo.layers.placement import AttentionSites
+from conam_zoo.models._base import StagedClassifier
+from conam_zoo.models._builder import build, dataset_cfgs
 
 __all__ = ["ConAMDenseNet"]
 
@@ -113,7 +113,7 @@ class ConAMDenseNet(StagedClassifier):
             ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
         attn_placement: ``"stage"`` (input of each dense block) or ``"block"`` (every dense layer).
         patch_sizes: ConAM's patch side in each dense block, in pixels; 0 for no attention there.
-        attn_args: Switches of ``conam_zoo.attention_variants.ConfidenceForm`` by name, for ``"conam_variant"``.
+        attn_args: Switches of ``conam_zoo.layers.conam_variant.ConAMVariantConfig`` by name, for ``"conam_variant"``.
         attn_site: Only ``"before_first_conv"``: a dense layer ends in a convolution.
         device: Where the parameters are made.
         dtype: Their floating-point type.

@@ -13,10 +13,10 @@ import torch
 from timm.models import checkpoint_seq, register_model
 from torch import Tensor, nn
 
-from conam_zoo.attention.recomputing import recompute_rescaled
-from conam_zoo.models._build import build, dataset_cfgs
-from conam_zoo.models._classifier import StagedClassifier
-from conam_zoo.models._sites import AttentionSites
+from conam_zoo.layers.conam_recompute import recompute_rescaled
+from conam_zoo.layers.placement import AttentionSites
+from conam_zoo.models._base import StagedClassifier
+from conam_zoo.models._builder import build, dataset_cfgs
 
 __all__ = ["ConAMWideResNet"]
 
@@ -82,7 +82,7 @@ class ConAMWideResNet(StagedClassifier):
             ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
         attn_placement: ``"stage"`` (first block of each stage) or ``"block"`` (every block).
         patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
-        attn_args: Switches of ``conam_zoo.attention_variants.ConfidenceForm`` by name, for ``"conam_variant"``.
+        attn_args: Switches of ``conam_zoo.layers.conam_variant.ConAMVariantConfig`` by name, for ``"conam_variant"``.
         attn_site: ``"before_first_conv"`` or ``"after_last_norm"``: where on the residual branch it stands.
         device: Where the parameters are made.
         dtype: Their floating-point type.

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conam_zoo.data import Batches, normalize
-from conam_zoo.training.learner import Learner
-from conam_zoo.training.ranks import ranks, total, widest
+from conam_zoo.training.distributed import all_reduce_max, ranks, total
+from conam_zoo.training.train_state import TrainState
 
 __all__ = [
     "EpochSums",
@@ -84,7 +84,7 @@ class Interrupter(Protocol):
 
 
 def train_one_epoch(
-    learner: Learner,
+    learner: TrainState,
     batches: Batches,
     *,
     epoch: int,
@@ -120,7 +120,7 @@ def train_one_epoch(
     steps = math.ceil(batches.steps / learner.grad_accumulation)
     before = sums or EpochSums()
     own = EpochSums() if ranks().rank else before  # rank 0 carries what all had summed up
-    tally = Tally(epoch, steps, learner)
+    tally = EpochMeter(epoch, steps, learner)
     started = time.perf_counter()
     learner.train()
     stream = batches.epoch(epoch, first_step * learner.grad_accumulation)
@@ -134,7 +134,7 @@ def train_one_epoch(
         wish = interruption.wish() if interruption else Wish()
         look = (step + 1) % every == 0 or step == steps - 1 or (world_size == 1 and (wish.save or wish.stop > 0))
         if look:
-            bad, save_now, stop = widest([tally.first_bad(), wish.save, wish.stop])
+            bad, save_now, stop = all_reduce_max([tally.first_bad(), wish.save, wish.stop])
             if bad:
                 raise tally.error(steps - int(bad))
         learner.step(epoch * steps + step + 1)
@@ -157,10 +157,10 @@ def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed % 2**64, epoch, step, rank]).generate_state(1, np.uint64)[0])
 
 
-class Tally:
+class EpochMeter:
     """Losses and hits of the steps, fetched from the device only when somebody looks."""
 
-    def __init__(self, epoch: int, steps: int, learner: Learner) -> None:
+    def __init__(self, epoch: int, steps: int, learner: TrainState) -> None:
         self.epoch, self.steps, self.learner = epoch, steps, learner
         self.loss, self.hits, self.seen = 0.0, 0, 0
         self.waiting: list[tuple[int, Tensor, Tensor, int, float]] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from conam_zoo.training.ranks import ranks
+from conam_zoo.training.distributed import ranks
 
 __all__ = ["describe_environment"]
 

@@ -19,13 +19,13 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder
 from conam_zoo.models import StagedClassifier
 from conam_zoo.training.checkpoint import CHECKPOINT, clear_half_written, has_checkpoint, load_latest, save_checkpoint
+from conam_zoo.training.distributed import all_reduce_max, broadcast_weights, ranks, run_on_primary
 from conam_zoo.training.engine import EpochSums, Wish, train_one_epoch
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.training.learner import Learner
-from conam_zoo.training.ranks import on_first_rank, ranks, share_weights, widest
 from conam_zoo.training.recipe import Recipe, recipe_from_dict
 from conam_zoo.training.run_folder import RunLog
 from conam_zoo.training.stopping import StopRequest, TrainingStopped
+from conam_zoo.training.train_state import TrainState
 
 __all__ = ["FitResult", "check_free", "fit"]
 
@@ -108,11 +108,11 @@ def fit(
     here = ranks()
     console = Console(quiet=not here.first)
     facts = json.loads(json.dumps(record or {}))
-    state = on_first_rank(lambda: _saved_state(output, recipe, facts, resume, console))
+    state = run_on_primary(lambda: _saved_state(output, recipe, facts, resume, console))
     model.to(here.device).to(memory_format=torch.channels_last)
     if teacher is not None:
         teacher.to(here.device).to(memory_format=torch.channels_last)
-    learner = Learner(model, recipe, batches.steps, param_groups=param_groups, teacher=teacher, compile=compile)
+    learner = TrainState(model, recipe, batches.steps, param_groups=param_groups, teacher=teacher, compile=compile)
     epoch, step, sums, rows = 0, 0, EpochSums(), []
     steps = -(-batches.steps // recipe.grad_accumulation)
     if state is not None:
@@ -153,7 +153,7 @@ def fit(
             )
             started, scores = time.perf_counter(), None
             if holdout is not None:
-                share_weights(final)
+                broadcast_weights(final)
                 scores = evaluate_on(final, holdout, sharded=True)
             row: dict[str, Any] = {
                 "epoch": current + 1,
@@ -177,9 +177,9 @@ def fit(
                 + (f"  held out {row['holdout_top1_percent']:.2f} %" if scores else "")
                 + f"  {row['seconds']:.0f} s"
             )
-            (stop,) = widest([keeper.wish().stop])
+            (stop,) = all_reduce_max([keeper.wish().stop])
             keeper.stop(int(stop))
-    share_weights(final)
+    broadcast_weights(final)
     minutes = sum(row["seconds"] for row in rows) / 60
     ema = learner.ema.module if learner.ema else None
     return FitResult(final, model, ema, rows, minutes, learner.compile_seconds)
@@ -211,7 +211,7 @@ class _Keeper(StopRequest):
     """Keeps the state of a training: on time, when the process is asked to stop, and at every epoch's end."""
 
     def __init__(
-        self, output: Path, learner: Learner, facts: dict[str, Any], rows: list[dict[str, Any]], minutes: float
+        self, output: Path, learner: TrainState, facts: dict[str, Any], rows: list[dict[str, Any]], minutes: float
     ) -> None:
         super().__init__()
         self.path, self.learner, self.facts, self.rows, self.seconds = (

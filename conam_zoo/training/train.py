@@ -11,22 +11,22 @@ from rich.console import Console
 from timm.optim import list_optimizers
 from torch import nn
 
-from conam_zoo.data import Batches, ImageSplit, choose_batches, read_split
+from conam_zoo.data import Batches, ImageSplit, create_loader, read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.lookup import check_model_name
+from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import check_model_name
 from conam_zoo.training.curves import draw_curves
+from conam_zoo.training.distillation import open_teacher
+from conam_zoo.training.distributed import Ranks, process_group, run_on_primary
 from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.training.export import export_model
 from conam_zoo.training.fit import FitResult, check_free, fit
-from conam_zoo.training.learner import batch_settings, images_per_batch
 from conam_zoo.training.precision import precision_on
-from conam_zoo.training.ranks import Ranks, on_first_rank, process_group
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import write_recipe, write_run
-from conam_zoo.training.teacher import open_teacher
+from conam_zoo.training.train_state import batch_settings, images_per_batch
 
 __all__ = ["Assembly", "assemble", "export_run", "train"]
 
@@ -67,7 +67,7 @@ def train(
         TrainingStopped: On SIGTERM or SIGINT, once the state is saved.
     """
     with process_group() as here:
-        on_first_rank(lambda: check_free(output, resume))
+        run_on_primary(lambda: check_free(output, resume))
         environment = describe_environment()  # now: the checkout may have moved on when the training is done
         parts = assemble(recipe, data, here)
         console = Console(quiet=not here.first)
@@ -110,7 +110,7 @@ def train(
             **parts.facts,
             **environment,
         }
-        return on_first_rank(lambda: export_run(result, recipe, output, run))
+        return run_on_primary(lambda: export_run(result, recipe, output, run))
 
 
 def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def assemble(recipe: Recipe, data: str | Path, here: Ranks) -> Assembly:
         teacher, facts["teacher"] = open_teacher(recipe.teacher, model, split.classes)
     cfg = model.pretrained_cfg
     settings = batch_settings(recipe, cfg["mean"], cfg["std"], here)
-    batches, note = choose_batches(
+    batches, note = create_loader(
         split,
         split.images.shape[1],
         settings,

@@ -4,7 +4,6 @@ Light to import: torch, safetensors and huggingface_hub are imported when a file
 """
 
 from .errors import WeightsError, WrongWeightsError
-from .hub import VerifiedWeights, check_copies, find_verified
 from .manifest import (
     Manifest,
     ManifestError,
@@ -16,7 +15,8 @@ from .manifest import (
     load_manifest,
     parse_manifest,
 )
-from .verified_file import CopyStatus, read_safetensors, read_verified
+from .resolve import VerifiedWeights, check_copies, find_verified
+from .verify import CopyStatus, read_safetensors, read_verified
 
 __all__ = [
     "CopyStatus",

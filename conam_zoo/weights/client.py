@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from .errors import HubError, in_brief
-from .patience import call_patiently
+from .patience import call_with_timeout
 from .redact import redact, token_would_travel_openly
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def ask_hub(hub_id: str, file: str, revision: str | None) -> HfFileMetadata:
 
     refuse_open_token()
     try:
-        return call_patiently(ask, _CONTACT_DEADLINE_S)
+        return call_with_timeout(ask, _CONTACT_DEADLINE_S)
     except Exception as error:  # the client, its HTTP library and its transport have no common base
         raise HubError(_what_the_hub_said(error, hub_id, file, revision)) from error
 
@@ -79,7 +79,7 @@ def download(
 
     next_chunk_s = min(size_bytes, _CLIENT_CHUNK_BYTES) / _SLOWEST_BYTES_PER_S
     try:
-        return Path(call_patiently(run, max(_CONTACT_DEADLINE_S, next_chunk_s)))
+        return Path(call_with_timeout(run, max(_CONTACT_DEADLINE_S, next_chunk_s)))
     # Three libraries may raise here (the client, its HTTP library, the Xet transport), without a common base;
     # callers are promised one kind of error, and the original stays attached as its cause.
     except Exception as error:

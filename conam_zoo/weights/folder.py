@@ -19,7 +19,7 @@ from .errors import HubError, WeightsError, WrongWeightsError, in_brief
 from .manifest import FILE_PATTERN, REVISION_PATTERN
 from .redact import redact, tells_secrets
 from .shards import Shard, is_index, read_index
-from .verified_file import examine, examine_copy, parse_parts
+from .verify import examine, examine_copy, parse_parts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 from .errors import WeightsError, WrongWeightsError, in_brief
-from .hub import find_verified
 from .manifest import WeightEntry
+from .resolve import find_verified
 from .shards import Described
-from .verified_file import examine, examine_copy
+from .verify import examine, examine_copy
 
 
 def fill_mirror(

@@ -18,7 +18,7 @@ class _AbandonedError(Exception):
     """Ends a call that nobody waits for any more, at its next sign of life."""
 
 
-def call_patiently(call: Callable[[Callable[[], None]], T], quiet_s: float) -> T:
+def call_with_timeout(call: Callable[[Callable[[], None]], T], quiet_s: float) -> T:
     """Run `call` in a thread of its own and wait for it.
 
     Args:

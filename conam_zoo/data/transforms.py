@@ -1,0 +1,243 @@
+"""Augmentation of whole batches on the training device, every image for itself, without a loop over images.
+
+Sources: random crop and flip as in He et al., "Deep Residual Learning", 2016, section 4.2; Cutout: DeVries and Taylor,
+arXiv 1708.04552, 2017; mixup: Zhang et al., arXiv 1710.09412, 2018; CutMix: Yun et al., arXiv 1905.04899, 2019; smaller
+images in early epochs: Tan and Le, "EfficientNetV2", arXiv 2104.00298, 2021, section 4, who resize where this crops.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conam_zoo.errors import UserError
+
+__all__ = [
+    "AugmentationSettings",
+    "ImageDraws",
+    "alternating_flips",
+    "crop_and_flip",
+    "cut_out",
+    "mix",
+    "random_stream",
+]
+
+# What a stream of random numbers is for. They start at 1: numpy's seeding cannot tell a missing word from a zero.
+ORDER, IMAGES, MIXING, SPLITTING, FLIPS = 1, 2, 3, 4, 5
+
+
+@dataclass(frozen=True)
+class AugmentationSettings:
+    """What is done to training images.
+
+    Attributes:
+        crop_padding: Pixels of reflection padding on each side before a random crop back to the old size; 0 for none.
+        flip: Whether half of the images are mirrored.
+        cutout: Side in pixels of a square that is replaced by the mean colour; 0 for none. Its centre may be any
+            pixel, and what would lie outside of the image is lost.
+        mixup: Both parameters of mixup's beta distribution; 0 for no mixup.
+        cutmix: The same of CutMix. With both on, each batch gets one of them, with even chances (as timm does).
+        early_size: Side in pixels of the random crops in the first ``early_epochs`` epochs; 0 for whole images.
+        early_epochs: How many epochs that are.
+        alternate_flip: With ``flip``, show each image once as it is and once mirrored in two epochs in a row
+            (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498, 2024).
+        mix_share: Share of the batches that mixup or CutMix is applied to.
+    """
+
+    crop_padding: int = 4
+    flip: bool = True
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    early_size: int = 0
+    early_epochs: int = 0
+    alternate_flip: bool = False
+    mix_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_padding", "cutout", "mixup", "cutmix", "early_size", "early_epochs"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"The augmentation setting {name} is {value!r}, but it must be 0 or more.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the targets are soft."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def crop_size(self, epoch: int, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of what is shown of images of the size (H, W) in an epoch, counted from 0."""
+        early = self.early_size > 0 and epoch < self.early_epochs
+        return (self.early_size, self.early_size) if early else size
+
+
+def random_stream(purpose: int, seed: int, *position: int) -> np.random.Generator:
+    """Random numbers that depend on the arguments alone; neighbouring arguments give unrelated streams."""
+    return np.random.default_rng([purpose, seed % 2**64, *position])
+
+
+@dataclass(frozen=True)
+class ImageDraws:
+    """What is drawn for every image of an epoch, in the order in which they are shown; each (N,).
+
+    Attributes:
+        top: Row of the crop's upper edge in the padded image, int64.
+        left: Column of its left edge.
+        mirrored: Whether it is flipped, bool.
+        centre_y: Row of Cutout's centre.
+        centre_x: Column of Cutout's centre.
+    """
+
+    top: Tensor
+    left: Tensor
+    mirrored: Tensor
+    centre_y: Tensor
+    centre_x: Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        stream: np.random.Generator,
+        count: int,
+        size: tuple[int, int],
+        settings: AugmentationSettings,
+        crop: tuple[int, int] | None = None,
+        mirrored: Tensor | None = None,
+    ) -> "ImageDraws":
+        """Draw for ``count`` images of the size (H, W), of which crops of another size are shown if that is given.
+
+        ``mirrored`` (N,) says which are to be flipped if that is decided already.
+        """
+
+        def integers(high: int) -> Tensor:
+            return torch.from_numpy(stream.integers(high, size=count))
+
+        crop = crop or size
+        offsets = [2 * settings.crop_padding + whole - shown + 1 for whole, shown in zip(size, crop, strict=True)]
+        drawn = integers(2) == 1  # whether it is used or not, so that the draws behind it stay the same
+        if mirrored is None:
+            mirrored = drawn
+        return cls(
+            integers(offsets[0]),
+            integers(offsets[1]),
+            mirrored if settings.flip else torch.zeros_like(mirrored),
+            integers(crop[0]),
+            integers(crop[1]),
+        )
+
+    def to(self, device: torch.device | str) -> "ImageDraws":
+        """The same numbers on a device."""
+        return ImageDraws(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+    def __getitem__(self, part: slice) -> "ImageDraws":
+        return ImageDraws(*(tensor[part] for tensor in vars(self).values()))
+
+
+def alternating_flips(count: int, seed: int, epoch: int) -> Tensor:
+    """Which of the images of a set are mirrored in an epoch: bool (count,), the opposite of the epoch before."""
+    first = torch.from_numpy(random_stream(FLIPS, seed).integers(2, size=count)) == 1
+    return first ^ (epoch % 2 == 1)
+
+
+def crop_and_flip(
+    images: Tensor, indices: Tensor, draws: ImageDraws, padding: int, crop: tuple[int, int] | None = None
+) -> Tensor:
+    """Random windows of reflection-padded images, some mirrored, in one gather.
+
+    The padded images are never made: the reflection is in the positions that are read.
+
+    Args:
+        images: uint8, (N, H, W, 3), contiguous.
+        indices: Which images, (B,).
+        draws: What was drawn for each, (B,).
+        padding: Pixels of padding, smaller than H and W.
+        crop: (h, w) of the windows, at most (H, W); None for (H, W).
+
+    Returns:
+        uint8, (B, h, w, 3).
+    """
+    height, width, channels = images.shape[1:]
+    shown_height, shown_width = crop or (height, width)
+    rows = _reflected(draws.top[:, None] - padding + torch.arange(shown_height, device=images.device), height)
+    columns = torch.arange(shown_width, device=images.device)
+    columns = torch.where(draws.mirrored[:, None], shown_width - 1 - columns, columns)
+    columns = _reflected(draws.left[:, None] - padding + columns, width)
+    positions = (indices[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]  # (B, h, w)
+    return images.view(-1, channels).index_select(0, positions.flatten()).view(-1, shown_height, shown_width, channels)
+
+
+def _reflected(positions: Tensor, size: int) -> Tensor:
+    """Positions outside of 0..size-1 thrown back at the edge pixels, which are not repeated."""
+    return (size - 1) - ((size - 1) - positions.abs()).abs()
+
+
+def cut_out(images: Tensor, draws: ImageDraws, side: int) -> Tensor:
+    """Set a square of every normalised image (B, C, H, W) to 0, the mean colour, in place."""
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device) - (draws.centre_y[:, None] - side // 2)
+    columns = torch.arange(width, device=images.device) - (draws.centre_x[:, None] - side // 2)
+    inside_y, inside_x = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
+    return images.masked_fill_((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)
+
+
+def mix(
+    images: Tensor, labels: Tensor, num_classes: int, settings: AugmentationSettings, stream: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """mixup or CutMix of a batch with itself in reverse order, with one share for the whole batch.
+
+    The order within a batch is random already, so the reverse is as good as any other pairing.
+
+    Args:
+        images: Normalised, (B, C, H, W).
+        labels: int64, (B,).
+        num_classes: Length of the soft targets.
+        settings: Which of the two, and how strong.
+        stream: The random numbers of this batch.
+
+    Returns:
+        Mixed images, and soft targets (B, classes) in float32 that hold each class's share.
+    """
+    cut = settings.cutmix > 0 and (settings.mixup == 0 or stream.random() < 0.5)
+    alpha = settings.cutmix if cut else settings.mixup
+    share = float(stream.beta(alpha, alpha))  # of the image's own class
+    partner = images.flip(0)
+    if cut:
+        height, width = images.shape[2:]
+        top, bottom = _span(stream, height, share)
+        left, right = _span(stream, width, share)
+        images = images.clone(memory_format=torch.preserve_format)
+        images[:, :, top:bottom, left:right] = partner[:, :, top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / (height * width)  # what the edge cut off is the image's own
+    else:
+        images = torch.lerp(partner, images, share)
+    targets = torch.zeros(len(labels), num_classes, device=images.device)
+    targets.scatter_(1, labels[:, None], share)
+    other = torch.zeros_like(targets).scatter_(1, labels.flip(0)[:, None], 1 - share)
+    return images, targets + other
+
+
+def _span(stream: np.random.Generator, size: int, share: float) -> tuple[int, int]:
+    """First and last pixel of CutMix's box along one side: of the area, ``1 - share`` is cut, before the edges clip."""
+    length, centre = int(size * math.sqrt(1 - share)), int(stream.integers(size))
+    return max(0, centre - length // 2), min(size, centre - length // 2 + length)
+
+
+def check_fits(settings: AugmentationSettings, size: Sequence[int], source: str) -> None:
+    """Refuse a padding that reflection cannot fill, and crops that are larger than the images.
+
+    Raises:
+        UserError: If the padding is not smaller than both sides of the images, or ``early_size`` larger than one.
+    """
+    if settings.crop_padding >= min(size):
+        raise UserError(
+            f"The setting crop_padding is {settings.crop_padding}, but {source} have {size[0]} x {size[1]} pixels: "
+            "reflection needs less padding than pixels."
+        )
+    if settings.early_size > min(size):
+        raise UserError(
+            f"The setting early_size is {settings.early_size}, but {source} have {size[0]} x {size[1]} pixels: "
+            "set it to less, or to 0."
+        )

@@ -1,0 +1,296 @@
+"""Fine-tuning: a net with a new head, trained on images of any kind, and its logits on the images of the report.
+
+``conam_zoo.finetuning.run.finetune`` is the whole of it, with the report; this file is the part that trains.
+"""
+
+import io
+import tomllib
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import Tensor
+
+from conam_zoo.data import ImageData, ImageSplit, create_loader, pixel_statistics
+from conam_zoo.data.sources import LazyImages, read_source
+from conam_zoo.errors import UserError
+from conam_zoo.models import StagedClassifier
+from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import open_model
+from conam_zoo.training.distributed import ranks
+from conam_zoo.training.engine import predict_logits
+from conam_zoo.training.fit import fit
+from conam_zoo.training.recipe import Recipe, recipe_from_dict
+from conam_zoo.training.train_state import batch_settings
+
+__all__ = ["FineTuned", "NetForData", "finetune_recipe", "freeze_layers", "net_for_data", "train_on"]
+
+SAMPLE = 2_000  # images from which statistics are taken where a set is not in memory
+
+# The peak rates below were chosen on validation images, with few runs; see docs/finetuning.md.
+DEFAULTS: dict[str, Any] = {
+    "model_args": {},
+    "epochs": 20,
+    "opt": "sgd",
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "min_lr": 0.0,
+    "label_smoothing": 0.0,
+    "flip": True,
+    "ema_decay": 0.0,
+    "final_weights": "raw",
+    "holdout": 0,
+    "seed": 0,
+}
+LR, FROM_SCRATCH_LR = 0.02, 0.05  # of a batch of 32; proportional to the batch
+WARMUP_SHARE = 0.1  # of all epochs
+BATCH_SIZES = (32, 16, 8)
+DONE_OTHERWISE = {  # settings of a recipe that mean nothing here, and what does the same
+    "model": "give --model",
+    "dataset": "name the data instead",
+    "image_size": "give --image-size",
+    "holdout": "give --val-share",
+    "teacher": "learn from a teacher with conam distill",
+    "distill_weight": "learn from a teacher with conam distill",
+    "distill_temperature": "learn from a teacher with conam distill",
+}
+STEPS = 10  # in an epoch: the largest batch that leaves so many is taken
+CROP_SHARE = 8  # the crop's padding is the image size divided by this, as 4 is of 32
+
+
+@dataclass(frozen=True)
+class NetForData:
+    """A net made for a data set.
+
+    Attributes:
+        model: The net with a new head; its ``pretrained_cfg`` holds classes, image size and statistics.
+        started_from: What its weights are.
+        statistics_from: Where mean and deviation of the pixels come from.
+    """
+
+    model: StagedClassifier
+    started_from: str
+    statistics_from: str
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What fine-tuning ends in.
+
+    Attributes:
+        model: The net, in evaluation mode.
+        report_on: The images that the report is about: the test split, or without one the validation split.
+        logits: Of these images, float32 (N, classes), on the CPU.
+        flipped_logits: Of the same images, mirrored.
+        log: One row for each epoch.
+        train_minutes: Time that the epochs took.
+        sha256: Of ``final/model.safetensors``.
+    """
+
+    model: StagedClassifier
+    report_on: ImageSplit
+    logits: Tensor
+    flipped_logits: Tensor
+    log: list[dict[str, Any]]
+    train_minutes: float
+    sha256: str
+
+
+def finetune_recipe(
+    model: str,
+    data: str,
+    image_size: int,
+    settings: list[str] | None = None,
+    *,
+    images: int,
+    from_scratch: bool = False,
+    **choices: Any,
+) -> Recipe:
+    """The recipe of a fine-tuning: defaults, then ``choices``, then ``settings``.
+
+    Args:
+        model: Name of the net.
+        data: Name of the data, for the record.
+        image_size: Side of the images, in pixels; the crop's padding follows from it.
+        settings: Replacements such as ``"weight_decay=1e-3"``.
+        images: How many training images there are; the batch size follows from it, and the learning rate from that.
+        from_scratch: Whether the weights begin as random numbers, which learn faster.
+        **choices: Settings of a recipe; None for the default.
+
+    Raises:
+        UserError: If a setting is not what it should be.
+    """
+    values = DEFAULTS | {
+        "model": model,
+        "dataset": data,
+        "batch_size": next((size for size in BATCH_SIZES if images >= STEPS * size), BATCH_SIZES[-1]),
+        "crop_padding": image_size // CROP_SHARE,
+        "precision": "bf16" if torch.cuda.is_available() else "fp32",
+    }
+    values |= {key: value for key, value in choices.items() if value is not None}
+    given = dict(_setting(text) for text in settings or [])
+    for key in given:
+        if key in DONE_OTHERWISE:
+            raise UserError(f"The setting {key} is {given[key]!r}, but fine-tuning has none: {DONE_OTHERWISE[key]}.")
+    values |= given
+    batch_size = values["batch_size"] if isinstance(values["batch_size"], int) else 1  # else it is refused below
+    values.setdefault("lr", (FROM_SCRATCH_LR if from_scratch else LR) * batch_size / BATCH_SIZES[0])
+    values.setdefault("warmup_epochs", WARMUP_SHARE * values["epochs"] if isinstance(values["epochs"], int) else 0.0)
+    return recipe_from_dict(values, "for fine-tuning")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``key=value`` with a TOML value, or a text without quotes."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise UserError(f"The setting {text!r} has no '=': write --set key=value.")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bool = False) -> NetForData:
+    """Make a net for a data set: new head, image size, ConAM's patches, statistics, class names.
+
+    The patch sides grow with the images, so that there are as many patches as before. Mean and deviation are those that
+    the weights were trained with, because the first layer knows them; from scratch, those of the training images.
+
+    Args:
+        name: A name such as ``resnet20_conam.cifar10``, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
+        data: The data set.
+        recipe: For ``model_args`` and the seed of the new head.
+        from_scratch: Leave the weights out.
+
+    Raises:
+        UserError: If the name is unknown or the image size does not fit the net.
+        WeightsError: If no verified weights can be had.
+    """
+    plain = open_model(name, pretrained=False, **({} if ":" in name else {"device": "meta"}))
+    cfg = dict(plain.pretrained_cfg)
+    size, old = data.image_size, cfg["input_size"][1]
+    if any(side * size % old for side in plain.patch_sizes):
+        raise UserError(f"The image size is {size}, but ConAM's patches of this net need a multiple of {old // 4}.")
+    arguments = {"patch_sizes": tuple(side * size // old for side in plain.patch_sizes), **recipe.model_args}
+    if "num_classes" in arguments:
+        raise UserError("The setting model_args holds num_classes, but the classes are those of the data set.")
+    torch.manual_seed(recipe.seed)
+    try:
+        model = open_model(name, pretrained=not from_scratch, num_classes=len(data.classes), **arguments)
+    except TypeError as error:
+        raise UserError(f"The setting model_args is {recipe.model_args}, which {name} refuses: {error}") from error
+    mean, std = (cfg["mean"], cfg["std"]) if not from_scratch else _statistics(data.train, size)
+    if min(std) == 0:
+        raise UserError(f"The images of {data.source} have a single colour value in a channel: check them.")
+    grown = {key: tuple(side * size // old for side in cfg[key]) for key in ("pool_size",) if cfg.get(key)}
+    own = {"num_classes": len(data.classes), "label_names": data.classes, "input_size": (3, size, size)}
+    nowhere = {"hf_hub_id": None, "hf_hub_filename": None, "url": "", "file": None, "tag": None}
+    model.pretrained_cfg.update(own | nowhere | grown | {"mean": tuple(mean), "std": tuple(std)})
+    return NetForData(
+        model,
+        "random numbers" if from_scratch else name,
+        "the training images" if from_scratch else f"{name}, whose first layer knows them",
+    )
+
+
+def _statistics(train: ImageSplit | LazyImages, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if isinstance(train, ImageSplit):
+        return pixel_statistics(train.images)
+    some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    return pixel_statistics(read_source(train.select(some.numpy()), size)[0].images)
+
+
+def freeze_layers(model: StagedClassifier, freeze: str) -> int:
+    """Take layers out of the training: their parameters stay, and their batch norms keep their statistics.
+
+    Args:
+        model: The net.
+        freeze: ``"none"``; ``"stem"``; the name of a stage, such as ``"layer2"``, for everything up to its end; or
+            ``"backbone"`` for everything but the head.
+
+    Returns:
+        How many parameters are left to train.
+
+    Raises:
+        UserError: If there is no such layer.
+    """
+    order = [name for level in model.levels for name in level]
+    ends = {"none": 0, "stem": len(model.levels[0])}
+    ends |= {name: place + 1 for place, name in enumerate(order) if any(getattr(model, name).children())}
+    ends["backbone"] = len(order)
+    if freeze not in ends:
+        raise UserError(f"There is no layer {freeze!r} to freeze: choose one of {', '.join(ends)}.")
+    frozen = [module for name, module in model.named_children() if name in order[: ends[freeze]]]
+    if freeze == "backbone":
+        frozen = [module for module in model.children() if module is not model.fc]
+    for module in frozen:
+        module.requires_grad_(False)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def train_on(
+    net: NetForData,
+    data: ImageData,
+    recipe: Recipe,
+    output: Path,
+    *,
+    layer_decay: float = 1.0,
+    balance: bool = False,
+    resume: bool = False,
+    record: dict[str, Any] | None = None,
+    workers: int | None = None,
+    say: Callable[[str], object] = print,
+    quiet: bool = False,
+) -> FineTuned:
+    """Train a net on a data set and write ``final/``; the last epoch's weights are taken, none is chosen.
+
+    Args:
+        net: The net, perhaps with frozen layers.
+        data: The images.
+        recipe: How to train.
+        output: The run folder; see ``conam_zoo.training.fit.fit``.
+        layer_decay: Each layer further from the head learns this much slower (timm's ``param_groups_layer_decay``).
+        balance: Show every class equally often in each epoch.
+        resume: Continue from the run folder's checkpoint.
+        record: Plain facts that a resumed run must share.
+        workers: Processes that decode where the set does not fit into memory.
+        say: Prints a line.
+        quiet: Print no progress.
+
+    Raises:
+        UserError: If something does not fit.
+        NonFiniteLossError: If the training diverges.
+    """
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"The layer decay is {layer_decay}, but it must lie in (0, 1].")
+    report_on = data.test if data.test is not None else data.val
+    if report_on is None:
+        raise UserError(f"{data.source} has neither test nor validation images: split some off with --val-share.")
+    here, model = ranks(), net.model
+    cfg = model.pretrained_cfg
+    batches, line = create_loader(
+        data.train,
+        data.image_size,
+        batch_settings(recipe, cfg["mean"], cfg["std"], here, balance=balance),
+        device=here.device,
+        workers=workers,
+    )
+    say(line)
+    groups = None
+    if layer_decay < 1:
+        groups = param_groups_layer_decay(model, weight_decay=recipe.weight_decay, layer_decay=layer_decay)
+    with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+        result = fit(
+            model, recipe, batches, output, holdout=data.val, param_groups=groups, resume=resume, record=record or {}
+        )
+    final = result.final.eval()
+    split = report_on.to(here.device)
+    logits, flipped = (
+        predict_logits(final, images, cfg["mean"], cfg["std"]).cpu() for images in (split.images, split.images.flip(2))
+    )
+    sha256 = export_model(final, output / "final", tag=None) if here.first else ""
+    return FineTuned(final, report_on, logits, flipped, result.log, result.train_minutes, sha256)

@@ -1,0 +1,265 @@
+"""Fine-tuning from a data set to a report: what ``conam finetune`` does, as a function with the same words."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from conam_zoo.data import ImageData, open_images
+from conam_zoo.files import write_text
+from conam_zoo.finetuning.net import FineTuned, finetune_recipe, freeze_layers, net_for_data, train_on
+from conam_zoo.finetuning.report import build_report, write_report
+from conam_zoo.models.registry import check_model_name
+from conam_zoo.training.curves import draw_curves
+from conam_zoo.training.distributed import ranks
+from conam_zoo.training.engine import score
+from conam_zoo.training.environment import describe_environment
+from conam_zoo.training.fit import check_free
+from conam_zoo.training.precision import precision_on
+from conam_zoo.training.recipe import Recipe
+
+__all__ = ["finetune"]
+
+COMPARABLE = 3.0  # up to this ratio of the largest to the smallest class, a set counts as balanced
+
+
+def finetune(
+    data: str | Path,
+    *,
+    model: str,
+    output: Path,
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    freeze: str = "none",
+    layer_decay: float = 1.0,
+    balance: bool = False,
+    flip: bool = True,
+    val_share: float = 0.1,
+    seed: int = 0,
+    corrupt: str = "stop",
+    from_scratch: bool = False,
+    resume: bool = False,
+    settings: list[str] | None = None,
+    command: str = "",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune a net on images of any kind, and report on the test split, or without one on the validation split.
+
+    The run folder gets what a training leaves (log, checkpoint, curves), ``final/`` in timm's layout, ``run.json``,
+    ``report.json``, ``report.md``, ``confusion.png`` and ``mistakes.png``. The weights are those of the last epoch: the
+    validation split chooses nothing, so a report on it is as honest as one on a test split.
+
+    Args:
+        data: An image folder (with ``train``, ``val``, ``test`` or with class folders directly), a folder with ``.npy``
+            arrays, an ``.npz`` file, or a timm data-set name such as ``hfds/…``.
+        model: The net to start from: ``resnet20_conam.cifar10``, ``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``.
+        output: The run folder.
+        epochs: Passes over the training images; None for 20.
+        lr: Peak learning rate; None for the default.
+        batch_size: Images in a step; None for the largest of 32, 16 and 8 that makes 10 steps an epoch.
+        image_size: Side that all images are resized to, in pixels; None for 32 where the median side is at most 48,
+            else 64.
+        freeze: Layers that are not trained: ``none``, ``stem``, a stage such as ``layer2`` with all before it, or
+            ``backbone``.
+        layer_decay: Factor by which each layer learns slower than the one behind it; 1 for none.
+        balance: Show every class equally often.
+        flip: Mirror half of the training images; leave it out where left and right matter, as in writing.
+        val_share: Share of each class that is split off for validation where there is no validation split.
+        seed: Of the split, the new head, order and augmentation.
+        corrupt: ``stop`` or ``skip``: what to do about images that cannot be read.
+        from_scratch: Begin with random weights, for comparison.
+        resume: Continue the run in the folder.
+        settings: Further settings of the recipe, such as ``"weight_decay=1e-3"``.
+        command: The command line, for the record.
+        quiet: Print neither choices nor results.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        UserError: If something given does not fit.
+        WeightsError: If no verified weights can be had.
+        NonFiniteLossError: If the training diverges.
+    """
+    here = ranks()
+    console = Console(quiet=quiet or not here.first, soft_wrap=True, highlight=False)
+    check_free(output, resume)
+    if ":" not in model:
+        check_model_name(model)
+    environment = describe_environment()
+    console.print(f"Reading {data}")
+    images = open_images(data, image_size=image_size, val_share=val_share, seed=seed, corrupt=corrupt)
+    recipe = finetune_recipe(
+        model,
+        str(data),
+        images.image_size,
+        settings,
+        images=len(images.train),
+        from_scratch=from_scratch,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        flip=flip,
+        seed=seed,
+    )
+    net = net_for_data(model, images, recipe, from_scratch=from_scratch)
+    trained = freeze_layers(net.model, freeze)
+    cfg = net.model.pretrained_cfg
+    choices = _choices(images, recipe, freeze=freeze, layer_decay=layer_decay, balance=balance, trained=trained)
+    choices[1:1] = [
+        ("weights to start from", net.started_from),
+        ("mean and deviation", f"{_row(cfg['mean'])} and {_row(cfg['std'])}, of {net.statistics_from}"),
+    ]
+    _print_choices(console, choices, images)
+    tuned = train_on(
+        net,
+        images,
+        recipe,
+        output,
+        layer_decay=layer_decay,
+        balance=balance,
+        resume=resume,
+        record={
+            "data": str(data),
+            "classes": list(images.classes),
+            "counts": list(images.counts),
+            "freeze": freeze,
+            "layer_decay": layer_decay,
+            "balance": balance,
+            "from_scratch": from_scratch,
+        },
+        say=console.print,
+    )
+    if not here.first:
+        return {}
+    return _report(images, recipe, tuned, output, choices, {"command": command, **environment}, console)
+
+
+def _row(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{value:.3f}" for value in values) + ")"
+
+
+def _choices(
+    images: ImageData, recipe: Recipe, *, freeze: str, layer_decay: float, balance: bool, trained: int
+) -> list[tuple[str, str]]:
+    low, high = min(images.counts), max(images.counts)
+    names = ", ".join(images.classes[:6]) + (", …" if len(images.classes) > 6 else "")
+    rows = [
+        ("net", f"{recipe.model} with a new head; {trained:,} parameters learn"),
+        ("classes", f"{len(images.classes)}: {names}"),
+        ("training images", f"{sum(images.counts):,}; of a class {low:,}" + (f" to {high:,}" if high > low else "")),
+        ("validation images", f"{len(images.val):,} ({images.val.source})" if images.val is not None else "none"),
+        ("report on", f"the {len(images.test):,} test images" if images.test is not None else "the validation images"),
+        (
+            "image size",
+            f"{images.image_size} px; the median short side is {images.median_side:.0f} px",
+        ),
+        (
+            "training",
+            f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.opt}, learning rate {recipe.lr:g}, "
+            f"{precision_on(ranks().device, recipe.precision)}, seed {recipe.seed}",
+        ),
+        (
+            "augmentation",
+            ", ".join(
+                text
+                for text, used in (
+                    (f"crop after {recipe.crop_padding} px of padding", recipe.crop_padding),
+                    ("flip", recipe.flip),
+                    (f"Cutout {recipe.cutout} px", recipe.cutout),
+                    (f"mixup {recipe.mixup:g}", recipe.mixup),
+                    (f"CutMix {recipe.cutmix:g}", recipe.cutmix),
+                )
+                if used
+            )
+            or "none",
+        ),
+        ("frozen", freeze),
+        ("layer-wise decay of the rate", f"{layer_decay:g}" if layer_decay < 1 else "none"),
+    ]
+    if balance:
+        rows.append(("balance", "every class is shown equally often"))
+    elif high > COMPARABLE * low:
+        rows.append(("balance", f"none, but a class has {high / low:.0f} times the images of another: try --balance"))
+    if images.unreadable:
+        shown = ", ".join(image.name for image in images.unreadable[:3])
+        more = ", …" if len(images.unreadable) > 3 else ""
+        rows.append(("left out as unreadable", f"{len(images.unreadable)}: {shown}{more}"))
+    rows += [("note", note) for note in images.notes]
+    return rows
+
+
+def _print_choices(console: Console, choices: list[tuple[str, str]], images: ImageData) -> None:
+    table = Table(box=None, show_header=False, title=f"Fine-tuning on {escape(images.source)}", title_justify="left")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, choice in choices:
+        table.add_row(what, escape(choice))
+    console.print(table)
+
+
+def _report(
+    images: ImageData,
+    recipe: Recipe,
+    tuned: FineTuned,
+    output: Path,
+    choices: list[tuple[str, str]],
+    provenance: dict[str, Any],
+    console: Console,
+) -> dict[str, Any]:
+    split = tuned.report_on
+    kind = "test" if images.test is not None else "validation"
+    report = build_report(tuned.logits, tuned.flipped_logits, split.labels.cpu(), split.classes, split.names)
+    title = f"{recipe.model} on {Path(images.source).name}"
+    draw_curves(tuned.log, output / "curves.png", title=title)
+    about = f"Measured on the {len(split):,} {kind} images of {split.source}, with the weights of the last epoch."
+    write_report(
+        report,
+        split.images,
+        output,
+        title=title,
+        about=about,
+        choices=choices,
+        usage=_usage(output, images.source),
+    )
+    facts = {"source": split.source, "split": kind, **report.to_dict()}
+    write_text(output / "report.json", json.dumps(facts, indent=2) + "\n")
+    run = {
+        "recipe": recipe.to_dict(),
+        "choices": dict(choices),
+        "classes": dict(zip(images.classes, images.counts, strict=True)),
+        "unreadable": [image.name for image in images.unreadable],
+        "evaluated_on": f"{kind} images",
+        "scores": asdict(score(tuned.logits, split.labels.cpu())),
+        "train_minutes": tuned.train_minutes,
+        "sha256": tuned.sha256,
+        **provenance,
+    }
+    write_text(output / "run.json", json.dumps(run, indent=2) + "\n")
+    top5 = f", top-5 {report.top5_percent:.2f} %" if report.top5_percent is not None else ""
+    console.print(
+        f"top-1 {report.top1_percent:.2f} %{top5} on {report.images:,} {kind} images "
+        f"({report.flip_top1_percent:.2f} % with the mirror image averaged in)"
+    )
+    console.print(f"written: {output / 'report.md'}, weights in {output / 'final'}")
+    return facts
+
+
+def _usage(output: Path, source: str) -> str:
+    final = (output / "final").as_posix()
+    return (
+        "```sh\n"
+        f"conam predict local-dir:{final} PICTURE.jpg\n"
+        f"conam evaluate local-dir:{final} --data {source}\n"
+        "```\n\n"
+        "```python\n"
+        "import conam_zoo, timm\n\n"
+        f'model = timm.create_model("local-dir:{final}", pretrained=True).eval()\n'
+        "```"
+    )

@@ -1,0 +1,107 @@
+"""ConAM, the confidence attention module.
+
+Source: Xue, Yuan, Neri, "ConAM: Confidence Attention Module for Convolutional Neural Networks",
+arXiv 2110.14369v1 (2021; the authors withdrew the preprint in 2022). This is an independent reimplementation.
+
+For a map ``x`` of shape (N, C, H, W) and square patches of side ``p``:
+
+1. local context ``l_i``: the mean of patch i, (N, P, C); global context ``g``: the mean of all pixels, (N, 1, C);
+2. one shared perceptron embeds both: ``e(v) = relu(W2 relu(W1 v + b1) + b2)``;
+3. confidence: ``eta = softmax_i(e(l_i) . e(g))`` over the P patches, one number per patch, (N, P);
+4. every pixel of patch i becomes ``x * (1 + eta_i)``.
+
+What is this project's own, because the paper is silent:
+
+- Sizes that ``p`` does not divide: the patches at the right and lower edge are smaller, their mean counts only real
+  pixels, and ``g`` stays the mean over all pixels. A map smaller than a patch is one patch.
+- The hidden width defaults to C and both linear layers have biases. They start as PyTorch has them, but for the second
+  bias, which starts at one: the agreement is of degree four in the weights, so from PyTorch's start every patch gets
+  about the same confidence, and its gradient is small.
+- Weight decay pulls such weights to zero, where the gradient vanishes with their cube and all confidences are even for
+  good. So the nets exempt them from it: see ``no_weight_decay`` of the models.
+- Embedding, dot product and softmax are computed in at least float32, also under autocast and in half precision
+  models, because the logits are unbounded. The patch means of a half precision map are summed in float32 too, but
+  rounded once to the map's type. Patch means and embeddings are clamped to 1e17, so that the global context and the
+  dot product of huge activations stay finite in float32; no value below that is touched.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .conam_equations import _confidence, _recalibrate
+from .conam_fused import applies, attend
+
+__all__ = ["ConAM"]
+
+
+@torch.fx.wrap
+def _attend(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """The whole module; a leaf for torch.fx, as the parts are. (N, C, H, W) -> (N, C, H, W)."""
+    if torch.jit.is_scripting():
+        output = _recalibrate(x, _confidence(x, patch_size, w1, b1, w2, b2), patch_size)
+    elif applies(x, patch_size):
+        output = attend(x, patch_size, w1, b1, w2, b2)
+    else:
+        output = _recalibrate(x, _confidence(x, patch_size, w1, b1, w2, b2), patch_size)
+    return output
+
+
+class ConAM(nn.Module):
+    """Confidence attention: rescales every patch of a map by how well it agrees with the whole map.
+
+    Shape: (N, C, H, W) -> (N, C, H, W), any H and W, memory format kept. The map is read once to pool and once to
+    scale. The linear layers are applied functionally: hooks registered on ``fc1`` and ``fc2`` do not fire.
+
+    >>> attention = ConAM(channels=16, patch_size=8)
+    >>> x = torch.randn(2, 16, 32, 32)
+    >>> attention(x).shape
+    torch.Size([2, 16, 32, 32])
+    >>> attention.confidence(x).shape
+    torch.Size([2, 4, 4])
+
+    Source: arXiv 2110.14369v1, section 3; see the module's docstring for the equations and our additions.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        patch_size: int,
+        hidden_channels: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Args:
+            channels: Number of channels C of the map.
+            patch_size: Side p of the square patches, in pixels.
+            hidden_channels: Width h of the perceptron's hidden layer; C if None.
+            device: Where the parameters are made.
+            dtype: Their floating-point type.
+
+        Raises:
+            ValueError: If a size is not a positive integer.
+        """
+        super().__init__()
+        hidden_channels = channels if hidden_channels is None else hidden_channels
+        sizes = {"channels": channels, "patch_size": patch_size, "hidden_channels": hidden_channels}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"ConAM: {name} is {value!r}, but it must be a positive integer.")
+        self.channels = channels
+        self.patch_size = patch_size
+        self.hidden_channels = hidden_channels
+        self.fc1 = nn.Linear(channels, hidden_channels, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden_channels, channels, device=device, dtype=dtype)
+        nn.init.ones_(self.fc2.bias)
+
+    @torch.jit.export
+    def confidence(self, x: Tensor) -> Tensor:
+        """The confidence map: (N, C, H, W) -> (N, ceil(H/p), ceil(W/p)), at least float32, summing to 1 per image."""
+        return _confidence(x, self.patch_size, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rescale the map: (N, C, H, W) -> (N, C, H, W)."""
+        return _attend(x, self.patch_size, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, patch_size={self.patch_size}"

@@ -1,0 +1,115 @@
+"""The equations of ConAM, one function each, in plain differentiable operations: the reference for everything else.
+
+The source and the equations stand in the docstring of ``conam_zoo.layers.conam``.
+"""
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bounds patch means and embeddings: its square times 3e4 channels is still a finite float32. It is handed on as a
+# default argument because TorchScript reads no globals.
+LIMIT: Final[float] = 1e17
+
+
+def _patch_means(x: Tensor, patch_size: int) -> Tensor:
+    """Mean of every patch: (N, C, H, W) -> (N, C, ceil(H/p), ceil(W/p)). Reads the map once.
+
+    PyTorch's average pooling of NCHW maps on a CPU is not vectorised: whole patches are added line by line there.
+    """
+    n, channels, height, width = x.shape
+    if (
+        patch_size >= 4
+        and height % patch_size == 0
+        and width % patch_size == 0
+        and x.numel() > 0
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+    ):
+        rows, columns = height // patch_size, width // patch_size
+        lines = x.reshape(n * channels * rows, patch_size, width)  # no view: what is traced serves any memory format
+        if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+            lines = lines.sum(1, dtype=torch.float32)
+        else:
+            lines = lines.sum(1)
+        sums = lines.reshape(n, channels, rows, columns, patch_size).sum(4)
+        return (sums / patch_size**2).to(x.dtype)
+    return F.avg_pool2d(x, patch_size, stride=patch_size, ceil_mode=True, count_include_pad=False)
+
+
+def _extents(size: int, patch_size: int, like: Tensor) -> Tensor:
+    """Number of real pixels of each patch along one side: (ceil(size/p),)."""
+    starts = torch.arange(0, size, patch_size, device=like.device)
+    return (size - starts).clamp(max=patch_size).to(like.dtype)
+
+
+def _contexts(means: Tensor, height: int, width: int, patch_size: int, limit: float = LIMIT) -> Tensor:
+    """Local contexts with the global one behind them, in at least float32: (N, C, rows, columns) -> (N, P + 1, C).
+
+    ``limit`` bounds the local contexts: two infinite sums of opposite sign would make the global one NaN.
+    """
+    if means.dtype == torch.bfloat16 or means.dtype == torch.float16:
+        means = means.float()
+    means = means.clamp(-limit, limit)
+    local_contexts = means.flatten(2).transpose(1, 2)  # (N, P, C)
+    if height % patch_size == 0 and width % patch_size == 0:
+        global_context = local_contexts.mean(dim=1, keepdim=True)
+    else:  # edge patches hold fewer pixels: weigh each mean by its share of the map
+        rows, columns = _extents(height, patch_size, means), _extents(width, patch_size, means)
+        shares = (rows[:, None] * columns[None, :] / (height * width)).flatten()  # (P,)
+        global_context = (local_contexts * shares[:, None]).sum(dim=1, keepdim=True)
+    return torch.cat([local_contexts, global_context], dim=1)
+
+
+def _agreement(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, limit: float = LIMIT) -> Tensor:
+    """Dot product of each embedded local context with the embedded global one: (N, P + 1, C) -> (N, P).
+
+    ``limit`` bounds the embeddings.
+    """
+    dtype = contexts.dtype
+    hidden = F.relu(F.linear(contexts, w1.to(dtype), b1.to(dtype)))
+    embedded = F.relu(F.linear(hidden, w2.to(dtype), b2.to(dtype)))
+    embedded = embedded.to(dtype).clamp(max=limit)  # TorchScript cannot switch autocast off: there it comes in bf16
+    return (embedded[:, :-1] * embedded[:, -1:]).sum(dim=2)
+
+
+def _confidence_of(
+    means: Tensor, height: int, width: int, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tensor:
+    """Confidence of every patch from the patch means: (N, C, rows, columns) -> (N, rows, columns)."""
+    contexts = _contexts(means, height, width, patch_size)
+    if torch.jit.is_scripting():
+        logits = _agreement(contexts, w1, b1, w2, b2)
+    elif means.device.type != "meta" and torch.is_autocast_enabled(means.device.type):
+        with torch.autocast(means.device.type, enabled=False):
+            logits = _agreement(contexts, w1, b1, w2, b2)
+    else:
+        logits = _agreement(contexts, w1, b1, w2, b2)
+    return torch.softmax(logits, dim=1).unflatten(1, (means.shape[2], -1))
+
+
+# What follows are leaves for torch.fx: they look at the map's size, which a symbolic tracer does not know, and switch
+# autocast off, which a tracer would forget.
+
+
+@torch.fx.wrap
+def _confidence(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """Confidence of every patch, in at least float32: (N, C, H, W) -> (N, ceil(H/p), ceil(W/p))."""
+    return _confidence_of(_patch_means(x, patch_size), x.shape[2], x.shape[3], patch_size, w1, b1, w2, b2)
+
+
+@torch.fx.wrap
+def _recalibrate(x: Tensor, confidence: Tensor, patch_size: int) -> Tensor:
+    """Multiply every pixel by one plus the confidence of its patch: (N, C, H, W) -> (N, C, H, W)."""
+    scale = (confidence + 1).to(x.dtype)
+    n, channels, height, width = x.shape
+    rows, columns = scale.shape[1], scale.shape[2]
+    if height % patch_size == 0 and width % patch_size == 0:
+        # Splitting the two sides is a view in every memory format, so the scale broadcasts without being enlarged.
+        patches = x.view(n, channels, rows, patch_size, columns, patch_size)
+        return (patches * scale[:, None, :, None, :, None]).reshape(n, channels, height, width)
+    enlarged = scale.repeat_interleave(patch_size, dim=1)[:, :height]
+    enlarged = enlarged.repeat_interleave(patch_size, dim=2)[:, :, :width]
+    return x * enlarged.unsqueeze(1)

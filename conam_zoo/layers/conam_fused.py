@@ -1,0 +1,211 @@
+"""ConAM in few operations, with a backward pass of its own that reads and writes the map as seldom as possible.
+
+Automatic differentiation of the equations writes two gradient maps, one of the scaling and one of the pooling, and adds
+them. Here the forward pass reads the map twice (to pool, to scale) and writes it once; the backward pass reads map and
+gradient for the patch-wise dot products, and then reads the gradient and writes the sum of both terms at once. (In NCHW
+the second term is added in place, which for lines as short as a patch is faster than one pass over both.)
+
+With ``y = x * s``, ``s = 1 + eta(m)`` and ``m`` the patch means of ``x``, for the gradient ``g`` of ``y``:
+
+    ds_i = sum over patch i and channels of g * x
+    dx   = g * s + dm / p^2        with dm the gradient of eta(m) for ds
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .conam_equations import LIMIT, _confidence, _patch_means, _recalibrate
+
+__all__ = ["applies", "attend"]
+
+
+def applies(x: Tensor, patch_size: int) -> bool:
+    """Whether ``attend`` is to be used: eagerly, on whole patches; with or without gradients, so that both agree.
+
+    Compilers and tracers get the equations, which they fuse or record; so do transforms of ``torch.func`` and
+    forward-mode differentiation, which a function with its own backward pass does not serve.
+    """
+    return (
+        x.dim() == 4
+        and x.shape[2] % patch_size == 0
+        and x.shape[3] % patch_size == 0
+        and x.numel() > 0
+        and x.device.type != "meta"
+        and type(x) in (Tensor, torch.nn.Parameter)  # no fake, proxy or distributed tensors
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and getattr(forward_ad, "_current_level", -1) < 0
+    )
+
+
+def attend(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """ConAM of a map whose sides are multiples of the patch side: (N, C, H, W) -> (N, C, H, W)."""
+    output: Tensor
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w1, b1, w2, b2)):
+        output = _InFewPasses.apply(x, patch_size, w1, b1, w2, b2)
+    else:
+        output = _forward(x, patch_size, w1, b1, w2, b2)[0]
+    return output
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _strips(x: Tensor, patch_size: int) -> Tensor:
+    """A channels_last map as one row for each line of each patch: (N, C, H, W) -> (N * H * columns, p * C), a view."""
+    return x.permute(0, 2, 3, 1).view(-1, patch_size * x.shape[1])
+
+
+def _per_strip(values: Tensor, patch_size: int) -> Tensor:
+    """One value a patch, repeated for each line of it: (N, rows, columns) -> (N * H * columns, 1)."""
+    n, rows, columns = values.shape
+    return values[:, :, None].expand(n, rows, patch_size, columns).reshape(-1, 1)
+
+
+def _per_pixel(values: Tensor, patch_size: int) -> Tensor:
+    """One value a patch, repeated for each pixel of it: (N, rows, columns) -> (N, 1, H, W)."""
+    n, rows, columns = values.shape
+    pixels = values[:, :, None, :, None].expand(n, rows, patch_size, columns, patch_size)
+    return pixels.reshape(n, 1, rows * patch_size, columns * patch_size)
+
+
+def _scaled(x: Tensor, scale: Tensor, patch_size: int) -> Tensor:
+    """``x * scale``, with one scale a patch: (N, C, H, W), (N, rows, columns) -> (N, C, H, W)."""
+    if not _channels_last(x):
+        return x * _per_pixel(scale, patch_size)
+    n, channels, height, width = x.shape
+    strips = _strips(x, patch_size) * _per_strip(scale, patch_size)
+    return strips.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _patch_dots(gradient: Tensor, x: Tensor, patch_size: int) -> Tensor:
+    """Sum of ``gradient * x`` over every patch and all channels: two (N, C, H, W) -> (N, rows, columns)."""
+    n, _, height, width = x.shape
+    rows, columns = height // patch_size, width // patch_size
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if _channels_last(x):
+        dots = torch.linalg.vecdot(_strips(gradient, patch_size), _strips(x, patch_size))
+        return dots.view(n, rows, patch_size, columns).sum(2, dtype=dtype)
+    product = (gradient * x).sum(1, dtype=dtype)  # (N, H, W)
+    return product.view(n, rows, patch_size, columns, patch_size).sum((2, 4))
+
+
+def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: int) -> Tensor:
+    """``gradient * scale + share``, for a gradient in NCHW or channels_last.
+
+    Shape: (N, C, H, W), (N, rows, columns), (N, C, rows, columns) -> (N, C, H, W)
+    """
+    n, channels, height, width = gradient.shape
+    rows, columns = scale.shape[1:]
+    if _channels_last(gradient):
+        line = columns * patch_size * channels
+        added = share.permute(0, 2, 3, 1)[:, :, :, None].expand(n, rows, columns, patch_size, channels)
+        factor = scale[..., None].expand(n, rows, columns, patch_size * channels)
+        out = torch.addcmul(
+            added.reshape(n, rows, 1, line),
+            gradient.permute(0, 2, 3, 1).view(n, rows, patch_size, line),
+            factor.reshape(n, rows, 1, line),
+        )
+        return out.view(n, height, width, channels).permute(0, 3, 1, 2)
+    out = gradient * _per_pixel(scale, patch_size)
+    # Adding one value to a patch as a product with ones and zeros: (N * C * rows, columns) by (columns, p * W).
+    ones = torch.eye(columns, dtype=out.dtype, device=out.device).repeat_interleave(patch_size, 1).repeat(1, patch_size)
+    out.view(-1, ones.shape[1]).addmm_(share.reshape(-1, columns), ones)
+    return out
+
+
+def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+    """The result, and what the backward pass needs besides: contexts, embeddings, confidences, scale.
+
+    Each operation costs a few microseconds before it computes anything, which on small maps is most of the time: so
+    there are as few as can be. None of them is one that autocast lowers: it leaves those with ``out`` alone.
+    """
+    n, channels, height, width = x.shape
+    rows, columns = height // patch_size, width // patch_size
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    contexts = x.new_empty((n, rows * columns + 1, channels), dtype=dtype)
+    local_contexts = contexts[:, :-1]
+    local_contexts.copy_(_patch_means(x, patch_size).flatten(2).transpose(1, 2))
+    torch.mean(local_contexts.clamp_(-LIMIT, LIMIT), dim=1, out=contexts[:, -1])
+    embedded = _linear(_hidden(contexts, w1, b1), w2, b2).clamp_(0, LIMIT).view(contexts.shape)
+    confidence = torch.softmax((embedded[:, :-1] * embedded[:, -1:]).sum(2), dim=1)
+    scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
+    return _scaled(x, scale, patch_size), contexts, embedded, confidence, scale
+
+
+def _hidden(contexts: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    """The perceptron's hidden layer: (N, P + 1, C) -> (N * (P + 1), h)."""
+    return _linear(contexts.view(-1, contexts.shape[2]), w1, b1).relu_()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer in the type of its input: (N, C) -> (N, D)."""
+    out = x.new_empty(len(x), len(weight))
+    return torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=out)
+
+
+class _InFewPasses(torch.autograd.Function):
+    """Equal to the equations, up to the order of additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        output, contexts, embedded, confidence, scale = _forward(x, patch_size, w1, b1, w2, b2)
+        ctx.save_for_backward(x, w1, b1, w2, b2, contexts, embedded, confidence, scale)
+        ctx.patch_size = patch_size
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, b1, w2, b2, contexts, embedded, confidence, scale = ctx.saved_tensors
+        patch_size = ctx.patch_size
+        if torch.is_grad_enabled():
+            return _twice_differentiable(ctx, gradient, x, w1, b1, w2, b2)
+        if _channels_last(x):
+            gradient = gradient.contiguous(memory_format=torch.channels_last)
+        else:
+            gradient = gradient.contiguous()
+        n, channels, height, width = x.shape
+        rows, columns = height // patch_size, width // patch_size
+        dtype = contexts.dtype
+
+        of_confidence = _patch_dots(gradient, x, patch_size).view(n, -1).to(dtype)
+        grad_logits = confidence * (of_confidence - (confidence * of_confidence).sum(1, keepdim=True))
+        of_embedded = torch.empty_like(embedded)
+        torch.mul(grad_logits[:, :, None], embedded[:, -1:], out=of_embedded[:, :-1])
+        torch.bmm(grad_logits[:, None], embedded[:, :-1], out=of_embedded[:, -1:])
+        of_embedded = _within(of_embedded, embedded, 0, LIMIT).view(-1, channels)
+        hidden = _hidden(contexts, w1, b1)  # made again, not kept
+        of_hidden = of_embedded @ w2.to(dtype)
+        of_hidden = _within(of_hidden, hidden, 0, math.inf)
+        of_contexts = (of_hidden @ w1.to(dtype)).view(contexts.shape)
+        of_means = torch.add(of_contexts[:, :-1], of_contexts[:, -1:], alpha=1 / (rows * columns))
+        of_means = _within(of_means, contexts[:, :-1], -LIMIT, LIMIT)
+
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            share = (of_means / patch_size**2).to(x.dtype).view(n, rows, columns, channels).permute(0, 3, 1, 2)
+            of_x = _input_gradient(gradient, scale, share, patch_size)
+        of_w1 = (of_hidden.t() @ contexts.view(-1, channels)).to(w1.dtype)
+        of_w2 = (of_embedded.t() @ hidden).to(w2.dtype)
+        return of_x, None, of_w1, of_hidden.sum(0).to(b1.dtype), of_w2, of_embedded.sum(0).to(b2.dtype)
+
+
+def _within(gradient: Tensor, output: Tensor, low: float, high: float) -> Tensor:
+    """Gradient of ``clamp(low, high)``, for its output."""
+    return torch.ops.aten.hardtanh_backward(gradient, output, low, high)
+
+
+def _twice_differentiable(ctx: Any, gradient: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients by way of the equations, for ``create_graph``: they can be differentiated again."""
+    output = _recalibrate(x, _confidence(x, ctx.patch_size, *parameters), ctx.patch_size)
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+    wanted = [tensor for tensor, need in zip((x, *parameters), needs, strict=True) if need]
+    found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
+    of_x, *of_parameters = [next(found) if need else None for need in needs]
+    return of_x, None, *of_parameters

@@ -1,0 +1,80 @@
+"""From what a person typed to a model: known names, near misses, and counts."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import list_models, split_model_name_tag
+from torch.utils.flop_counter import FlopCounterMode
+
+from conam_zoo.datasets import DATASETS
+from conam_zoo.errors import UserError
+from conam_zoo.models._base import StagedClassifier
+from conam_zoo.weights.folder import fetch_config
+
+__all__ = ["check_model_name", "count_params_and_macs", "model_names", "open_model"]
+
+
+def model_names() -> list[str]:
+    """All builders of this package, in timm's natural order."""
+    return list_models("*_conam")
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that is no model of this package, with or without tag.
+
+    Raises:
+        UserError: With the nearest names, or with the tags that there are.
+    """
+    builder, tag = split_model_name_tag(name)
+    names = model_names()
+    if builder not in names:
+        near = difflib.get_close_matches(builder, names, n=3, cutoff=0.5) or names[:3]
+        raise UserError(f"There is no model {builder!r}: did you mean {' or '.join(near)}? 'conam list' shows all.")
+    if tag and tag not in DATASETS:
+        raise UserError(f"{builder} has no tag {tag!r}: it has {', '.join(f'{builder}.{t}' for t in DATASETS)}.")
+
+
+def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedClassifier:
+    """``timm.create_model`` for a name as typed: ``arch``, ``arch.tag``, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
+
+    Raises:
+        UserError: If the name is unknown, or a folder is no model folder.
+        WeightsError: If no verified weights can be had.
+    """
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is not a model folder: it has no config.json.")
+        check_model_name(_architecture(folder / "config.json"))
+    elif name.startswith("hf-hub:"):
+        # timm would wait half a minute for a Hub that is away, and read a net of its own in its own ways.
+        check_model_name(_architecture(fetch_config(name.removeprefix("hf-hub:"), kwargs.get("cache_dir"))))
+    else:
+        check_model_name(name)
+    model: StagedClassifier = timm.create_model(name, pretrained=pretrained, **kwargs).eval()
+    return model
+
+
+def _architecture(config: Path) -> str:
+    """The architecture that a config.json names.
+
+    Raises:
+        UserError: It names none.
+    """
+    try:
+        return str(json.loads(config.read_text())["architecture"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config} does not name an architecture: copy the folder again.") from error
+
+
+def count_params_and_macs(name: str, **kwargs: Any) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of convolutions and matrix products for one image; nothing is allocated."""
+    model = timm.create_model(name, device="meta", **kwargs).eval()
+    image = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

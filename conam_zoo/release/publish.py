@@ -1,0 +1,242 @@
+"""Publishing weights on the Hugging Face Hub: upload, read back, tag, and only then write it down.
+
+Everything goes through huggingface_hub's own client. A second run finds everything in place and changes nothing; a run
+that fails leaves the manifest as it was, says what is up already, and can simply be repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conam_zoo.weights.client import refuse_open_token, underlying
+from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, in_brief
+from conam_zoo.weights.manifest import HUB_NAME_PATTERN, Manifest, WeightEntry, dump_manifest, load_manifest
+from conam_zoo.weights.redact import redact, tells_secrets
+from conam_zoo.weights.shards import Described, is_index, read_index
+from conam_zoo.weights.verify import read_verified
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+CONFIG, CARD = "config.json", "README.md"
+EXTRAS = ("log.csv", "curves.png", "confidence.png")  # uploaded where they lie beside the weights
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a repository holds, or would hold; `revision` is None after a dry run."""
+
+    name: str
+    hub_id: str
+    tag: str
+    files: Mapping[str, int]  # name -> size in bytes
+    revision: str | None
+    changed: bool  # whether something was uploaded
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """An entry with all that is to be in its repository, checked before anything is sent."""
+
+    entry: WeightEntry
+    hub_id: str
+    contents: Mapping[str, bytes]
+    tensors: tuple[Described, ...]  # the safetensors files, whose ETag on the Hub is their SHA-256
+
+    def publication(self, tag: str, revision: str | None, changed: bool) -> Publication:
+        sizes = {name: len(content) for name, content in self.contents.items()}
+        return Publication(self.entry.name, self.hub_id, tag, sizes, revision, changed)
+
+
+def publish(
+    names: Sequence[str],
+    *,
+    namespace: str,
+    cards: Mapping[str, str],
+    tag: str,
+    manifest_path: Path,
+    private: bool = False,
+    dry_run: bool = False,
+) -> list[Publication]:
+    """Publish entries of a manifest from the `weights/` folder beside it.
+
+    For each entry: create the repository if need be, upload the weights, their config.json, the card and what else
+    lies beside them in one commit, read everything back and compare it, tag the commit. When all are done, the
+    commits and the namespace are written to the manifest, in one atomic step.
+
+    Args:
+        names: Names of entries.
+        namespace: The Hub account; it has to be the manifest's if that has one.
+        cards: The model card of each entry, in Markdown with the Hub's metadata block.
+        tag: Name of the release.
+        manifest_path: The manifest to read and to write.
+        private: Create repositories that only the account's members see; those there are stay as they are.
+        dry_run: Check all files and send nothing.
+
+    Raises:
+        WeightsError: Something is wrong with the files, or a step failed; the manifest is as it was.
+    """
+    manifest = load_manifest(manifest_path)
+    _check_namespace(manifest, namespace)
+    uploads = [_prepare(manifest.entry(name), namespace, cards[name], manifest_path) for name in dict.fromkeys(names)]
+    if dry_run:
+        return [upload.publication(tag, None, changed=False) for upload in uploads]
+
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise WeightsError(
+            f"Publishing to {namespace} takes a token that may write there: run 'hf auth login', or set HF_TOKEN."
+        )
+    up: list[str] = []
+    done = [_publish_one(HfApi(library_name="conam_zoo"), upload, tag, private, up) for upload in uploads]
+    revisions = {publication.name: publication.revision for publication in done}
+    with _step("writing the manifest", uploads[-1], up):
+        latest = load_manifest(manifest_path)
+        if any(latest.entries.get(upload.entry.name) != upload.entry for upload in uploads):
+            raise WeightsError("its entries were changed meanwhile")
+        entries = {n: replace(e, revision=revisions.get(n, e.revision)) for n, e in latest.entries.items()}
+        written = replace(latest, entries=entries, hub_namespace=namespace)
+        if written != latest:
+            dump_manifest(written, manifest_path)
+    return done
+
+
+def _check_namespace(manifest: Manifest, namespace: str) -> None:
+    if re.fullmatch(HUB_NAME_PATTERN, namespace) is None:
+        raise WeightsError(f"The namespace {namespace!r} is no name of a Hub account: give the account alone.")
+    if manifest.hub_namespace not in (None, namespace):
+        raise WeightsError(
+            f"The manifest says that the weights are published by {manifest.hub_namespace}, not by {namespace}: "
+            "publish there, or change its hub_namespace first."
+        )
+
+
+def _prepare(entry: WeightEntry, namespace: str, card: str, manifest_path: Path) -> _Upload:
+    """Read all files of an entry, and hold them against the manifest."""
+    folder = manifest_path.parent / "weights" / entry.name
+    read_verified(folder / entry.file, entry)
+    try:
+        contents = {name: (folder / name).read_bytes() for name in (entry.file, CONFIG)}
+        shards = read_index(contents[entry.file], folder / entry.file).shards if is_index(entry.file) else ()
+        contents |= {shard.file: (folder / shard.file).read_bytes() for shard in shards}
+        contents |= {name: (folder / name).read_bytes() for name in EXTRAS if (folder / name).is_file()}
+        config = json.loads(contents[CONFIG])
+        stated = (config.get("sha256"), config.get("architecture"), config.get("num_classes"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{folder} cannot be published ({in_brief(error)}): pack the weights again.") from error
+    described_files: tuple[Described, ...] = (entry, *shards)
+    for described in described_files:
+        if hashlib.sha256(contents[described.file]).hexdigest() != described.sha256:
+            raise WrongWeightsError(
+                f"{folder / described.file} changes while it is read: publish it when it is at rest."
+            )
+    if stated != (entry.sha256, entry.arch, entry.num_classes):
+        raise WrongWeightsError(
+            f"{folder / CONFIG} describes another file than the manifest does, it has SHA-256, architecture and "
+            f"classes {stated}: pack the weights again."
+        )
+    for picture in re.findall(r"!\[[^]]*\]\(([\w.-]+)\)", card):
+        if picture not in contents:
+            raise WeightsError(f"{folder} has no {picture}, which its model card shows: pack the weights again.")
+    tensors = shards or (entry,)
+    return _Upload(entry, entry.hub_id(namespace), contents | {CARD: card.encode()}, tensors)
+
+
+def _publish_one(api: HfApi, upload: _Upload, tag: str, private: bool, up: list[str]) -> Publication:
+    from huggingface_hub import CommitOperationAdd, ModelCard
+
+    entry, hub_id = upload.entry, upload.hub_id
+    with _step("the check of its model card", upload, up):
+        refuse_open_token()
+        ModelCard(upload.contents[CARD].decode()).validate()
+    with _step("creating its repository", upload, up):
+        api.create_repo(hub_id, private=private, exist_ok=True)
+        head = api.model_info(hub_id).sha
+    up.append(f"the repository {hub_id}")
+    with _step(f"looking for the tag {tag}", upload, up):
+        tagged = _is_tagged(api, upload, tag)
+    with _step("uploading its files", upload, up):
+        commit = api.create_commit(
+            hub_id,
+            [CommitOperationAdd(name, content) for name, content in upload.contents.items()],
+            commit_message=f"{entry.name}, conam_zoo {tag}",
+            parent_commit=head,
+        )
+        changed = commit.oid != head
+        # Without changes the last commit has the right files, but so has the one that users pin already.
+        revision = entry.revision if not changed and _exists(api, hub_id, entry.revision) else commit.oid
+    up.append(f"its files at commit {commit.oid}")
+    with _step("reading them back", upload, up):
+        _read_back(upload, revision or commit.oid)
+    if not tagged:
+        with _step(f"setting the tag {tag}", upload, up):
+            api.create_tag(hub_id, tag=tag, revision=revision)
+        up.append(f"its tag {tag}")
+    return upload.publication(tag, revision, changed)
+
+
+def _exists(api: HfApi, hub_id: str, revision: str | None) -> bool:
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    if revision is None:
+        return False
+    try:
+        return api.model_info(hub_id, revision=revision).sha == revision
+    except RevisionNotFoundError:
+        return False
+
+
+def _is_tagged(api: HfApi, upload: _Upload, tag: str) -> bool:
+    """Whether the release has its tag already; refuses one that marks other weights."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if tag not in {ref.name for ref in api.list_repo_refs(upload.hub_id).tags}:
+        return False
+    for described in upload.tensors:
+        found = get_hf_file_metadata(hf_hub_url(upload.hub_id, described.file, revision=tag)).etag
+        if found != described.sha256:
+            raise WeightsError(f"it marks other weights, SHA-256 {found}, so raise the version of conam_zoo first")
+    return True
+
+
+def _read_back(upload: _Upload, revision: str) -> None:
+    """Download every file of a commit afresh and compare it with what was sent."""
+    from huggingface_hub import hf_hub_download
+
+    with tempfile.TemporaryDirectory(prefix="conam-publish-") as scratch:
+        for name, content in upload.contents.items():
+            path = hf_hub_download(upload.hub_id, name, revision=revision, cache_dir=scratch, etag_timeout=10)
+            got, sent = (hashlib.sha256(data).hexdigest() for data in (Path(path).read_bytes(), content))
+            if got != sent:
+                raise WrongWeightsError(f"the Hub has another {name}, expected SHA-256 {sent}, found {got}")
+
+
+@contextmanager
+def _step(doing: str, upload: _Upload, up: list[str]) -> Iterator[None]:
+    """Turn what goes wrong in a step into the sentence that says what is up already."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except Exception as raised:  # the client, its HTTP library and its transport have no common base
+        error = underlying(raised)
+        reason = redact(str(error) if isinstance(error, WeightsError | HubError) else in_brief(error))
+        if isinstance(error, errors.HfHubHTTPError):
+            status = error.response.status_code
+            reason = f"the Hub answered with status {status}"
+            if status in (401, 403):
+                reason += f", so the token in use may not write to {upload.hub_id}"
+        state = f"already up are {', '.join(up)}" if up else "nothing is up yet"
+        raise WeightsError(
+            f"Publishing {upload.entry.name} stopped at {doing} ({reason.rstrip('.')}), {state}, and the manifest is "
+            "as it was: run the command again when that is mended."
+        ) from (None if tells_secrets(raised) else raised)

@@ -1,0 +1,116 @@
+"""Learning from another net's outputs: the teacher, and what is lost on it.
+
+Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, 2015, section 2.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conam_zoo.errors import UserError
+from conam_zoo.models.registry import open_model
+from conam_zoo.weights import load_manifest
+from conam_zoo.weights.folder import fetch_config, weights_file
+
+__all__ = ["Renormalized", "distillation_loss", "open_teacher"]
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 times the Kullback-Leibler divergence of the student's softened outputs from the teacher's, per image.
+
+    Args:
+        student: Logits, (N, classes), float32.
+        teacher: Logits, (N, classes), float32.
+        temperature: T, which divides both; T^2 keeps the gradients' size independent of it.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.log_softmax(teacher / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return temperature**2 * divergence
+
+
+class Renormalized(nn.Module):
+    """A net that gets images normalised with statistics other than its own.
+
+    Shape: (N, C, H, W) -> that of the net's output.
+
+    Args:
+        net: The net.
+        own: Its mean and standard deviation for each channel.
+        given: Those that the images were normalised with.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        own: tuple[tuple[float, ...], tuple[float, ...]],
+        given: tuple[tuple[float, ...], tuple[float, ...]],
+    ) -> None:
+        super().__init__()
+        self.net = net
+        (own_mean, own_std), (mean, std) = (torch.tensor(pair, dtype=torch.float64) for pair in (own, given))
+        self.register_buffer("scale", (std / own_std).float().view(1, -1, 1, 1))
+        self.register_buffer("shift", ((mean - own_mean) / own_std).float().view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.scale + self.shift)
+
+
+def open_teacher(name: str, student: nn.Module, classes: tuple[str, ...]) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a teacher for a student, in evaluation mode and without gradients.
+
+    Args:
+        name: A model of this package with weights: its name, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
+        student: The net to train; its configuration says how the images will be normalised.
+        classes: Class names in label order.
+
+    Returns:
+        The teacher, and its ``name`` and ``sha256`` for the record.
+
+    Raises:
+        UserError: If there is no such model, or it was trained for other classes or another image size.
+        WeightsError: If its weights cannot be had.
+    """
+    net = open_model(name)
+    own, given = net.pretrained_cfg, student.pretrained_cfg
+    assert isinstance(given, dict)
+    if tuple(own.get("label_names") or ()) != classes:
+        raise UserError(
+            f"The teacher {name} was trained for other classes than those of the data, or in another order: "
+            "choose one that was trained on the same classes."
+        )
+    if tuple(own["input_size"]) != tuple(given["input_size"]):
+        raise UserError(
+            f"The teacher {name} takes images of {'x'.join(map(str, own['input_size']))}, the student of "
+            f"{'x'.join(map(str, given['input_size']))}: choose one of the same size."
+        )
+    teacher: nn.Module = net
+    statistics = [(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in (own, given)]
+    if statistics[0] != statistics[1]:
+        teacher = Renormalized(net, *statistics)
+    return teacher.eval().requires_grad_(False), {"name": name, "sha256": _sha256(name, own)}
+
+
+def _sha256(name: str, cfg: dict[str, Any]) -> str | None:
+    """The hash that the weights were checked against, or that of the file in a folder."""
+    kind, _, place = name.partition(":")
+    if kind == "local-dir":
+        folder = Path(place)
+        file = weights_file(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
+        return hashlib.sha256((folder / file).read_bytes()).hexdigest()
+    if kind == "hf-hub":
+        stated = json.loads(fetch_config(place).read_text(encoding="utf-8")).get("sha256")
+        return str(stated) if stated else None
+    entry = load_manifest().entries.get(f"{cfg['architecture']}.{cfg.get('tag')}")
+    return entry.sha256 if entry else None

@@ -1,0 +1,146 @@
+"""The processes of one training: which of them this is, and the few things that they tell each other.
+
+A training of one process is one of world size 1, in which every function here does nothing or next to nothing.
+``torchrun`` starts several; they talk over NCCL on GPUs and over gloo on CPUs.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from conam_zoo.errors import UserError
+
+__all__ = ["Ranks", "all_reduce_max", "broadcast_weights", "process_group", "ranks", "run_on_primary", "total"]
+
+TIMEOUT = timedelta(minutes=5)  # of one exchange; no rank does anything that takes longer between two of them
+LOST_PEER = re.compile(r"gloo|nccl|connection|socket|timed out|broken pipe|peer", re.IGNORECASE)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among all of a training.
+
+    Attributes:
+        rank: Number of this process, from 0; rank 0 writes.
+        world_size: How many there are.
+        device: What this process trains on.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def ranks() -> Ranks:
+    """The place of this process: alone, unless it is inside ``process_group``."""
+    if not dist.is_initialized():
+        return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    local = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), local)
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the other processes that ``torchrun`` started, for as long as the block lasts.
+
+    Without ``torchrun``, and inside another such block, it does nothing.
+
+    Raises:
+        UserError: If the others cannot be reached, or one of them goes away during the block.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ranks()
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started process {local + 1} of this machine, which has {torch.cuda.device_count()} GPUs: "
+                "set --nproc_per_node to the number of GPUs."
+            )
+        torch.cuda.set_device(local)
+    here = f"Process {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']}"
+    try:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{here} does not reach the others ({_brief(error)}): start it with torchrun.") from error
+    try:
+        yield ranks()
+        dist.barrier()  # rank 0 has written everything before any process ends
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or LOST_PEER.search(str(error))):
+            raise
+        raise UserError(
+            f"{here} lost another one ({_brief(error)}), so the training ends: start all of them again with --resume."
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")[:160]
+
+
+def all_reduce_max(values: list[float]) -> list[float]:
+    """For each of the values the largest that any rank has. Exact for whole numbers up to 2**53."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def total(values: list[float]) -> list[float]:
+    """For each of the values its sum over the ranks."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def _reduced(values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+    here = ranks()
+    if here.world_size == 1:
+        return values
+    exchanged = torch.tensor(values, dtype=torch.float64, device=here.device)
+    dist.all_reduce(exchanged, operation)
+    return exchanged.tolist()
+
+
+def run_on_primary(function: Callable[[], Result]) -> Result:
+    """Run a function on rank 0 and give its result, which must be picklable, to all.
+
+    Raises:
+        UserError: On every rank, if the function raises it on rank 0.
+    """
+    here = ranks()
+    if here.world_size == 1:
+        return function()
+    outcome: list[tuple[Result | None, str | None]] = [(None, None)]
+    if here.first:
+        try:
+            outcome = [(function(), None)]
+        except UserError as error:
+            outcome = [(None, str(error))]
+    dist.broadcast_object_list(outcome, src=0, device=here.device)
+    result, sentence = outcome[0]
+    if sentence is not None:
+        raise UserError(sentence)
+    return result  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def broadcast_weights(model: nn.Module) -> None:
+    """Give every rank the parameters and buffers that rank 0 has."""
+    if ranks().world_size > 1:
+        for tensor in model.state_dict().values():
+            sent = tensor.contiguous()  # channels_last weights are not, and gloo wants them so
+            dist.broadcast(sent, src=0)
+            tensor.copy_(sent)

@@ -1,0 +1,232 @@
+"""What a step of training changes, and how: net, loss, optimiser, schedule, moving average."""
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from conam_zoo.data import AugmentationSettings, BatchSettings
+from conam_zoo.errors import UserError
+from conam_zoo.training.distillation import distillation_loss
+from conam_zoo.training.distributed import Ranks, ranks
+from conam_zoo.training.moving_average import MovingAverage
+from conam_zoo.training.precision import precision_on
+from conam_zoo.training.recipe import Recipe
+
+__all__ = ["TrainState", "batch_settings", "images_per_batch"]
+
+
+def images_per_batch(recipe: Recipe, here: Ranks) -> int:
+    """Images of one batch of one process, so that a step has ``batch_size`` of them whatever the number of processes.
+
+    Raises:
+        UserError: If ``batch_size`` cannot be shared out evenly.
+    """
+    shares = here.world_size * recipe.grad_accumulation
+    if recipe.batch_size % shares or recipe.batch_size // shares < 2:
+        raise UserError(
+            f"The setting batch_size is {recipe.batch_size}, but {here.world_size} process(es) x "
+            f"{recipe.grad_accumulation} accumulated batches need a multiple of {shares} of at least {2 * shares}: "
+            "set it to one."
+        )
+    return recipe.batch_size // shares
+
+
+def batch_settings(
+    recipe: Recipe, mean: Sequence[float], std: Sequence[float], here: Ranks, *, balance: bool = False
+) -> BatchSettings:
+    """How this process makes its batches.
+
+    Args:
+        recipe: Augmentation, seed and batch size.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel.
+        here: This process among the others.
+        balance: Show every class equally often.
+
+    Raises:
+        UserError: If the batch size cannot be shared out evenly, or an augmentation is out of range.
+    """
+    augmentation = AugmentationSettings(
+        recipe.crop_padding,
+        recipe.flip,
+        recipe.cutout,
+        recipe.mixup,
+        recipe.cutmix,
+        recipe.early_size,
+        recipe.early_epochs,
+        recipe.alternate_flip,
+        recipe.mix_share,
+    )
+    size = images_per_batch(recipe, here)
+    return BatchSettings(augmentation, size, recipe.seed, mean, std, here.rank, here.world_size, balance)
+
+
+class TrainState:
+    """A net in training.
+
+    Args:
+        model: The net, on its device; parameters that need no gradient stay as they are.
+        recipe: Optimiser, schedule, loss, precision.
+        batches_per_epoch: Batches of one epoch on this rank.
+        param_groups: Groups of parameters as optimisers take them, with ``lr_scale`` where a group learns slower; None
+            for timm's grouping: no weight decay for norms, biases and what the net's ``no_weight_decay`` names.
+        teacher: A net to learn from, or None.
+        compile: Whether to run the net through ``torch.compile``.
+
+    Attributes:
+        model: The net as it was given: neither wrapped nor compiled.
+        ema: The moving average of its weights, or None.
+        compile_seconds: Time of the first step, most of it compilation; None before it, and without ``compile``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        batches_per_epoch: int,
+        *,
+        param_groups: Iterable[dict[str, Any]] | None = None,
+        teacher: nn.Module | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.recipe, self.teacher = model, recipe, teacher
+        self.device = next(model.parameters()).device
+        self.grad_accumulation = recipe.grad_accumulation
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._frozen = [m for m in model.modules() if _is_frozen(m)]
+        bf16 = precision_on(self.device, recipe.precision) == "bf16"
+        self._autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
+        self.optimizer = _optimizer(model, recipe, param_groups, self.device)
+        steps = math.ceil(batches_per_epoch / recipe.grad_accumulation)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=recipe.epochs * steps,
+            lr_min=recipe.min_lr,
+            warmup_t=int(recipe.warmup_epochs * steps),
+            warmup_lr_init=recipe.lr / 100,
+            t_in_epochs=False,
+        )
+        self.ema = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
+        # Batch norm uses each process's own images; its running statistics are those of rank 0.
+        here = ranks()
+        self._parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if here.world_size > 1 else None
+        self._eager: nn.Module = self._parallel or model
+        self._network: Callable[[Tensor], Tensor] = self._eager
+        self._full_batch = images_per_batch(recipe, here)
+        self._compiling = compile
+        self.compile_seconds: float | None = None
+        if compile:
+            # CUDA graphs: in small nets it is the launching of kernels that takes the time. With accumulation, a second
+            # batch would overwrite the gradients of the first in the graph's memory.
+            graphs = self.device.type == "cuda" and self._parallel is None and recipe.grad_accumulation == 1
+            self._network = torch.compile(self._eager, dynamic=False, mode="reduce-overhead" if graphs else "default")
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step, that of groups without ``lr_scale``."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
+
+    def train(self) -> None:
+        """Put the net into training mode, but for the layers that are frozen as a whole, batch norms among them."""
+        self._eager.train()
+        for module in self._frozen:
+            module.training = False
+
+    def accumulate(self, group: list[tuple[Tensor, Tensor]], images: float) -> tuple[Tensor, Tensor]:
+        """Gradients of one step, that has one or more batches.
+
+        Args:
+            group: Images (B, 3, H, W) and targets of every batch: (B,) int64, or (B, classes) float32.
+            images: Images of the step on each rank, on average: the gradient is that of the mean over all images.
+
+        Returns:
+            Sum of the loss over the images, and the number of hits; both scalars on the device.
+        """
+        started = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, hits = [], []
+        for number, (inputs, targets) in enumerate(group):
+            last = number == len(group) - 1
+            # Only the last batch exchanges gradients, the sums of all.
+            with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
+                loss, logits = self._loss(inputs, targets)
+                (loss * (len(targets) / images)).backward()
+            losses.append(loss.detach().double() * len(targets))
+            classes = targets.argmax(1) if targets.ndim == 2 else targets
+            hits.append((logits.detach().argmax(1) == classes).sum())
+        if self._compiling:
+            self._compiling, self.compile_seconds = False, time.perf_counter() - started
+        return (losses[0], hits[0]) if len(group) == 1 else (torch.stack(losses).sum(), torch.stack(hits).sum())
+
+    def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        recipe = self.recipe
+        # A smaller batch at an epoch's end is not worth compiling for.
+        network = self._network if len(images) == self._full_batch else self._eager
+        with self._autocast:
+            logits = network(images)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+        if self.teacher is not None:
+            with torch.no_grad(), self._autocast:
+                guide = self.teacher(images)
+            learnt = distillation_loss(logits, guide.float(), recipe.distill_temperature)
+            loss = torch.lerp(loss, learnt, recipe.distill_weight)
+        return loss, logits
+
+    def step(self, updates: int) -> None:
+        """Change the weights by the accumulated gradients; ``updates`` counts this step, over all epochs."""
+        if self.recipe.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self._trained, self.recipe.clip_grad)
+        self.optimizer.step()
+        self.scheduler.step_update(updates)
+        if self.ema is not None:
+            self.ema.update(self.model, step=updates)
+
+    def load(self, state: dict[str, Any], updates: int) -> None:
+        """Take up a state that ``save_checkpoint`` wrote after so many updates."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for (
+            parameter,
+            buffers,
+        ) in self.optimizer.state.items():  # fused optimisers want them laid out as the weights are
+            for name, buffer in buffers.items():
+                if torch.is_tensor(buffer) and buffer.shape == parameter.shape:
+                    buffers[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
+        if updates:
+            self.scheduler.step_update(updates)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
+def _optimizer(
+    model: nn.Module, recipe: Recipe, param_groups: Iterable[dict[str, Any]] | None, device: torch.device
+) -> torch.optim.Optimizer:
+    """timm's optimiser of that name, in its fused form where it has one for the device."""
+    options = inspect.signature(get_optimizer_class(recipe.opt, bind_defaults=False)).parameters
+    fast = {"fused": True} if "fused" in options and device.type in ("cpu", "cuda") else {}
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        model if param_groups is None else list(param_groups),
+        opt=recipe.opt,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        **fast,
+    )
+    return optimizer

@@ -1,0 +1,187 @@
+"""Explaining a classification: where each ConAM is confident, and what the net says when that patch is blurred."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from conam_zoo.errors import UserError
+from conam_zoo.models import StagedClassifier
+from conam_zoo.visualize.predict import Prediction, class_names, predict, split_transform
+
+__all__ = ["Explanation", "PatchEffect", "SiteExplanation", "explain", "pictures_in"]
+
+EVEN = 0.01  # a map whose confidences differ by less than this share of their mean has no most confident patch
+
+Pixels = NDArray[np.uint8]
+Values = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PatchEffect:
+    """What the net says when one patch of the picture is blurred.
+
+    Attributes:
+        row: Row of the patch in the confidence map.
+        column: Its column.
+        blurred: The picture with that patch blurred, (H, W, 3).
+        probabilities: Of every class, (classes,).
+    """
+
+    row: int
+    column: int
+    blurred: Pixels
+    probabilities: Values
+
+
+@dataclass(frozen=True)
+class SiteExplanation:
+    """One ConAM of the net.
+
+    Attributes:
+        site: Name of the module, such as ``layer3.0.attn``.
+        confidence: Its map, (rows, columns).
+        most: The effect of blurring the patch with the highest confidence; None where no patch stands out.
+        least: The effect of blurring the patch with the lowest, to compare ``most`` with; None likewise.
+    """
+
+    site: str
+    confidence: Values
+    most: PatchEffect | None
+    least: PatchEffect | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a net makes of one picture, and why as far as ConAM tells.
+
+    Attributes:
+        path: The file.
+        image: The picture, upright and RGB, in its own size, (height, width, 3).
+        seen: What the net was shown, (H, W, 3).
+        classes: Class names in the order of the probabilities.
+        probabilities: Of every class, (classes,).
+        sites: The ConAMs in order of execution.
+    """
+
+    path: Path
+    image: Pixels
+    seen: Pixels
+    classes: tuple[str, ...]
+    probabilities: Values
+    sites: tuple[SiteExplanation, ...]
+
+    @property
+    def predicted(self) -> int:
+        """Index of the most probable class."""
+        return int(self.probabilities.argmax())
+
+    @property
+    def top(self) -> list[tuple[str, float]]:
+        """The five most probable classes with their probabilities, best first."""
+        best = np.argsort(-self.probabilities, kind="stable")[:5]
+        return [(self.classes[index], float(self.probabilities[index])) for index in best]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder by name, without its sub-folders.
+
+    Raises:
+        UserError: If there is none.
+    """
+    known = Image.registered_extensions()
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
+    if not paths:
+        raise UserError(f"The folder {folder} holds no pictures: name one that does.")
+    return paths
+
+
+def explain(model: StagedClassifier, paths: list[Path], sites: list[str] | None = None) -> list[Explanation]:
+    """Classify pictures, and for every ConAM blur its most and its least confident patch and classify again.
+
+    A patch is blurred by a Gaussian with half its side as standard deviation, in the picture that the net is shown.
+
+    Args:
+        model: A classifier with ConAM, or a form of it, in evaluation mode, made by timm.
+        paths: Picture files.
+        sites: Module names of the ConAMs to explain, with or without ``.attn``; all if None.
+
+    Raises:
+        UserError: If a file cannot be read, the net has no ConAM, or a site does not exist.
+    """
+    predictions = predict(model, paths)
+    if not predictions or not predictions[0].maps:
+        raise UserError(
+            f"A net with attn_layer {model.attn_layer!r} has no confidence maps to explain: use 'conam predict'."
+        )
+    known = list(predictions[0].maps)
+    wanted = known if not sites else [site if site.endswith("attn") else f"{site}.attn" for site in sites]
+    for site in wanted:
+        if site not in known:
+            raise UserError(f"There is no ConAM at {site!r}: the net has {', '.join(known)}.")
+    return [_explain(model, prediction, wanted) for prediction in predictions]
+
+
+def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) -> Explanation:
+    maps = {site: prediction.maps[site].numpy() for site in sites}
+    uneven = [site for site, map_ in maps.items() if np.ptp(map_) > EVEN * abs(map_.mean())]
+    most = {site: _position(maps[site].argmax(), maps[site]) for site in uneven}
+    least = {site: _position(maps[site].argmin(), maps[site]) for site in uneven}
+    blurred = {
+        (site, patch): _blur(prediction.seen, patch, maps[site].shape)
+        for site in uneven
+        for patch in (most[site], least[site])
+    }
+    after = _classify(model, blurred)
+
+    def effect(site: str, patches: dict[str, tuple[int, int]]) -> PatchEffect | None:
+        if site not in patches:
+            return None
+        patch = patches[site]
+        return PatchEffect(*patch, np.asarray(blurred[site, patch]), after[site, patch])
+
+    return Explanation(
+        path=prediction.path,
+        image=np.asarray(prediction.image),
+        seen=np.asarray(prediction.seen),
+        classes=tuple(class_names(model)),
+        probabilities=prediction.probabilities.numpy(),
+        sites=tuple(
+            SiteExplanation(site, maps[site], most=effect(site, most), least=effect(site, least)) for site in sites
+        ),
+    )
+
+
+def _classify(
+    model: StagedClassifier, pictures: dict[tuple[str, tuple[int, int]], Image.Image]
+) -> dict[tuple[str, tuple[int, int]], Values]:
+    """The probabilities of all classes for pictures of the size that the net takes."""
+    if not pictures:
+        return {}
+    _, normalize = split_transform(model)
+    batch = torch.stack([normalize(picture) for picture in pictures.values()])
+    with torch.inference_mode():
+        logits = model(batch.to(next(model.parameters()).device))
+    return dict(zip(pictures, logits.float().softmax(1).cpu().numpy(), strict=True))
+
+
+def _position(index: np.intp, map_: Values) -> tuple[int, int]:
+    row, column = np.unravel_index(index, map_.shape)
+    return int(row), int(column)
+
+
+def _blur(picture: Image.Image, patch: tuple[int, int], grid: tuple[int, ...]) -> Image.Image:
+    """The picture with one patch of a grid of equal patches blurred."""
+    (row, column), (rows, columns) = patch, grid
+    width, height = picture.size
+    left, right = round(column * width / columns), round((column + 1) * width / columns)
+    top, bottom = round(row * height / rows), round((row + 1) * height / rows)
+    box = (left, top, right, bottom)
+    # The whole picture is blurred and one patch of it taken: what leaks in comes from around it, as in any blur.
+    smooth = picture.filter(ImageFilter.GaussianBlur(max(right - left, bottom - top) / 2))
+    result = picture.copy()
+    result.paste(smooth.crop(box), box)
+    return result

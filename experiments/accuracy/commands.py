@@ -1,0 +1,156 @@
+"""Commands that measure what an attention brings: benchmark attention, ablation, knockout."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Json, console, json_only, wide_console
+from experiments.speed.commands import app, progress_line, typed_command
+
+if TYPE_CHECKING:
+    from experiments.accuracy.grid import Cell
+
+Models = Annotated[list[str] | None, typer.Option("--model", help="Backbone, such as resnet56; repeatable.")]
+Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="cifar10 or cifar100; repeatable.")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. Default: 0, 1, 2.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="short (15 epochs, labelled so) or full (200 epochs).")]
+Holdout = Annotated[
+    int, typer.Option(help="Training images kept out and evaluated instead of the test images, for choosing.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe. Repeatable.")
+]
+Jobs = Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the cores.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Train with torch.compile, on a GPU with CUDA graphs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the cells.")]
+DataFolder = Annotated[str, typer.Option(help=f"A folder with all the data sets, or one of them: {DATA_HELP}")]
+
+
+@app.command(epilog="Example: python -m experiments attention --data data --layer none --layer conam --layer se")
+def attention(
+    data: DataFolder,
+    models: Models = None,
+    datasets: Datasets = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layer", help="none, conam, se, eca, cbam, gc, coord, simam; repeatable. Default: all."),
+    ] = None,
+    seeds: Seeds = None,
+    recipe: RecipeName = "short",
+    holdout: Holdout = 0,
+    settings: Settings = None,
+    output: Annotated[
+        Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
+    ] = Path("benchmarks/attention"),
+    jobs: Jobs = 1,
+    compile: Compile = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train nets with different attentions under one recipe and the same seeds, and compare them.
+
+    A cell that is there is not trained again, one that was interrupted goes on: repeat the command.
+    """
+    from experiments.accuracy.compare import LAYERS, attention_cells
+    from experiments.accuracy.grid import grid_recipe
+
+    shared = grid_recipe(recipe, [*(settings or []), f"holdout={holdout}"])
+    cells = attention_cells(
+        models or ["resnet20"], datasets or ["cifar10"], layers or LAYERS, seeds or [0, 1, 2], shared
+    )
+    _run("attention", cells, data, output, jobs, compile, dry_run)
+
+
+@app.command(epilog="Example: python -m experiments ablation --data data --axis shortcut --axis patches")
+def ablation(
+    data: DataFolder,
+    models: Models = None,
+    datasets: Datasets = None,
+    axes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--axis",
+            help="shortcut, relu, patches, context, gate, bottleneck, placement, site, start, form; repeatable. "
+            "Default: all.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Settings to train beside the plain net and the paper's form; repeatable. Default: all."),
+    ] = None,
+    seeds: Seeds = None,
+    recipe: RecipeName = "short",
+    holdout: Holdout = 5000,
+    settings: Settings = None,
+    output: Annotated[
+        Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
+    ] = Path("benchmarks/ablation"),
+    jobs: Jobs = 1,
+    compile: Compile = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train forms of ConAM, axis by axis as in the paper's ablation, and candidates for a better one.
+
+    Judged on held-out training images unless --holdout is 0. Repeat the command to go on where it ended.
+    """
+    from experiments.accuracy.ablation_axes import AXES
+    from experiments.accuracy.compare import ablation_cells
+    from experiments.accuracy.grid import grid_recipe
+
+    shared = grid_recipe(recipe, [*(settings or []), f"holdout={holdout}"])
+    cells = ablation_cells(
+        models or ["resnet20"], datasets or ["cifar10"], axes or list(AXES), seeds or [0, 1, 2], shared, only or ()
+    )
+    _run("ablation", cells, data, output, jobs, compile, dry_run)
+
+
+@app.command(epilog="Example: python -m experiments knockout resnet20_conam.cifar10 --data data")
+def knockout(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
+    data: DataFolder,
+    json_file: Json = None,
+) -> None:
+    """What a trained net uses of its ConAM: its accuracy when the confidences are replaced. Nothing is trained."""
+    from rich.markdown import Markdown
+
+    from experiments.accuracy.knockout import benchmark_knockout, knockout_table
+
+    with progress_line() as progress:
+        document = benchmark_knockout(models, data, command=typed_command(), progress=progress)
+    if not json_only(document, json_file):
+        wide_console().print(Markdown(knockout_table(document)))
+
+
+def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, compile: bool, dry_run: bool) -> None:
+    """Train what is missing, and print the table; exit code 1 if a cell failed or is still missing."""
+    from dataclasses import asdict
+
+    from rich.markdown import Markdown
+
+    from experiments.accuracy.compare import ablation_table, attention_table, benchmark_evidence
+
+    out = console()
+    if dry_run:
+        for cell in cells:
+            out.print(cell.name, highlight=False)
+        out.print(f"{len(cells)} cells of {cells[0].recipe.epochs} epochs", highlight=False)
+        return
+    grid = benchmark_evidence(
+        what,
+        cells,
+        data,
+        output,
+        jobs=jobs,
+        compile=compile,
+        command=shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        on_event=lambda name, event: out.print(f"{name}: {event}", highlight=False, markup=False),
+    )
+    table = attention_table if what == "attention" else ablation_table
+    wide_console().print(Markdown(table(asdict(grid))))
+    finished = {cell["name"] for cell in grid.cells if "failed" not in cell}
+    missing = [cell.name for cell in cells if cell.name not in finished]
+    if missing:
+        out.print(f"{len(missing)} of {len(cells)} cells are missing: repeat the command to go on.", highlight=False)
+        raise typer.Exit(1)

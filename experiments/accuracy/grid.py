@@ -1,0 +1,267 @@
+"""A grid of trainings under one recipe: which cells there are, training those that are missing, keeping the results.
+
+A grid is one JSON file, rewritten after every cell, and a folder of the same name with the run folders. A cell that the
+file or the folder has is not trained again; one that was interrupted goes on from its checkpoint.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from conam_zoo.errors import UserError
+from conam_zoo.files import make_folder, write_text
+from conam_zoo.models.registry import check_model_name, count_params_and_macs, model_names
+from conam_zoo.training.queue import Job, run_queue
+from conam_zoo.training.recipe import Recipe, load_recipe, recipe_from_dict
+
+__all__ = ["RECIPES", "Cell", "Grid", "grid_recipe", "plan_grid", "read_grid", "run_grid"]
+
+RECIPES = ("short", "full")
+OWN_TO_A_CELL = ("model", "dataset", "model_args", "seed")  # all other settings are those of the whole grid
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a grid.
+
+    Attributes:
+        variant: What the grid compares: a layer or a form of ConAM, by its short name.
+        recipe: Everything else.
+    """
+
+    variant: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder."""
+        return f"{self.recipe.model}.{self.recipe.dataset}.{self.variant}.seed{self.recipe.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Results, as the JSON file holds them.
+
+    Attributes:
+        what: ``"attention"`` or ``"ablation"``.
+        command: The command line that was last given.
+        cells: For each finished cell: ``name``, ``model``, ``dataset``, ``variant``, ``seed``, ``epochs``, ``recipe``,
+            ``evaluated_on``, ``top1_percent``, ``top5_percent``, ``nll``, ``ece``, ``params``, ``macs``, ``minutes``
+            (of the clock, with whatever ran beside it), ``precision`` (that of the device), ``hardware``,
+            ``library_versions``, ``code_commit``; for one
+            that failed, ``failed`` instead of the scores.
+    """
+
+    what: str
+    command: str
+    cells: list[dict[str, Any]]
+
+    def to_json(self) -> str:
+        """The file: one line for each cell, so that a change shows which."""
+        lines = ",\n".join(f"    {json.dumps(cell)}" for cell in sorted(self.cells, key=lambda cell: str(cell["name"])))
+        head = f'{{\n  "what": {json.dumps(self.what)},\n  "command": {json.dumps(self.command)},\n  "cells": [\n'
+        return f"{head}{lines}\n  ]\n}}\n" if lines else f"{head}  ]\n}}\n"
+
+
+def grid_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
+    """One of ``RECIPES``, with settings such as ``"epochs=5"`` replaced.
+
+    Raises:
+        UserError: If the recipe or a setting is unknown, out of range, or one that each cell has of its own.
+    """
+    if name not in RECIPES:
+        raise UserError(f"There is no recipe {name!r} for a grid: choose {' or '.join(RECIPES)}.")
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key in OWN_TO_A_CELL:
+            raise UserError(f"The setting {key} is not one of the whole grid: each cell has its own.")
+    return load_recipe(str(Path(__file__).parent / "recipes" / f"{name}.toml"), list(settings))
+
+
+def plan_grid(
+    models: Sequence[str],
+    datasets: Sequence[str],
+    variants: Mapping[str, Callable[[str], Mapping[str, Any]]],
+    seeds: Sequence[int],
+    recipe: Recipe,
+) -> list[Cell]:
+    """All cells, seed by seed, so that a grid that is cut short has whole comparisons.
+
+    Args:
+        models: Builders, with or without ``_conam``.
+        datasets: Their tags.
+        variants: For each short name, from the builder's name to its arguments.
+        seeds: Seeds.
+        recipe: The settings that all cells share.
+
+    Raises:
+        UserError: If a model, or a model with a data set, is unknown.
+    """
+    full = [name if name in model_names() else f"{name}_conam" for name in models]
+    for model in full:
+        for dataset in datasets:
+            check_model_name(f"{model}.{dataset}")
+    return [
+        Cell(
+            variant,
+            replace(recipe, model=model, dataset=dataset, model_args=dict(arguments(model)), seed=seed),
+        )
+        for model in full
+        for dataset in datasets
+        for seed in dict.fromkeys(seeds)
+        for variant, arguments in variants.items()
+    ]
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a grid's JSON file.
+
+    Raises:
+        UserError: If it is none.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        grid = Grid(**{field.name: facts[field.name] for field in fields(Grid)})
+        for cell in grid.cells:
+            recipe_from_dict(cell["recipe"], cell["name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a grid of trainings ({error}): remove it, or choose another output.") from error
+    return grid
+
+
+def run_grid(
+    what: str,
+    cells: Sequence[Cell],
+    data: str | Path,
+    output: Path,
+    *,
+    jobs: int = 1,
+    compile: bool = False,
+    command: str = "",
+    on_event: Callable[[str, str], None] = lambda name, event: None,
+) -> Grid:
+    """Train the cells that are missing, and keep ``output`` + ``.json`` up to date after each.
+
+    Args:
+        what: ``"attention"`` or ``"ablation"``.
+        cells: What ``plan_grid`` gave.
+        data: Folder with the data sets; see ``conam_zoo.data.read_split``.
+        output: Path without ending: ``benchmarks/attention`` makes ``benchmarks/attention.json`` and the run folders in
+            ``benchmarks/attention/``.
+        jobs: Trainings at a time, each a process; the cores are shared out evenly.
+        compile: Train with ``torch.compile``.
+        command: The command line, for the record.
+        on_event: Called with a cell's name and a word: ``is there``, ``started``, ``resumed``, ``done``,
+            ``failed: ...``.
+
+    Returns:
+        All cells of the file, those of earlier calls too.
+
+    Raises:
+        UserError: If the file or a run folder holds cells of another recipe, or cannot be written.
+    """
+    file = output.with_name(f"{output.name}.json")
+    earlier = read_grid(file).cells if file.exists() else []
+    results = {cell["name"]: cell for cell in earlier}
+    _check_recipes(file, earlier, cells)
+    missing = []
+    for cell in cells:
+        if "top1_percent" in results.get(cell.name, {}):
+            on_event(cell.name, "is there")
+        else:
+            missing.append(cell)
+    make_folder(output)
+    by_folder = {output / cell.name: cell for cell in missing}
+
+    def keep(cell: Cell, outcome: dict[str, Any]) -> None:
+        results[cell.name] = _facts(cell) | outcome
+        write_text(file, Grid(what, command, list(results.values())).to_json())
+
+    def on_done(job: Job) -> None:
+        keep(by_folder[job.folder], _outcome(by_folder[job.folder], job.folder))
+
+    queue = [_job(cell, output) for cell in missing]
+    try:
+        outcomes = run_queue(
+            queue,
+            str(data),
+            parallel=jobs,
+            compile=compile,
+            on_event=lambda job, event: on_event(by_folder[job.folder].name, event),
+            on_done=on_done,
+        )
+    finally:
+        for job in queue:
+            if job.is_done():  # nothing resumes it, and hundreds of checkpoints are large
+                for checkpoint in job.folder.glob("checkpoint*.safetensors"):
+                    checkpoint.unlink()
+    for job in queue:
+        outcome = outcomes.get(job.name, "stopped")
+        if outcome.startswith("failed"):
+            keep(by_folder[job.folder], {"failed": outcome.partition(": ")[2]})
+    grid = Grid(what, command, sorted(results.values(), key=lambda cell: str(cell["name"])))
+    if grid.cells:
+        write_text(file, grid.to_json())  # with the command that was last given, even if it trained nothing
+    return grid
+
+
+def _check_recipes(file: Path, earlier: Iterable[dict[str, Any]], cells: Sequence[Cell]) -> None:
+    """Refuse to put cells of different recipes into one file."""
+    wanted = {cell.name: cell for cell in cells}
+    for old in earlier:
+        recipe = recipe_from_dict(old["recipe"], old["name"]).to_dict()
+        new = wanted.get(old["name"], cells[0] if cells else None)
+        if new is None:
+            return
+        shared = new.recipe.to_dict()
+        own = () if old["name"] in wanted else OWN_TO_A_CELL
+        changed = [key for key in recipe if key not in own and recipe[key] != shared[key]]
+        if changed:
+            raise UserError(
+                f"{file} holds {old['name']} by another recipe ({', '.join(changed)} differ): choose another output."
+            )
+
+
+def _job(cell: Cell, output: Path) -> Job:
+    """The cell as a job of the queue; its recipe is written beside the run folder."""
+    folder = output / cell.name
+    recipe = output / f"{cell.name}.toml"
+    if not recipe.is_file() or recipe.read_text(encoding="utf-8") != cell.recipe.to_toml():
+        if folder.exists():
+            raise UserError(f"{folder} was trained by another recipe: remove it, or choose another output.")
+        write_text(recipe, cell.recipe.to_toml())
+    return Job(str(recipe), cell.recipe, (), folder, ships=False)
+
+
+def _facts(cell: Cell) -> dict[str, Any]:
+    recipe = cell.recipe
+    params, macs = count_params_and_macs(
+        f"{recipe.model}.{recipe.dataset}", pretrained_cfg_overlay=recipe.cfg_overlay, **recipe.model_args
+    )
+    return {
+        "name": cell.name,
+        "model": recipe.model,
+        "dataset": recipe.dataset,
+        "variant": cell.variant,
+        "seed": recipe.seed,
+        "epochs": recipe.epochs,
+        "params": params,
+        "macs": macs,
+        "recipe": recipe.to_dict(),
+    }
+
+
+def _outcome(cell: Cell, folder: Path) -> dict[str, Any]:
+    """What a finished run folder says."""
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if recipe_from_dict(run["recipe"], cell.name) != cell.recipe:
+        raise UserError(f"{folder} was trained by another recipe: remove it, or choose another output.")
+    return {
+        "evaluated_on": run["evaluated_on"],
+        **run["scores"],
+        "minutes": round(run["train_minutes"], 2),
+        "precision": run.get("precision", cell.recipe.precision),  # earlier runs had no other than the recipe's
+        **{key: run[key] for key in ("hardware", "library_versions", "code_commit")},
+    }

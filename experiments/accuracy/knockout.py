@@ -1,0 +1,177 @@
+"""What a trained net uses of its ConAM modules: its accuracy when their confidences are replaced by others.
+
+Nothing is trained. Each change keeps the weights of the net and replaces what one module, or every one, multiplies by:
+
+- ``even``: every patch has the confidence 1/P, so nothing of the picture is left in it;
+- ``exchanged``: the confidences of another image of the batch, so what all images share stays, such as a favoured
+  middle, and what is the image's own goes;
+- ``shuffled``: the image's own confidences on its patches in random order;
+- ``removed``: the map passes as it is.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conam_zoo.data import ImageSplit, normalize, read_split
+from conam_zoo.datasets import DATASETS
+from conam_zoo.errors import UserError
+from conam_zoo.layers.conam import ConAM
+from conam_zoo.models import StagedClassifier
+from conam_zoo.models.registry import open_model
+from conam_zoo.training.environment import describe_environment
+from conam_zoo.training.evaluate import evaluate_on
+from conam_zoo.visualize.confidence import confidence_maps
+
+__all__ = ["CHANGES", "EVERY_SITE", "benchmark_knockout", "knocked_out", "knockout_table", "measure_knockout"]
+
+CHANGES = ("even", "exchanged", "shuffled", "removed")
+EVERY_SITE = "every site"
+
+
+def _replaced(confidence: Tensor, change: str, generator: torch.Generator) -> Tensor:
+    """The confidences that a change puts into the place of a batch's own: (N, rows, columns) -> the same."""
+    count = confidence[0].numel()
+    if change == "even":
+        return torch.full_like(confidence, 1 / count)
+    if change == "exchanged":
+        return confidence.roll(1, dims=0)
+    if change == "shuffled":
+        order = torch.rand(len(confidence), count, generator=generator).argsort(1).to(confidence.device)
+        return confidence.flatten(1).gather(1, order).view_as(confidence)
+    return torch.zeros_like(confidence)  # removed
+
+
+@contextmanager
+def knocked_out(model: nn.Module, sites: Collection[str], change: str, seed: int = 0) -> Iterator[None]:
+    """Replace the confidences of some ConAM modules of a net inside the ``with`` block.
+
+    Args:
+        model: A net with ConAM.
+        sites: Names of the modules.
+        change: One of ``CHANGES``.
+        seed: Of what is random in it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(module: ConAM, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        (x,) = inputs
+        height, width = x.shape[2:]
+        scale = 1 + _replaced(module.confidence(x), change, generator)
+        for dimension in (1, 2):
+            scale = scale.repeat_interleave(module.patch_size, dimension)
+        return x * scale[:, None, :height, :width].to(x.dtype)
+
+    handles = [model.get_submodule(site).register_forward_hook(hook) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_knockout(
+    model: StagedClassifier, split: ImageSplit, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Accuracy of a net as it was trained, and with each change at each site and at every site.
+
+    Args:
+        model: A net with ConAM.
+        split: The images to evaluate on.
+        progress: Told what is being measured.
+
+    Returns:
+        ``images``, ``unchanged`` (``top1_percent`` and ``nll``), and ``sites``: for each one ``site``,
+        ``largest_percent`` (the mean over the images of the largest confidence; None for all sites together), and for
+        each change ``top1_percent`` and ``nll``.
+
+    Raises:
+        UserError: If the net has no ConAM, or the images do not fit it.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, ConAM)]
+    if not names:
+        raise UserError("The net has no ConAM whose confidences could be replaced: choose one with attn_layer='conam'.")
+
+    def scores() -> dict[str, float]:
+        found = evaluate_on(model, split)
+        return {"top1_percent": found.top1_percent, "nll": found.nll}
+
+    progress("as it was trained")
+    unchanged = scores()
+    largest = _largest_percent(model, split)
+    rows = []
+    for site in [EVERY_SITE, *names] if len(names) > 1 else names:
+        row: dict[str, Any] = {"site": site, "largest_percent": largest.get(site)}
+        for change in CHANGES:
+            progress(f"{site}, {change}")
+            with knocked_out(model, names if site == EVERY_SITE else [site], change):
+                row[change] = scores()
+        rows.append(row)
+    return {"images": len(split), "unchanged": unchanged, "sites": rows}
+
+
+def _largest_percent(model: StagedClassifier, split: ImageSplit, batch_size: int = 500) -> dict[str, float]:
+    """Mean over the images of the largest confidence at each site, in percent."""
+    cfg = model.pretrained_cfg
+    device = next(model.parameters()).device
+    sums: dict[str, float] = {}
+    for batch in split.images.split(batch_size):
+        _, maps = confidence_maps(model.eval(), normalize(batch.to(device), cfg["mean"], cfg["std"]))
+        for site, confidence in maps.items():
+            sums[site] = sums.get(site, 0.0) + confidence.flatten(1).amax(1).double().sum().item()
+    return {site: 100 * total / len(split) for site, total in sums.items()}
+
+
+def benchmark_knockout(
+    models: Sequence[str], data: str | Path, *, command: str = "", progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Measure several nets on the test splits of their data sets; nothing is chosen by the result.
+
+    Args:
+        models: Names of nets with weights, or ``local-dir:FOLDER``.
+        data: Where the data sets are.
+        command: The command line, for the record.
+        progress: Told what is being measured.
+
+    Returns:
+        What ``benchmarks/knockout*.json`` hold: ``what``, ``command``, the environment, and for each of ``models`` its
+        ``model`` and what ``measure_knockout`` gives.
+
+    Raises:
+        UserError: If a net or its data cannot be had, or it has no ConAM.
+    """
+    measured = []
+    for name in models:
+        net = open_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
+        classes = tuple(net.pretrained_cfg.get("label_names") or ())
+        known = next((facts.name for facts in DATASETS.values() if facts.classes == classes), None)
+        split = read_split(data, "test", known, image_size=None if known else net.pretrained_cfg["input_size"][1])
+        found = measure_knockout(net, split, lambda text, name=name: progress(f"{name}: {text}"))  # type: ignore[misc]
+        measured.append({"model": name, **found})
+    rounded = json.loads(json.dumps(measured), parse_float=lambda text: round(float(text), 4))
+    return {"what": "knockout", "command": command, **describe_environment(), "models": rounded}
+
+
+def knockout_table(document: dict[str, Any]) -> str:
+    """The measurements as a Markdown table, with the sentence that says where they were made."""
+    where = f"`{document['command']}` on {document['hardware']}."
+    lines = [
+        f"{where} Top-1 in percent on the test images, and in brackets the difference to the net as it was trained.",
+        "",
+        "| model | as trained | replaced at | largest confidence | " + " | ".join(CHANGES) + " |",
+        "| --- | --: | --- | --: | " + " | ".join(["--:"] * len(CHANGES)) + " |",
+    ]
+    for model in document["models"]:
+        base = model["unchanged"]["top1_percent"]
+        for index, row in enumerate(model["sites"]):
+            first = f"`{model['model']}` | {base:.2f}" if index == 0 else " | "
+            largest = "-" if row["largest_percent"] is None else f"{row['largest_percent']:.1f} %"
+            cells = [f"{row[c]['top1_percent']:.2f} ({row[c]['top1_percent'] - base:+.2f})" for c in CHANGES]
+            site = row["site"] if row["site"] == EVERY_SITE else f"`{row['site'].removesuffix('.attn')}`"
+            lines.append(f"| {first} | {site} | {largest} | {' | '.join(cells)} |")
+    return "\n".join(lines)

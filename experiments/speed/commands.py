@@ -1,0 +1,200 @@
+"""Commands that measure speed and cost: benchmark train, inference, cost, densenet."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from conam_zoo.cli._shared import DATA_HELP, Json, json_only, wide_console
+
+if TYPE_CHECKING:
+    from experiments.speed.record import BenchmarkRecord
+
+__all__ = ["app", "progress_line", "typed_command"]
+
+app = typer.Typer(
+    name="python -m experiments",
+    help="Measure speed, cost and benefit, each with what it is compared with in one run.",
+    no_args_is_help=True,
+    epilog="Measure on a machine that does nothing else. docs/benchmarks.md says how each is measured.",
+)
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A tiny run that only shows that everything works; its numbers mean nothing.")
+]
+Repeats = Annotated[int, typer.Option(help="Rounds; in each round every contender is measured once.")]
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """A line on the terminal's error stream that says what is being measured."""
+    stderr = Console(stderr=True)
+    with stderr.status("") as status:
+        yield lambda text: status.update(text)
+
+
+def typed_command() -> str:
+    """The command line as it would be typed again, without where its result went."""
+    words = ["python", "-m", "experiments", *sys.argv[1:]]
+    if "--json" in words:
+        place = words.index("--json")
+        del words[place : place + 2]
+    return shlex.join(words)
+
+
+def _show(record: "BenchmarkRecord", json_file: Path | None) -> None:
+    """Print the tables of a record, and write it where that was asked for."""
+    from experiments.speed.tables import record_tables
+
+    if json_only(record.to_dict(), json_file):
+        return
+    out = wide_console()
+    for sentence, (titles, *lines) in record_tables(record):
+        table = Table(box=None)
+        for title in titles:
+            table.add_column(title, overflow="fold")
+        for line in lines:
+            table.add_row(*line)
+        out.print(sentence)
+        out.print(table)
+    for skip in record.skipped:
+        where = ", ".join(f"{key} {value}" for key, value in skip.group.items())
+        out.print(f"not measured: {skip.name} ({where}): {skip.reason}", highlight=False, markup=False)
+    out.print(f"{record.hardware}, torch {record.library_versions['torch']}", highlight=False)
+
+
+@app.command(epilog="Example: python -m experiments train --model resnet20_conam --json train.json")
+def train(
+    model: Annotated[str, typer.Option(help="A model of 'conam list'.")] = "resnet20_conam",
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 128,
+    steps: Annotated[int, typer.Option(help="Training steps in one measurement.")] = 40,
+    repeats: Repeats = 5,
+    workers: Annotated[int, typer.Option(help="Worker processes of the two data loaders.")] = 2,
+    data: Annotated[str | None, typer.Option(help=f"Noise if not given. {DATA_HELP}")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile for our loop and timm's.")] = False,
+    quick: Quick = False,
+    json_file: Json = None,
+) -> None:
+    """Images per second of our training loop, beside a plain DataLoader loop and timm's loop."""
+    from experiments.speed.train import benchmark_train
+
+    with progress_line() as progress:
+        record = benchmark_train(
+            model,
+            batch_size=batch_size,
+            steps=steps,
+            repeats=repeats,
+            workers=workers,
+            data=data,
+            compile=compile,
+            quick=quick,
+            command=typed_command(),
+            progress=progress,
+        )
+    _show(record, json_file)
+
+
+@app.command(epilog="Example: python -m experiments inference resnet56_conam --batch 1 --batch 64 --mode 'eager bf16'")
+def inference(
+    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help="Models of 'conam list'.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images in a batch; repeatable. Default: 1, 64, 512.")] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'eager fp32', 'compiled bf16', 'onnx fp32', ...; repeatable. Default: all that suit the device."
+        ),
+    ] = None,
+    repeats: Repeats = 15,
+    quick: Quick = False,
+    json_file: Json = None,
+) -> None:
+    """Latency and throughput of models and their plain twins: eager, compiled, ONNX Runtime."""
+    from experiments.speed.inference import BATCH_SIZES, benchmark_inference
+
+    with progress_line() as progress:
+        record = benchmark_inference(
+            models or ["resnet20_conam"],
+            batch=batch or BATCH_SIZES,
+            modes=mode,
+            repeats=repeats,
+            quick=quick,
+            command=typed_command(),
+            progress=progress,
+        )
+    _show(record, json_file)
+
+
+@app.command(epilog="Example: python -m experiments cost --part module --image-size 32 --json cost_module.json")
+def cost(
+    part: Annotated[
+        list[str] | None, typer.Option(help="module (the attention alone), net, memory; repeatable. Default: all.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Nets to put the attentions into; repeatable. Default: one of each family.")
+    ] = None,
+    image_size: Annotated[
+        list[int] | None,
+        typer.Option(help="32 or 224; repeatable. Default: both, but nets at 224 only on a GPU."),
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="channels_last or nchw; repeatable. Default: both for modules, channels_last for nets."),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32 or bf16; repeatable. Default: both for modules, what trains faster for nets."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images of 32 x 32, an eighth of it at 224. Default: 128 for modules, 64 for nets."),
+    ] = None,
+    repeats: Repeats = 9,
+    compile: Annotated[
+        bool | None, typer.Option(help="Time the module under torch.compile too. Default: on a GPU.")
+    ] = None,
+    quick: Quick = False,
+    json_file: Json = None,
+) -> None:
+    """What ConAM costs in time and memory, beside the rearrange formulation and six other attentions."""
+    from experiments.speed.cost import NETS, PARTS, benchmark_cost
+
+    with progress_line() as progress:
+        record = benchmark_cost(
+            parts=part or PARTS,
+            models=model or NETS,
+            image_sizes=image_size,
+            layouts=layout,
+            precisions=precision,
+            batch_size=batch_size,
+            repeats=repeats,
+            compile=compile,
+            quick=quick,
+            command=typed_command(),
+            progress=progress,
+        )
+    _show(record, json_file)
+
+
+@app.command(epilog="Example: python -m experiments densenet --batch-size 32 --json densenet.json")
+def densenet(
+    model: Annotated[
+        str, typer.Option(help="densenetbc100_12_conam or densenetbc190_40_conam.")
+    ] = "densenetbc100_12_conam",
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 32,
+    repeats: Repeats = 7,
+    quick: Quick = False,
+    json_file: Json = None,
+) -> None:
+    """A DenseNet's training step beside torchvision's DenseNet of the same configuration: time and memory."""
+    from experiments.speed.densenet import benchmark_densenet
+
+    with progress_line() as progress:
+        record = benchmark_densenet(
+            model, batch_size=batch_size, repeats=repeats, quick=quick, command=typed_command(), progress=progress
+        )
+    _show(record, json_file)

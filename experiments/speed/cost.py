@@ -1,0 +1,105 @@
+"""What ConAM costs in time and memory, beside the rearrange-based formulation and timm's attentions."""
+
+from collections.abc import Callable, Sequence
+
+from conam_zoo.errors import UserError
+from conam_zoo.models.registry import check_model_name
+from conam_zoo.training.precision import precision_on
+from experiments.speed.baselines import LAYOUTS, check_choice
+from experiments.speed.cost_memory import measure_memory
+from experiments.speed.cost_module import SITES, measure_modules
+from experiments.speed.cost_net import NETS, measure_nets
+from experiments.speed.record import BenchmarkRecord, Row, make_record
+from experiments.speed.timing import benchmark_device
+
+__all__ = ["PARTS", "benchmark_cost"]
+
+PARTS = ("module", "net", "memory")
+PRECISIONS = ("fp32", "bf16")
+
+
+def benchmark_cost(
+    *,
+    parts: Sequence[str] = PARTS,
+    models: Sequence[str] = NETS,
+    image_sizes: Sequence[int] | None = None,
+    layouts: Sequence[str] | None = None,
+    precisions: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    repeats: int = 9,
+    compile: bool | None = None,
+    quick: bool = False,
+    command: str = "",
+    progress: Callable[[str], None] = lambda text: None,
+) -> BenchmarkRecord:
+    """Measure what ConAM costs, in time and in memory.
+
+    Part ``"module"`` times the attentions alone, as ratios to ConAM; ``"net"`` times training steps and inferences of
+    nets that hold them, and ``"memory"`` measures the memory of a training step, both as ratios to the plain twin.
+
+    Args:
+        parts: Some of ``PARTS``.
+        models: Nets for the parts ``"net"`` and ``"memory"``.
+        image_sizes: 32 and 224. If None: both for the modules; for the nets 224 only on a CUDA device, since these
+            nets keep the size of the images in their first stage, which takes a CPU minutes. Memory is measured at 32.
+        layouts: ``"channels_last"``, ``"nchw"``. If None: both for the modules, channels_last for the rest.
+        precisions: ``"fp32"``, ``"bf16"`` (autocast). If None: both for the modules, for the rest
+            what the device trains in: bf16 if it has instructions for it.
+        batch_size: Images of 32 x 32 in a batch, and an eighth of it at 224 x 224. If None: 128 for the modules, 64 for
+            the nets.
+        repeats: Rounds. Memory is counted, not timed, and so once.
+        compile: Whether the module under ``torch.compile`` is timed too; if None, on a CUDA device.
+        quick: A tiny run that only shows that everything works; its numbers mean nothing.
+        command: The command line, for the record.
+        progress: Told what is being measured.
+
+    Raises:
+        UserError: If an argument is none of these.
+    """
+    check_choice("--part", parts, PARTS)
+    for option, values, choices in (
+        ("--image-size", image_sizes, tuple(SITES)),
+        ("--layout", layouts, tuple(LAYOUTS)),
+        ("--precision", precisions, PRECISIONS),
+    ):
+        if values is not None:
+            check_choice(option, values, choices)
+    for model in models:
+        check_model_name(model)
+    for option, number in (("--batch-size", batch_size), ("--repeats", repeats)):
+        if number is not None and number < 1:
+            raise UserError(f"The option {option} is {number}, but it must be at least 1.")
+    device = benchmark_device()
+    cuda = device.type == "cuda"
+    compile = cuda if compile is None else compile
+    if quick:
+        models, batch_size, repeats = ("resnet20_conam",), 2, 2
+        image_sizes, layouts, precisions = (32,), ("channels_last",), ("fp32",)
+    rows: list[Row] = []
+    if "module" in parts:
+        rows += measure_modules(
+            image_sizes=image_sizes or tuple(SITES),
+            layouts=layouts or tuple(LAYOUTS),
+            precisions=precisions or PRECISIONS,
+            batch_size=batch_size or 128,
+            repeats=repeats,
+            min_seconds=0.0 if quick else 0.02,
+            compile=compile,
+            device=device,
+            sites=1 if quick else None,
+            progress=progress,
+        )
+    nets = {
+        "models": models,
+        "layouts": layouts or ("channels_last",),
+        "precisions": precisions or (precision_on(device),),
+    }
+    if "net" in parts:
+        sizes = image_sizes or ((32, 224) if cuda else (32,))
+        rows += measure_nets(
+            **nets, image_sizes=sizes, batch_size=batch_size or 64, repeats=repeats, device=device, progress=progress
+        )
+    if "memory" in parts:
+        rows += measure_memory(**nets, batch_size=batch_size or 64, device=device, progress=progress)
+    settings = {"parts": list(parts), "repeats": repeats, "device": device.type, "quick": quick}
+    return make_record("cost", rows, settings=settings, command=command)

@@ -1,0 +1,124 @@
+"""What an attention costs alone: forward, and forward with backward, on maps as they occur in the nets."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from experiments.speed.baselines import ATTENTIONS, make_attention, memory_format
+from experiments.speed.record import Row, summarise
+from experiments.speed.timing import time_in_turns
+
+__all__ = ["SITES", "attention_calls", "measure_modules"]
+
+# (channels, side of the map, patch side) of the sites with 4 x 4 patches: the three stages of the CIFAR nets on
+# 32 x 32 images, and the first two stages of an ImageNet ResNet on 224 x 224 images. Its later maps, of side 14 and 7,
+# cannot be cut into 4 x 4 equal patches, which the rearrange formulation needs.
+SITES = {32: ((16, 32, 8), (32, 16, 4), (64, 8, 2)), 224: ((64, 56, 14), (128, 28, 7))}
+FORWARD, BOTH = "forward", "forward + backward"
+
+
+def attention_calls(
+    attention: nn.Module, x: Tensor, gradient: Tensor, precision: str
+) -> dict[str, Callable[[], Sequence[Tensor]]]:
+    """What is timed of one attention, by the name of the pass.
+
+    Args:
+        attention: The module, in training mode.
+        x: The map, (N, C, H, W), with ``requires_grad``.
+        gradient: Gradient of the result, of the same shape.
+        precision: ``"bf16"`` runs under autocast, as in a training.
+
+    Returns:
+        ``"forward"`` gives the result, without a graph; ``"forward + backward"`` the gradients of the map and of
+        every parameter.
+    """
+    inputs = [x, *attention.parameters()]
+
+    def cast() -> AbstractContextManager[object]:
+        return torch.autocast(x.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+    def forward() -> Sequence[Tensor]:
+        with torch.no_grad(), cast():
+            return [attention(x)]
+
+    def both() -> Sequence[Tensor]:
+        with cast():
+            y = attention(x)
+        return torch.autograd.grad(y, inputs, gradient)
+
+    return {FORWARD: forward, BOTH: both}
+
+
+def _copy_calls(x: Tensor) -> dict[str, Callable[[], object]]:
+    """The least that any attention does: read the map once and write it once, in the backward pass once more."""
+    source, target = x.detach(), torch.empty_like(x)
+
+    def twice() -> None:
+        target.copy_(source)
+        target.copy_(source)
+
+    return {FORWARD: lambda: target.copy_(source), BOTH: twice}
+
+
+def measure_modules(
+    *,
+    image_sizes: Sequence[int],
+    layouts: Sequence[str],
+    precisions: Sequence[str],
+    batch_size: int,
+    repeats: int,
+    min_seconds: float,
+    compile: bool,
+    device: torch.device,
+    sites: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """Time every attention of ``ATTENTIONS`` and a plain copy of the map; ratios refer to ConAM.
+
+    Args:
+        image_sizes: Keys of ``SITES``.
+        layouts: ``"channels_last"``, ``"nchw"``.
+        precisions: ``"fp32"``, ``"bf16"``.
+        batch_size: Images of 32 x 32; at 224 x 224 an eighth of it, so that the maps are of similar size in all.
+        repeats: Rounds.
+        min_seconds: Least duration of one measurement.
+        compile: Whether ConAM under ``torch.compile`` is one more contender.
+        device: Where to compute.
+        sites: Only the first so many sites of each image size; all if None.
+        progress: Told what is being measured.
+    """
+    for image_size in image_sizes:
+        count = batch_size if image_size == 32 else max(1, batch_size // 8)
+        for channels, side, patch_size in SITES[image_size][:sites]:
+            for layout in layouts:
+                for precision in precisions:
+                    progress(f"module on {channels} x {side} x {side}, {layout}, {precision}")
+                    torch.manual_seed(0)
+                    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+                    shape, layout_format = (count, channels, side, side), memory_format(layout)
+                    x, gradient = (torch.randn(shape).to(device, dtype, memory_format=layout_format) for _ in range(2))
+                    x.requires_grad_()
+                    modules = {n: make_attention(n, channels, patch_size).to(device) for n in ATTENTIONS}
+                    calls = {n: attention_calls(m, x, gradient, precision) for n, m in modules.items()}
+                    if compile:
+                        torch.compiler.reset()
+                        compiled: nn.Module = torch.compile(modules["conam"])  # type: ignore[assignment]
+                        calls["conam compiled"] = attention_calls(compiled, x, gradient, precision)
+                    for which in (FORWARD, BOTH):
+                        contenders: dict[str, Callable[[], object]] = {n: c[which] for n, c in calls.items()}
+                        contenders["copy"] = _copy_calls(x)[which]
+                        times = time_in_turns(contenders, repeats=repeats, device=device, min_seconds=min_seconds)
+                        yield from summarise(
+                            {name: [1000 * t for t in values] for name, values in times.items()},
+                            group={
+                                "part": "module",
+                                "map": f"{count} x {channels} x {side} x {side}",
+                                "layout": layout,
+                                "precision": precision,
+                                "pass": which,
+                            },
+                            reference="conam",
+                            unit="ms",
+                        )

@@ -1,0 +1,197 @@
+"""Images per second of this package's training loop, beside a plain DataLoader loop and timm's loop."""
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conam_zoo.data import ImageSplit, read_split
+from conam_zoo.errors import UserError
+from conam_zoo.models.registry import check_model_name, count_params_and_macs
+from conam_zoo.training.precision import precision_on
+from experiments.speed.baselines import make_net
+from experiments.speed.cost_net import image_batch, training_step
+from experiments.speed.fresh_process import FreshProcesses
+from experiments.speed.loops import LOOPS, LoopSettings, Steps, noise_images
+from experiments.speed.memory import TrafficCounter, peak_growth_bytes
+from experiments.speed.record import BenchmarkRecord, Row, make_record, summarise
+from experiments.speed.roofline import device_ceilings
+from experiments.speed.timing import benchmark_device, time_in_turns
+
+__all__ = ["benchmark_train", "loop_memory"]
+
+OURS = "conam_zoo"
+CIFAR_IMAGES = 50_000
+MIB = 2**20
+
+
+def benchmark_train(
+    model: str = "resnet20_conam",
+    *,
+    batch_size: int = 128,
+    steps: int = 40,
+    repeats: int = 5,
+    workers: int = 2,
+    data: str | Path | None = None,
+    compile: bool = False,
+    quick: bool = False,
+    command: str = "",
+    progress: Callable[[str], None] = lambda text: None,
+) -> BenchmarkRecord:
+    """Time the three loops of ``experiments.speed.loops`` in turns, and measure the memory of each.
+
+    One measurement is an epoch of ``steps`` batches, so no worker prepares images while another loop is timed. Memory
+    is that of the first steps with 50,000 images (or those of ``data``), in a process of its own for each loop.
+
+    Args:
+        model: Builder of this package.
+        batch_size: Images in a step.
+        steps: Steps in one measurement.
+        repeats: Rounds.
+        workers: Worker processes of the two data loaders.
+        data: CIFAR-10 or another set of 32 x 32 images, see ``conam_zoo.data.read_split``; noise if None.
+        compile: Use ``torch.compile`` in our loop and in timm's.
+        quick: A tiny run that only shows that everything works; its numbers mean nothing.
+        command: The command line, for the record.
+        progress: Told what is being measured.
+
+    Raises:
+        UserError: If an argument is out of range, or the data are not enough or of another size.
+    """
+    check_model_name(model)
+    lowest = {"batch_size": 2, "steps": 1, "repeats": 1, "workers": 0}
+    given = {"batch_size": batch_size, "steps": steps, "repeats": repeats, "workers": workers}
+    for name, least in lowest.items():
+        if given[name] < least:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"The option {option} is {given[name]}, but it must be at least {least}.")
+    if quick:
+        batch_size, steps, repeats, workers = 4, 2, 2, min(workers, 1)
+    device = benchmark_device()
+    settings = LoopSettings(model, batch_size, workers, compile, precision_on(device))
+    split = _images(data, steps * batch_size)
+    # The originals of all three loops let cuDNN choose its algorithms by trying them.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        calls: dict[str, Steps] = {}
+        for name, loop in LOOPS.items():
+            progress(f"preparing {name}")
+            calls[name] = loop(settings, split, device)
+        progress(f"timing {', '.join(calls)}: {repeats} rounds of {steps} steps")
+        epochs = {name: partial(call, None) for name, call in calls.items()}
+        times = time_in_turns(epochs, repeats=repeats, device=device, warmup=1)
+    del calls, epochs  # and with them the worker processes
+    shares = _shares(model, batch_size, device) if device.type == "cuda" else None
+    measurements = {name: [1000 * t / steps for t in values] for name, values in times.items()}
+    rows = summarise(measurements, group={"model": model, "batch": batch_size}, reference=OURS, unit="ms")
+    with FreshProcesses(__name__) as processes:
+        for index, row in enumerate(rows):
+            progress(f"memory of {row.name}")
+            memory = processes.call(
+                "loop_memory",
+                loop=row.name,
+                settings=asdict(settings),
+                data=str(data) if data is not None else None,
+                images=steps * batch_size if quick else CIFAR_IMAGES,
+                steps=2 if quick else 5,
+                threads=torch.get_num_threads(),
+            )
+            rows[index] = replace(row, facts=_facts(row, batch_size, memory, shares))
+    return make_record(
+        "train",
+        rows,
+        settings={
+            **asdict(settings),
+            "steps": steps,
+            "repeats": repeats,
+            "data": "noise" if data is None else "real",
+            "device": device.type,
+            "quick": quick,
+        },
+        command=command,
+    )
+
+
+def _images(data: str | Path | None, count: int) -> ImageSplit:
+    """The first ``count`` training images, or noise.
+
+    Raises:
+        UserError: If there are fewer, or they are not of 32 x 32 pixels.
+    """
+    if data is None:
+        return noise_images(count)
+    split = read_split(data, "train", "cifar10")
+    height, width = split.images.shape[1:3]
+    if (height, width) != (32, 32):
+        raise UserError(
+            f"The images of {split.source} have {height} x {width} pixels, but the benchmark takes 32 x 32."
+        )
+    if len(split) < count:
+        raise UserError(
+            f"{split.source} has {len(split)} training images, but a measurement takes {count}: "
+            "lower --steps or --batch-size."
+        )
+    return split.select(torch.arange(count))
+
+
+def loop_memory(
+    loop: str, settings: dict[str, Any], data: str | None, images: int, steps: int, threads: int
+) -> dict[str, float | None]:
+    """MiB by which building and starting a loop raises the peak, images included, and MiB of its workers' own."""
+    torch.set_num_threads(threads)
+    device = benchmark_device()
+    kept: list[Steps] = []
+
+    def work() -> None:
+        split = noise_images(images) if data is None else read_split(data, "train", "cifar10")
+        kept.append(LOOPS[loop](LoopSettings(**settings), split, device))
+        kept[0](steps)
+
+    growth = peak_growth_bytes(work, device)
+    return {"peak": growth / MIB, "workers": _workers_mib()}
+
+
+def _workers_mib() -> float | None:
+    """Memory that the worker processes of this one do not share with it; None where Linux's /proc is missing."""
+    kilobytes = 0
+    for worker in multiprocessing.active_children():
+        rollup = Path(f"/proc/{worker.pid}/smaps_rollup")
+        if not rollup.is_file():
+            return None
+        lines = rollup.read_text().splitlines()
+        kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
+    return kilobytes / 1024
+
+
+def _facts(
+    row: Row, batch_size: int, memory: dict[str, float | None], shares: tuple[float, float] | None
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "images_per_second": 1000 * batch_size / row.median,
+        "peak_mib": memory["peak"],
+        "workers_mib": memory["workers"],
+    }
+    if shares is not None and row.name != "plain DataLoader":  # which computes in float32
+        seconds = row.median / 1000
+        facts["bf16_peak_percent"] = 100 * shares[0] / seconds
+        facts["bandwidth_percent"] = 100 * shares[1] / seconds
+    return facts
+
+
+def _shares(model: str, batch_size: int, device: torch.device) -> tuple[float, float]:
+    """Seconds that a bf16 step would take at the device's measured bf16 rate, and at its measured bandwidth.
+
+    The rate counts the multiply-adds of convolutions and matrix products, three times those of the forward pass. The
+    bandwidth counts what the operators of an eager step read and write; a compiled step moves less.
+    """
+    flops, bandwidth = device_ceilings(device)
+    net = make_net(model, "conam").to(device).to(memory_format=torch.channels_last).train()
+    step = training_step(net, image_batch(batch_size, 32, "channels_last", device), "bf16")
+    step()
+    with TrafficCounter() as traffic:
+        step()
+    _, macs = count_params_and_macs(model)
+    return 3 * 2 * macs * batch_size / flops, traffic.bytes / bandwidth
