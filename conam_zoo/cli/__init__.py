@@ -1,6 +1,7 @@
 """The ``conam`` command: arguments in, calls out. ``conam --help`` lists the commands in the order of the imports."""
 
 # ruff: noqa: I001 (the order of the imports is that of the help)
+import io
 import logging
 import sys
 
@@ -11,6 +12,7 @@ from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
     predicting,
     explaining,
     training,
+    evaluating,
     finetuning,
     publishing,
     queueing,
@@ -18,6 +20,7 @@ from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
 from conam_zoo.cli._heap import keep_freed_memory
 from conam_zoo.cli._shared import app
 from conam_zoo.errors import UserError
+from conam_zoo.escape import for_terminal
 
 __all__ = ["app", "main", "run_app"]
 
@@ -34,15 +37,32 @@ def run_app(app: typer.Typer, name: str) -> None:
     from conam_zoo.weights import ManifestError, WeightsError
 
     keep_freed_memory()
-    logging.basicConfig(level=logging.WARNING, format="conam: %(message)s")
+    _make_output_safe()
     try:
         app(prog_name=name)
     except (UserError, WeightsError, ManifestError, NonFiniteLossError) as error:
-        sys.stderr.write(f"conam: {error}\n")
+        sys.stderr.write(f"conam: {for_terminal(error)}\n")
         sys.exit(2)
     except TrainingStopped as stop:
-        sys.stderr.write(f"conam: {stop}\n")
+        sys.stderr.write(f"conam: {for_terminal(stop)}\n")
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("conam: interrupted\n")
         sys.exit(130)
+
+
+class _PlainFormatter(logging.Formatter):
+    """For messages that may hold text of a server or a library."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record), lines=True)
+
+
+def _make_output_safe() -> None:
+    """Warnings on standard error as plain text; on a terminal of another code page, what it can show."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PlainFormatter("conam: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from conam_zoo.escape import PlainConsole
 
 __all__ = ["DATA_HELP", "MODEL_HELP", "Json", "app", "console", "json_only", "wide_console"]
 
@@ -30,11 +31,12 @@ Json = Annotated[
 ]
 
 
-def console() -> Console:
-    return Console(soft_wrap=not sys.stdout.isatty())
+def console() -> PlainConsole:
+    """Where results are printed: a ``str`` is plain text, and style is given by ``for_rich`` or ``rich.text.Text``."""
+    return PlainConsole(soft_wrap=not sys.stdout.isatty())
 
 
-def wide_console() -> Console:
+def wide_console() -> PlainConsole:
     """For wide tables: a file need not fold their columns."""
     out = console()
     if not sys.stdout.isatty():

@@ -75,5 +75,5 @@ def explain(
         else:
             most, least = (percent(float(p.probabilities[e.predicted])) for p in (last.most, last.least))
             change = f"{most} with the most confident patch of {site} blurred, {least} with the least confident"
-        console().print(f"{e.path.name}: {name} {percent(before)}; {change}", highlight=False)
-    console().print(f"written: {output}", highlight=False)
+        console().print(f"{e.path.name}: {name} {percent(before)}; {change}")
+    console().print(f"written: {output}")

@@ -1,6 +1,5 @@
 """The command that fine-tunes: finetune."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import typer
 
 from conam_zoo.cli._shared import MODEL_HELP, app
+from conam_zoo.escape import for_shell
 
 
 @app.command(
@@ -79,5 +79,5 @@ def finetune(
             from_scratch=from_scratch,
             resume=resume,
             settings=settings,
-            command=shlex.join(["conam", *sys.argv[1:]]),
+            command=for_shell("conam", *sys.argv[1:]),
         )

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from conam_zoo.cli._shared import MODEL_HELP, Json, app, console, json_only
+from conam_zoo.escape import for_rich
 
 
 @app.command(epilog="Example: conam predict resnet20_conam.cifar10 cat.jpg dog.png --output sheet.png")
@@ -41,7 +42,7 @@ def predict(
     for prediction in predictions:
         (name, value), *others = prediction.top
         then = ", ".join(f"{other} {percent(share)}" for other, share in others)
-        table.add_row(prediction.path.name, f"[bold]{name}[/]", f"[bold]{percent(value)}[/]", then)
+        table.add_row(prediction.path.name, for_rich(name, "bold"), for_rich(percent(value), "bold"), then)
     console().print(table)
     if output is not None:
-        console().print(f"written: {output}", highlight=False)
+        console().print(f"written: {output}")

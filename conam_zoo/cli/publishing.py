@@ -64,7 +64,7 @@ def publish(
     ):
         state = f"{'published' if done.changed else 'is there'} at {done.revision}" if done.revision else "to be sent"
         files = ", ".join(f"{name} ({size:,} bytes)" for name, size in done.files.items())
-        console().print(f"{done.name}: {state}, {done.hub_id}, tag {done.tag}, {files}", highlight=False)
+        console().print(f"{done.name}: {state}, {done.hub_id}, tag {done.tag}, {files}")
     if not dry_run:
         tables()
 
@@ -75,4 +75,4 @@ def tables() -> None:
     from conam_zoo.release.documents import rewrite_tables
 
     changed = rewrite_tables()
-    console().print("\n".join(f"written: {path}" for path in changed) or "All tables are up to date.", highlight=False)
+    console().print("\n".join(f"written: {path}" for path in changed) or "All tables are up to date.")

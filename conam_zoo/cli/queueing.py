@@ -68,7 +68,7 @@ def queue(
         return
 
     def tell(job: "Job", event: str) -> None:
-        console().print(f"{job.name}: {event}", highlight=False, markup=False)
+        console().print(f"{job.name}: {event}")
 
     def keep(job: "Job") -> None:
         if checkout is None or settings:

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from conam_zoo.cli._shared import MODEL_HELP, Json, app, console, json_only
 from conam_zoo.errors import UserError
+from conam_zoo.escape import for_rich
 
 
 @app.command(
@@ -142,7 +142,7 @@ def verify(
             table.add_column(title, overflow="fold")
         for row in rows:
             colour = {"good": "green", "wrong": "red", "missing": "dim"}[row["status"]]
-            table.add_row(row["weights"], row["place"], f"[{colour}]{row['status']}[/]", escape(row["detail"]))
+            table.add_row(row["weights"], row["place"], for_rich(row["status"], colour), row["detail"])
         console().print(table)
     if failed:
         raise typer.Exit(1)
@@ -165,7 +165,7 @@ def mirror(
         raise UserError(f"No weights match {pattern!r}: 'conam list --pretrained' shows those that there are.")
     for entry in chosen:
         path, written = fill_mirror(entry, directory, namespace=manifest.hub_namespace)
-        console().print(f"{'written' if written else 'is there'}: {path}", highlight=False)
+        console().print(f"{'written' if written else 'is there'}: {path}")
 
 
 def _parameters(model: Any) -> int:
