@@ -4,5 +4,11 @@ from conam_zoo.cli import run_app
 from experiments.accuracy import commands  # noqa: F401 (registers its commands)
 from experiments.speed.commands import app
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run the command."""
     run_app(app, "python -m experiments")
+
+
+if __name__ == "__main__":
+    main()

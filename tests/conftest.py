@@ -68,16 +68,35 @@ def small_data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.fixture
-def conam(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process; gives (exit code, standard output, standard error)."""
-    from conam_zoo import cli
+Command = Callable[..., tuple[int, str, str]]
+
+
+def run_command(
+    main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Command:
+    """A function that runs a command in this process; gives (exit code, standard output, standard error)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["conam", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main()
         out, err = capfd.readouterr()
         return int(stop.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def conam(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run ``conam``."""
+    from conam_zoo import cli
+
+    return run_command(cli.main, monkeypatch, capfd)
+
+
+@pytest.fixture
+def experiments(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run ``python -m experiments``."""
+    from experiments import __main__ as command
+
+    return run_command(command.main, monkeypatch, capfd)

@@ -122,15 +122,15 @@ def test_a_fresh_process_answers_and_says_when_it_cannot(capfd: pytest.CaptureFi
             processes.call("gcd")
 
 
-def test_a_quick_run_of_modules_and_nets_prints_their_ratios(conam, tmp_path: Path) -> None:
-    arguments = ("benchmark", "cost", "--part", "module", "--part", "net", "--quick")
-    code, out, _ = conam(*arguments, "--json", tmp_path / "cost.json")
+def test_a_quick_run_of_modules_and_nets_prints_their_ratios(experiments, tmp_path: Path) -> None:
+    arguments = ("cost", "--part", "module", "--part", "net", "--quick")
+    code, out, _ = experiments(*arguments, "--json", tmp_path / "cost.json")
     assert code == 0
     assert "relative to ConAM" in out
     assert "relative to the plain twin" in out
     facts = json.loads((tmp_path / "cost.json").read_text())
     assert facts["what"] == "cost"
-    assert facts["command"] == "conam benchmark cost --part module --part net --quick"
+    assert facts["command"] == "python -m experiments cost --part module --part net --quick"
     by_part: dict[str, list[dict]] = {}
     for row in facts["rows"]:
         by_part.setdefault(row["group"]["part"], []).append(row)
@@ -166,9 +166,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gives_one_sentence(case: str, conam) -> None:
+def test_bad_input_gives_one_sentence(case: str, experiments) -> None:
     arguments, sentence = BAD[case]
-    code, _, err = conam("benchmark", "cost", "--quick", *arguments)
+    code, _, err = experiments("cost", "--quick", *arguments)
     assert code == 2
     assert sentence in err
     assert len(err.strip().splitlines()) == 1

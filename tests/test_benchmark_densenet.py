@@ -35,7 +35,7 @@ def test_torchvision_s_net_is_our_plain_twin() -> None:
 
 
 def test_every_contender_has_a_time_its_parts_and_its_memory(tmp_path: Path) -> None:
-    record = benchmark_densenet(quick=True, command="conam benchmark densenet --quick")
+    record = benchmark_densenet(quick=True, command="python -m experiments densenet --quick")
     (tmp_path / "densenet.json").write_text(json.dumps(record.to_dict()))
     rows = {row.name: row for row in read_record(tmp_path / "densenet.json").rows}
     assert list(rows) == list(CONTENDERS)

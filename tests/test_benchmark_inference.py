@@ -51,10 +51,10 @@ def test_a_compiler_that_is_missing_is_a_reason(net: torch.nn.Module, monkeypatc
         mode_call(net, torch.randn(1, 3, 32, 32), "compiled fp32")
 
 
-def test_a_quick_run_prints_ratios_to_eager_and_to_the_plain_twin(conam, tmp_path: Path, monkeypatch) -> None:
+def test_a_quick_run_prints_ratios_to_eager_and_to_the_plain_twin(experiments, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(inference, "_installed", lambda package: package != "onnxruntime")
     monkeypatch.setattr(inference, "precision_on", lambda device: "bf16")
-    code, out, _ = conam("benchmark", "inference", "--quick", "--json", tmp_path / "inference.json")
+    code, out, _ = experiments("inference", "--quick", "--json", tmp_path / "inference.json")
     assert code == 0
     assert "relative to eager fp32" in out
     assert "not measured: onnx fp32" in out
@@ -71,10 +71,10 @@ def test_a_quick_run_prints_ratios_to_eager_and_to_the_plain_twin(conam, tmp_pat
     assert reasons == {("onnx fp32", reason), ("plain, onnx fp32", reason)}
 
 
-def test_bf16_is_left_out_where_it_is_slow_unless_it_is_asked_for(conam, tmp_path: Path, monkeypatch) -> None:
+def test_bf16_is_left_out_where_it_is_slow_unless_it_is_asked_for(experiments, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(inference, "_installed", lambda package: False)
     monkeypatch.setattr(inference, "precision_on", lambda device: "fp32")
-    code, out, _ = conam("benchmark", "inference", "--quick", "--json", tmp_path / "inference.json")
+    code, out, _ = experiments("inference", "--quick", "--json", tmp_path / "inference.json")
     assert code == 0
     assert "no instructions for bf16 here: --mode 'eager bf16' measures it" in " ".join(out.split())
     facts = json.loads((tmp_path / "inference.json").read_text())
@@ -105,9 +105,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gives_one_sentence(case: str, conam) -> None:
+def test_bad_input_gives_one_sentence(case: str, experiments) -> None:
     arguments, sentence = BAD[case]
-    code, _, err = conam("benchmark", "inference", "--quick", *arguments)
+    code, _, err = experiments("inference", "--quick", *arguments)
     assert code == 2
     assert sentence in err
     assert len(err.strip().splitlines()) == 1

@@ -11,6 +11,7 @@ from conam_zoo.release.documents import fill_table
 from experiments.speed.record import BenchmarkRecord, Skipped, make_record, read_record, summarise
 from experiments.speed.tables import benchmark_tables, record_tables
 from experiments.speed.timing import time_in_turns
+from experiments.tables import WRITTEN_BY
 
 CPU = torch.device("cpu")
 
@@ -84,7 +85,7 @@ def _train_record() -> BenchmarkRecord:
         facts={"conam_zoo": {"images_per_second": 1234.5}, "timm": {"images_per_second": 1 / 3}},
     )
     skipped = [Skipped({"batch": 8}, "onnx", "not installed")]
-    return make_record("train", rows, settings={"steps": 2}, command="conam benchmark train", skipped=skipped)
+    return make_record("train", rows, settings={"steps": 2}, command="python -m experiments train", skipped=skipped)
 
 
 def _cost_record() -> BenchmarkRecord:
@@ -93,7 +94,7 @@ def _cost_record() -> BenchmarkRecord:
         group = {"part": "module", "map": "2 x 16 x 32 x 32", "layout": layout}
         measured = {"conam": [times[0]], "se": [times[1]]}
         rows += summarise(measured, group=group, reference="conam", unit="ms")
-    return make_record("cost", rows, settings={}, command="conam benchmark cost")
+    return make_record("cost", rows, settings={}, command="python -m experiments cost")
 
 
 def test_a_record_survives_its_file_and_holds_no_date(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_record_survives_its_file_and_holds_no_date(tmp_path: Path) -> None:
 def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"train\.json is not a record of conam benchmark"):
+    with pytest.raises(UserError, match=r"train\.json is not the record of a benchmark"):
         read_record(path)
 
 
@@ -146,9 +147,9 @@ def test_the_documentation_gets_every_record_of_the_folder(tmp_path: Path) -> No
     assert "| --- | --- | --- | --: | --: | --: |" in tables["train"]
     assert "Not measured: onnx (not installed)." in tables["train"]
     assert "| 2 x 16 x 32 x 32 | nchw | 2 ms | 4.000 |" in tables["cost"]
-    assert "`conam benchmark cost` on" in tables["cost"]
+    assert "`python -m experiments cost` on" in tables["cost"]
     (tmp_path / "inference.json").write_text(json.dumps(_cost_record().to_dict()))
-    with pytest.raises(UserError, match="is a record of conam benchmark cost"):
+    with pytest.raises(UserError, match="is a record of 'experiments cost'"):
         benchmark_tables(tmp_path)
 
 
@@ -158,9 +159,9 @@ def test_the_markers_are_filled_again_and_again(checkout: Path) -> None:
     tables = {"benchmark train": "| once |", "benchmark inference": "| second |", "benchmark cost": "| third |"}
     filled = text
     for name, table in tables.items():
-        filled = fill_table(filled, name, table, path)
+        filled = fill_table(filled, name, table, path, WRITTEN_BY)
     assert all(table in filled for table in tables.values())
-    assert fill_table(filled, "benchmark train", "| once |", path) == filled
-    assert "| once |" not in fill_table(filled, "benchmark train", "| other |", path)
+    assert fill_table(filled, "benchmark train", "| once |", path, WRITTEN_BY) == filled
+    assert "| once |" not in fill_table(filled, "benchmark train", "| other |", path, WRITTEN_BY)
     with pytest.raises(UserError, match="no place for its table benchmark train"):
-        fill_table("nothing", "benchmark train", "| once |", path)
+        fill_table("nothing", "benchmark train", "| once |", path, WRITTEN_BY)

@@ -112,10 +112,10 @@ def test_ratios_speeds_and_memory_are_those_that_were_measured(monkeypatch: pyte
     assert "bf16_peak_percent" not in ours.facts  # without a GPU there is nothing to compare with
 
 
-def test_a_quick_run_prints_the_ratios(conam, tmp_path: Path) -> None:
+def test_a_quick_run_prints_the_ratios(experiments, tmp_path: Path) -> None:
     write_arrays(tmp_path / "cifar10", DATASETS["cifar10"].classes, {"train": 8})
-    arguments = ("benchmark", "train", "--quick", "--data", tmp_path)
-    code, out, _ = conam(*arguments, "--json", tmp_path / "train.json")
+    arguments = ("train", "--quick", "--data", tmp_path)
+    code, out, _ = experiments(*arguments, "--json", tmp_path / "train.json")
     assert code == 0
     assert "relative to conam_zoo" in out
     facts = json.loads((tmp_path / "train.json").read_text())
@@ -126,7 +126,7 @@ def test_a_quick_run_prints_the_ratios(conam, tmp_path: Path) -> None:
         assert row["facts"]["images_per_second"] == pytest.approx(4000 / row["median"], rel=1e-3)
         assert row["facts"]["peak_mib"] > 1
         assert (row["facts"]["workers_mib"] > 1) == (row["name"] != "conam_zoo")  # ours has no worker processes
-    code, out, _ = conam("benchmark", "--help")
+    code, out, _ = experiments("--help")
     assert code == 0
     assert all(command in out for command in ("train", "inference", "cost"))
 
@@ -143,10 +143,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gives_one_sentence(case: str, conam, tmp_path: Path) -> None:
+def test_bad_input_gives_one_sentence(case: str, experiments, tmp_path: Path) -> None:
     few = write_arrays(tmp_path / "few", ("ant", "bee"), {"train": 8})
     arguments, sentence = BAD[case]
-    code, _, err = conam("benchmark", "train", *(few if word == "FEW" else word for word in arguments))
+    code, _, err = experiments("train", *(few if word == "FEW" else word for word in arguments))
     assert code == 2
     assert sentence in err
     assert len(err.strip().splitlines()) == 1

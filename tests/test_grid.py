@@ -34,6 +34,7 @@ from experiments.accuracy.compare_plot import _draw
 from experiments.accuracy.grid import Cell, Grid, grid_recipe, read_grid, run_grid
 from experiments.accuracy.statistics import compare, t_quantile
 from experiments.speed.record import BenchmarkRecord, Row
+from experiments.tables import WRITTEN_BY
 
 Conam = Callable[..., tuple[int, str, str]]
 TINY = ["epochs=1", "warmup_epochs=0", "batch_size=32", "precision=fp32"]
@@ -375,14 +376,14 @@ def test_the_document_s_tables(tmp_path: Path) -> None:
     (tmp_path / "attention.json").write_text(a_grid({"none": [90.0]}).to_json())
     assert "| plain | 1 | 90.00 |" in evidence_tables(tmp_path)["attention"]
     (tmp_path / "ablation.json").write_text(a_grid({"none": [90.0]}).to_json())
-    with pytest.raises(UserError, match=r"ablation.json is a grid of conam benchmark attention: rename it"):
+    with pytest.raises(UserError, match=r"ablation.json is a grid of 'experiments attention': rename it"):
         evidence_tables(tmp_path)
 
 
 def test_the_document_has_a_place_for_both_tables(checkout: Path) -> None:
     path = checkout / "docs" / "conam.md"
-    filled = fill_table(path.read_text(encoding="utf-8"), "benchmark attention", "TABLE ONE", path)
-    filled = fill_table(filled, "benchmark ablation", "TABLE TWO", path)
+    filled = fill_table(path.read_text(encoding="utf-8"), "benchmark attention", "TABLE ONE", path, WRITTEN_BY)
+    filled = fill_table(filled, "benchmark ablation", "TABLE TWO", path, WRITTEN_BY)
     assert filled.index("## Does it help?") < filled.index("TABLE ONE") < filled.index("## Other forms")
     assert filled.index("## Other forms") < filled.index("TABLE TWO")
 
@@ -390,33 +391,33 @@ def test_the_document_has_a_place_for_both_tables(checkout: Path) -> None:
 # The commands
 
 
-def test_dry_runs_list_the_cells(conam: Conam, tmp_path: Path) -> None:
-    code, out, _ = conam("benchmark", "attention", "--data", tmp_path, "--seed", 0, "--dry-run")
+def test_dry_runs_list_the_cells(experiments: Conam, tmp_path: Path) -> None:
+    code, out, _ = experiments("attention", "--data", tmp_path, "--seed", 0, "--dry-run")
     assert code == 0
     assert out.splitlines() == [
         *(f"resnet20_conam.cifar10.{layer}.seed0" for layer in LAYERS),
         f"{len(LAYERS)} cells of 15 epochs",
     ]
-    code, out, _ = conam("benchmark", "ablation", "--data", tmp_path, "--axis", "relu", "--seed", 2, "--dry-run")
+    code, out, _ = experiments("ablation", "--data", tmp_path, "--axis", "relu", "--seed", 2, "--dry-run")
     assert code == 0
     assert "resnet20_conam.cifar10.one_relu.seed2" in out.splitlines()
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_command_writes_a_file_a_plot_and_a_table(conam: Conam, small_data: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_file_a_plot_and_a_table(experiments: Conam, small_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "ablation"
     cells = ablation_cells(["resnet20"], ["cifar10"], ["shortcut"], [0], grid_recipe("short", [*TINY, "holdout=40"]))
     known = [finished(cell, 50.0) | {"evaluated_on": "held-out training images"} for cell in cells]
     output.with_name("ablation.json").write_text(Grid("ablation", "", known[:2]).to_json())  # one cell is left to train
     arguments = ["--data", small_data, "--axis", "shortcut", "--seed", 0, "--holdout", 40, "--output", output]
-    code, out, _ = conam("benchmark", "ablation", *arguments, *(word for s in TINY for word in ("--set", s)))
+    code, out, _ = experiments("ablation", *arguments, *(word for s in TINY for word in ("--set", s)))
     assert code == 0
     assert f"{cells[2].name}: started" in out
     assert out.count("is there") == 2
     assert "x eta" in out
     grid = read_grid(output.with_name("ablation.json"))
     assert {cell["evaluated_on"] for cell in grid.cells} == {"held-out training images"}
-    assert grid.command.startswith("conam benchmark ablation")
+    assert grid.command.startswith("python -m experiments ablation")
     assert json.loads((output / cells[2].name / "run.json").read_text())["recipe"]["model_args"] == {
         "attn_layer": "conam_variant",
         "attn_args": {"shortcut": False},
@@ -425,8 +426,8 @@ def test_the_command_writes_a_file_a_plot_and_a_table(conam: Conam, small_data: 
         assert min(image.size) > 100
 
 
-def test_bad_input_gives_one_sentence(conam: Conam, tmp_path: Path) -> None:
-    code, _, err = conam("benchmark", "attention", "--data", tmp_path, "--layer", "bam", "--output", tmp_path / "a")
+def test_bad_input_gives_one_sentence(experiments: Conam, tmp_path: Path) -> None:
+    code, _, err = experiments("attention", "--data", tmp_path, "--layer", "bam", "--output", tmp_path / "a")
     assert code == 2
     assert err == (
         "conam: There is no layer 'bam' to compare: choose from none, conam, se, eca, cbam, gc, coord, simam.\n"

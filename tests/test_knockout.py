@@ -68,8 +68,8 @@ def test_every_site_and_each_alone_are_measured() -> None:
         measure_knockout(timm.create_model(NAME, attn_layer="none"), split)
 
 
-def test_the_command_writes_what_the_table_is_made_from(conam, small_data: Path, tmp_path: Path) -> None:
-    code, out, err = conam("benchmark", "knockout", NAME, "--data", small_data, "--json", tmp_path / "knockout.json")
+def test_the_command_writes_what_the_table_is_made_from(experiments, small_data: Path, tmp_path: Path) -> None:
+    code, out, err = experiments("knockout", NAME, "--data", small_data, "--json", tmp_path / "knockout.json")
     assert code == 0, err
     document = json.loads((tmp_path / "knockout.json").read_text())
     assert document["what"] == "knockout"

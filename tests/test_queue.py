@@ -15,7 +15,6 @@ import pytest
 from conam_zoo.errors import UserError
 from conam_zoo.training.queue import Job, plan_queue, run_queue
 from conam_zoo.training.recipe import list_recipes, load_recipe
-from experiments.accuracy.seeds import add_seed, read_seeds, seed_table
 
 NAME = "resnet20_conam.cifar10"
 
@@ -159,27 +158,3 @@ def test_weights_that_are_in_the_manifest_are_not_trained_again(
 ) -> None:
     code, out, _ = conam("queue", NAME, "--data", tmp_path, "--output", tmp_path / "runs")
     assert (code, out.strip()) == (0, "0 done, 1 in the manifest, 0 not done")
-
-
-def test_seeds_are_gathered_and_averaged(tmp_path: Path) -> None:
-    path = tmp_path / "benchmarks" / "seeds.json"
-    assert read_seeds(path) == {}
-    run = {
-        "scores": {"top1_percent": 92.0, "nll": 0.3, "ece": 0.02},
-        "evaluated_on": "test images",
-        "train_minutes": 10.04,
-        "hardware": "1 x device",
-        "library_versions": {"torch": "2"},
-        "code_commit": None,
-    }
-    recipe = load_recipe(NAME).to_dict()
-    for seed, top1 in ((10, 92.6), (2, 92.0), (2, 92.2)):
-        add_seed(
-            path, NAME, {**run, "recipe": {**recipe, "seed": seed}, "scores": {**run["scores"], "top1_percent": top1}}
-        )
-    results = read_seeds(path)
-    assert list(results[NAME]) == ["2", "10"]
-    assert f"| `{NAME}` | 2 | 92.40 ± 0.28 % | 92.20 (2), 92.60 (10) | 1 x device |" in seed_table(results)
-    path.write_text("[]")
-    with pytest.raises(UserError, match="restore it"):
-        read_seeds(path)

@@ -20,6 +20,7 @@ from conam_zoo.release.documents import generated_files
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.recipe import load_recipe
 from conam_zoo.weights import WeightsError, check_copies, load_manifest
+from experiments.tables import WRITTEN_BY, generated_tables
 
 NAMES = sorted(load_manifest().entries)
 LARGEST_FILE_BYTES = 16 * 2**20
@@ -126,6 +127,8 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 def test_the_generated_files_are_up_to_date() -> None:
     for path, text in generated_files(CHECKOUT).items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: run 'conam tables'"
+    for path, text in generated_tables(CHECKOUT).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: run '{WRITTEN_BY}'"
 
 
 def test_the_card_passes_the_hubs_own_validation_of_its_metadata() -> None:

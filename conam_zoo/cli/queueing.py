@@ -42,11 +42,10 @@ def queue(
     """Train all recipes whose weights are not there yet, one after the other or several at a time, and pack them.
 
     Called again, it goes on where it ended. A recipe whose weights are in the manifest is not trained again. The
-    weights of the recipe's own seed are packed; the results of all seeds go to benchmarks/seeds.json.
+    weights of the recipe's own seed are packed.
     """
     from conam_zoo.training.queue import plan_queue, run_queue
     from conam_zoo.weights import find_checkout, load_manifest
-    from experiments.accuracy.seeds import add_seed
 
     if not data:
         raise UserError("The queue has no data: pass --data, a folder that holds cifar10/ and cifar100/.")
@@ -74,7 +73,6 @@ def queue(
         if checkout is None or settings:
             return
         run = json.loads((job.folder / "run.json").read_text(encoding="utf-8"))
-        add_seed(checkout / "benchmarks" / "seeds.json", job.recipe_name, run)
         if job.ships and not _is_packed(job.folder, run):
             from conam_zoo.cli.publishing import pack
 

@@ -1,7 +1,5 @@
 """Commands that measure what an attention brings: benchmark attention, ablation, knockout."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,7 +42,7 @@ def attention(
     settings: Settings = None,
     output: Annotated[
         Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
-    ] = Path("benchmarks/attention"),
+    ] = Path("experiments/results/attention"),
     jobs: Jobs = 1,
     compile: Compile = False,
     dry_run: DryRun = False,
@@ -86,7 +84,7 @@ def ablation(
     settings: Settings = None,
     output: Annotated[
         Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
-    ] = Path("benchmarks/ablation"),
+    ] = Path("experiments/results/ablation"),
     jobs: Jobs = 1,
     compile: Compile = False,
     dry_run: DryRun = False,
@@ -123,6 +121,27 @@ def knockout(
         wide_console().print(Markdown(knockout_table(document)))
 
 
+@app.command(epilog="Example: python -m experiments seeds runs/resnet20_conam.cifar10.seed*")
+def seeds(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders.")]) -> None:
+    """Add finished runs to experiments/results/seeds.json: what several seeds of a recipe give."""
+    from experiments.accuracy.seeds import add_run, read_seeds, seed_table
+    from experiments.tables import RESULTS
+
+    for run in runs:
+        add_run(RESULTS / "seeds.json", run)
+    console().print(seed_table(read_seeds(RESULTS / "seeds.json")), markup=False, highlight=False)
+
+
+@app.command()
+def tables() -> None:
+    """Rewrite the tables of README.md and docs/ that come from experiments/results."""
+    from conam_zoo.release.documents import rewrite
+    from experiments.tables import generated_tables
+
+    changed = rewrite(generated_tables(Path()))
+    console().print("\n".join(f"written: {path}" for path in changed) or "All tables are up to date.", highlight=False)
+
+
 def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, compile: bool, dry_run: bool) -> None:
     """Train what is missing, and print the table; exit code 1 if a cell failed or is still missing."""
     from dataclasses import asdict
@@ -144,7 +163,7 @@ def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, com
         output,
         jobs=jobs,
         compile=compile,
-        command=shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        command=typed_command(),
         on_event=lambda name, event: out.print(f"{name}: {event}", highlight=False, markup=False),
     )
     table = attention_table if what == "attention" else ablation_table

@@ -1,4 +1,4 @@
-"""What the grids say: `conam benchmark attention` and `conam benchmark ablation` as functions, with their tables."""
+"""What the grids say: the comparison of attentions and the ablation as functions, with their tables."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -136,7 +136,7 @@ def evidence_tables(folder: Path) -> dict[str, str]:
         for path in sorted(folder.glob(f"{what}*.json")):
             grid = read_grid(path)
             if grid.what != what:
-                raise UserError(f"{path} is a grid of conam benchmark {grid.what}: rename it.")
+                raise UserError(f"{path} is a grid of 'experiments {grid.what}': rename it.")
             pieces.append(table(asdict(grid), costs))
         tables[what] = "\n\n".join(pieces) or "Not measured yet."
     return tables
@@ -146,8 +146,8 @@ def attention_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecor
     """The comparison of attentions in Markdown, one table for each model on each data set.
 
     Args:
-        benchmark: What ``benchmarks/attention.json`` holds.
-        costs: Records of ``conam benchmark cost``, for the times as ratios to the plain net.
+        benchmark: What ``experiments/results/attention.json`` holds.
+        costs: Records of the ``cost`` benchmark, for the times as ratios to the plain net.
     """
     grid = Grid(**benchmark)
     pieces = [_conditions(grid) + " Differences are to the plain net, seed by seed."]
@@ -171,8 +171,8 @@ def ablation_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecord
     """The ablation in Markdown, one table for each model on each data set.
 
     Args:
-        benchmark: What ``benchmarks/ablation.json`` holds.
-        costs: Not used; ``conam benchmark cost`` does not measure the forms.
+        benchmark: What ``experiments/results/ablation.json`` holds.
+        costs: Not used; the ``cost`` benchmark does not measure the forms.
     """
     grid = Grid(**benchmark)
     pieces = [_conditions(grid) + " Differences are to the paper's form, seed by seed."]

@@ -148,8 +148,8 @@ def run_grid(
         what: ``"attention"`` or ``"ablation"``.
         cells: What ``plan_grid`` gave.
         data: Folder with the data sets; see ``conam_zoo.data.read_split``.
-        output: Path without ending: ``benchmarks/attention`` makes ``benchmarks/attention.json`` and the run folders in
-            ``benchmarks/attention/``.
+        output: Path without ending: ``results/attention`` makes ``results/attention.json`` and the run folders in
+            ``results/attention/``.
         jobs: Trainings at a time, each a process; the cores are shared out evenly.
         compile: Train with ``torch.compile``.
         command: The command line, for the record.

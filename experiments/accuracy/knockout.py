@@ -27,6 +27,7 @@ from conam_zoo.models.registry import open_model
 from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.visualize.confidence import confidence_maps
+from experiments.speed.record import command_today
 
 __all__ = ["CHANGES", "EVERY_SITE", "benchmark_knockout", "knocked_out", "knockout_table", "measure_knockout"]
 
@@ -139,7 +140,7 @@ def benchmark_knockout(
         progress: Told what is being measured.
 
     Returns:
-        What ``benchmarks/knockout*.json`` hold: ``what``, ``command``, the environment, and for each of ``models`` its
+        What ``results/knockout*.json`` hold: ``what``, ``command``, the environment, and for each of ``models`` its
         ``model`` and what ``measure_knockout`` gives.
 
     Raises:
@@ -159,7 +160,7 @@ def benchmark_knockout(
 
 def knockout_table(document: dict[str, Any]) -> str:
     """The measurements as a Markdown table, with the sentence that says where they were made."""
-    where = f"`{document['command']}` on {document['hardware']}."
+    where = f"`{command_today(document['command'])}` on {document['hardware']}."
     lines = [
         f"{where} Top-1 in percent on the test images, and in brackets the difference to the net as it was trained.",
         "",

@@ -7,8 +7,9 @@ from typing import Any
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
+from conam_zoo.training.recipe import list_recipes, load_recipe, recipe_from_dict
 
-__all__ = ["add_seed", "read_seeds", "seed_table"]
+__all__ = ["add_run", "add_seed", "read_seeds", "seed_table"]
 
 
 def read_seeds(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -43,6 +44,23 @@ def add_seed(path: Path, recipe: str, run: dict[str, Any]) -> None:
     }
     ordered = {name: dict(sorted(results[name].items(), key=lambda item: int(item[0]))) for name in sorted(results)}
     write_text(path, json.dumps({"recipes": ordered}, indent=2) + "\n")
+
+
+def add_run(path: Path, folder: Path) -> None:
+    """Put a finished run folder of a packaged recipe into the file.
+
+    Raises:
+        UserError: If the run is not finished, or its recipe is not a packaged one with another seed at most.
+    """
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        trained = recipe_from_dict(run["recipe"], str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a finished run folder ({error}).") from error
+    for name in list_recipes():
+        if load_recipe(name, [f"seed={trained.seed}"]) == trained:
+            return add_seed(path, name, run)
+    raise UserError(f"{folder} was not trained by a packaged recipe as it stands today.")
 
 
 def seed_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -1,4 +1,4 @@
-"""The three training loops that ``conam benchmark train`` compares, each as a function that runs some steps.
+"""The three training loops that the ``train`` benchmark compares, each as a function that runs some steps.
 
 All train the same net with the same initial weights on the same images, with SGD with Nesterov momentum, cross-entropy
 and the same batches per epoch, and all keep count of loss or hits as their originals do.

@@ -12,7 +12,15 @@ import torch
 from conam_zoo.errors import UserError
 from conam_zoo.training.environment import describe_environment
 
-__all__ = ["BenchmarkRecord", "Row", "Skipped", "make_record", "read_record", "summarise"]
+__all__ = [
+    "BenchmarkRecord",
+    "Row",
+    "Skipped",
+    "command_today",
+    "make_record",
+    "read_record",
+    "summarise",
+]
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,12 @@ def make_record(
     )
 
 
+def command_today(command: str) -> str:
+    """The command of a record as it is given today: the first records name ``conam benchmark``."""
+    today = command.replace("conam benchmark ", "python -m experiments ")
+    return today.replace(" benchmarks/", " experiments/results/")
+
+
 def read_record(path: Path) -> BenchmarkRecord:
     """Read a record that ``--json`` wrote.
 
@@ -180,4 +194,4 @@ def read_record(path: Path) -> BenchmarkRecord:
         skipped = [Skipped(**entry) for entry in facts.pop("skipped")]
         return BenchmarkRecord(**facts, rows=rows, skipped=skipped)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a record of conam benchmark: write it again with --json.") from error
+        raise UserError(f"{path} is not the record of a benchmark: write it again with --json.") from error

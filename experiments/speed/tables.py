@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conam_zoo.errors import UserError
-from experiments.speed.record import BenchmarkRecord, Row, read_record
+from experiments.speed.record import BenchmarkRecord, Row, command_today, read_record
 
 __all__ = ["BENCHMARKS", "benchmark_tables", "record_tables"]
 
@@ -83,7 +83,7 @@ def _markdown(cells: Cells, text_columns: int) -> str:
 
 def _conditions(record: BenchmarkRecord) -> str:
     versions = ", ".join(f"{name} {record.library_versions[name]}" for name in ("torch", "timm"))
-    return f"`{record.command}` on {record.hardware}, {versions}."
+    return f"`{command_today(record.command)}` on {record.hardware}, {versions}."
 
 
 def benchmark_tables(folder: Path) -> dict[str, str]:
@@ -98,7 +98,7 @@ def benchmark_tables(folder: Path) -> dict[str, str]:
         for path in sorted(folder.glob(f"{what}*.json")):
             record = read_record(path)
             if record.what != what:
-                raise UserError(f"{path} is a record of conam benchmark {record.what}: rename it.")
+                raise UserError(f"{path} is a record of 'experiments {record.what}': rename it.")
             pieces.append(_conditions(record))
             for sentence, cells in record_tables(record):
                 columns = next(i for i, title in enumerate(cells[0]) if title in ("", record.rows[0].ratio_to, "none"))

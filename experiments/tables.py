@@ -1,0 +1,93 @@
+"""The tables of README.md and docs/ that are written from the measurements in ``experiments/results``."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from conam_zoo.release.documents import fill_table
+from experiments.accuracy.compare import evidence_tables
+from experiments.accuracy.finetune import finetune_table
+from experiments.accuracy.knockout import knockout_table
+from experiments.accuracy.seeds import read_seeds, seed_table
+from experiments.speed.record import command_today, read_record
+from experiments.speed.tables import benchmark_tables
+
+__all__ = ["RESULTS", "WRITTEN_BY", "generated_tables"]
+
+RESULTS = Path("experiments/results")
+WRITTEN_BY = "python -m experiments tables"
+NOT_MEASURED = "Not measured yet."
+NAMES = {
+    "plain DataLoader": "a plain fp32 DataLoader loop",
+    "timm": "timm's loop in {precision}",
+    "timm, channels_last": "timm's loop in {precision} and channels_last",
+}
+
+
+def _seeds(results: Path) -> str:
+    seeds = read_seeds(results / "seeds.json")
+    return seed_table(seeds) if seeds else NOT_MEASURED
+
+
+def _finetune(results: Path) -> str:
+    path = results / "finetune.json"
+    return finetune_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else NOT_MEASURED
+
+
+def _speed(results: Path) -> str:
+    """How much faster than each other loop ours is, one line for each record of ``train``."""
+    lines = []
+    for path in sorted(results.glob("train*.json")):
+        record = read_record(path)
+        ours, *others = record.rows
+        precision = record.settings.get("precision", "bf16")  # earlier records had no other
+        names = {row.name: NAMES[row.name].format(precision=precision) for row in others}
+        ratios = ", ".join(f"**{row.ratio:.2f} times** those of {names[row.name]}" for row in others)
+        speed = 1000 * ours.group["batch"] / ours.median
+        lines.append(
+            f"- Training `{ours.group['model']}` at batch {ours.group['batch']} on {record.hardware}: "
+            f"{speed:,.0f} images a second, {ratios}, measured in one run (`{command_today(record.command)}`)."
+        )
+    return "\n".join(lines) or NOT_MEASURED
+
+
+def _knockout(results: Path) -> str:
+    paths = sorted(results.glob("knockout*.json"))
+    return "\n\n".join(knockout_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths) or NOT_MEASURED
+
+
+def _benchmark(name: str) -> Callable[[Path], str]:
+    return lambda results: benchmark_tables(results)[name]
+
+
+def _evidence(name: str) -> Callable[[Path], str]:
+    return lambda results: evidence_tables(results)[name]
+
+
+# Document, name between its markers, what stands there.
+PLACES: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
+    ("README.md", "speed", _speed),
+    ("docs/recipes.md", "seeds", _seeds),
+    ("docs/finetuning.md", "finetune", _finetune),
+    ("docs/benchmarks.md", "benchmark train", _benchmark("train")),
+    ("docs/benchmarks.md", "benchmark inference", _benchmark("inference")),
+    ("docs/benchmarks.md", "benchmark cost", _benchmark("cost")),
+    ("docs/benchmarks.md", "benchmark densenet", _benchmark("densenet")),
+    ("docs/conam.md", "benchmark knockout", _knockout),
+    ("docs/conam.md", "benchmark attention", _evidence("attention")),
+    ("docs/conam.md", "benchmark ablation", _evidence("ablation")),
+)
+
+
+def generated_tables(checkout: Path) -> dict[Path, str]:
+    """What each document with tables of measurements has to hold.
+
+    Raises:
+        UserError: If a document has no place for its table, or a file of measurements is damaged.
+    """
+    files: dict[Path, str] = {}
+    for document, name, table in PLACES:
+        path = checkout / document
+        text = files.get(path) or path.read_text(encoding="utf-8")
+        files[path] = fill_table(text, name, table(checkout / RESULTS), path, WRITTEN_BY)
+    return files
