@@ -1,78 +1,10 @@
-"""Model cards and the README's result table, written from the manifest and the recipes that it names."""
+"""Model cards, written from the manifest and the recipes that it names."""
 
 from conam_zoo.datasets import DATASETS
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.weights import Manifest, WeightEntry
 
-__all__ = ["model_card", "recipe_head", "result_table"]
-
-# Best published top-1 of the same backbone in percent, who published it, and with which attention. pytorchcv's figures
-# are those of its metadata table; their recipe is stronger than the usual one, and its length is not stated.
-BEST_PUBLISHED: dict[str, dict[str, tuple[float, str, str]]] = {
-    "resnet20_conam": {"cifar10": (94.03, "pytorchcv", ""), "cifar100": (72.29, "pytorchcv", "DIA")},
-    "resnet32_conam": {"cifar10": (93.53, "pytorch-cifar-models", ""), "cifar100": (70.16, "pytorch-cifar-models", "")},
-    "resnet44_conam": {"cifar10": (94.01, "pytorch-cifar-models", ""), "cifar100": (71.63, "pytorch-cifar-models", "")},
-    "resnet56_conam": {"cifar10": (95.87, "pytorchcv", "SE"), "cifar100": (77.06, "pytorchcv", "SE")},
-    "resnet110_conam": {"cifar10": (96.37, "pytorchcv", "SE"), "cifar100": (79.14, "pytorchcv", "SE")},
-    "wide_resnet16_4_conam": {"cifar10": (94.98, "WideResNet authors", "")},
-    "wide_resnet16_8_conam": {
-        "cifar10": (95.73, "WideResNet authors", ""),
-        "cifar100": (79.57, "WideResNet authors", ""),
-    },
-    "wide_resnet40_4_conam": {
-        "cifar10": (95.49, "WideResNet authors", ""),
-        "cifar100": (79.08, "WideResNet authors", ""),
-    },
-    "wide_resnet28_10_conam": {"cifar10": (97.61, "pytorchcv", ""), "cifar100": (82.12, "pytorchcv", "")},
-    "densenet40_12_conam": {"cifar10": (94.76, "DenseNet authors", ""), "cifar100": (75.58, "DenseNet authors", "")},
-    "densenetbc100_12_conam": {"cifar10": (95.84, "pytorchcv", ""), "cifar100": (78.81, "pytorchcv", "")},
-}
-SOURCES = {
-    "pytorchcv": "https://github.com/osmr/pytorchcv",
-    "pytorch-cifar-models": "https://github.com/chenyaofo/pytorch-cifar-models",
-    "WideResNet authors": "https://github.com/szagoruyko/wide-residual-networks",
-    "DenseNet authors": "https://github.com/liuzhuang13/DenseNet",
-}
-
-
-def _best_published(entry: WeightEntry) -> str:
-    """The best published figure for the backbone of some weights, with a link to its source."""
-    best = BEST_PUBLISHED.get(entry.arch, {}).get(entry.tag)
-    if best is None:
-        return "none known"
-    percent, source, attention = best
-    return f"{percent:.2f} % ([{source}]({SOURCES[source]}){f', with {attention}' if attention else ''})"
-
-
-def result_table(manifest: Manifest) -> str:
-    """The README's table of all weights, in Markdown."""
-    rows = [
-        "| weights | top-1 | top-5 | NLL | ECE | best published net | parameters | MACs | epochs, hardware |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --- |",
-    ]
-    for name, entry in sorted(manifest.entries.items()):
-        metrics = entry.metrics
-        rows.append(
-            f"| `{name}` | {metrics.top1_percent:.2f} % | {metrics.top5_percent:.2f} % | {metrics.nll:.3f} | "
-            f"{metrics.ece:.3f} | {_best_published(entry)} | "
-            f"{entry.params / 1e6:.2f} M | {entry.macs / 1e6:.0f} M | {entry.epochs}, {entry.hardware} |"
-        )
-    return "\n".join(rows) + "\n"
-
-
-def recipe_head(name: str, manifest: Manifest) -> str:
-    """The comment that a recipe opens with: command, hardware, time and result of the shipped weights."""
-    entry = next((entry for entry in manifest.entries.values() if entry.recipe == name), None)
-    hardware, time, result = "-", "not run yet", "not run yet"
-    if entry is not None:
-        hardware = entry.hardware
-        time = f"{entry.train_minutes:.0f} minutes for {entry.epochs} epochs"
-        result = f"{entry.metrics.top1_percent:.2f} % top-1 on the test images, last epoch, seed {entry.seed}"
-    dataset = name.split(".")[1]
-    return (
-        f"# Command   conam train {name} --data {dataset} --output runs/{name}\n"
-        f"# Hardware  {hardware}\n# Time      {time}\n# Result    {result}\n"
-    )
+__all__ = ["model_card"]
 
 
 def _training_images(entry: WeightEntry) -> str:

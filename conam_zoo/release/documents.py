@@ -4,10 +4,11 @@ from pathlib import Path
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
-from conam_zoo.release.card import model_card, recipe_head, result_table
-from conam_zoo.weights import find_checkout, load_manifest
+from conam_zoo.release.card import model_card
+from conam_zoo.release.peers import best_peer, like_for_like
+from conam_zoo.weights import Manifest, find_checkout, load_manifest
 
-__all__ = ["fill_table", "generated_files", "rewrite", "rewrite_tables"]
+__all__ = ["fill_table", "generated_files", "recipe_head", "result_table", "rewrite", "rewrite_tables"]
 
 
 def generated_files(checkout: Path) -> dict[Path, str]:
@@ -27,6 +28,42 @@ def generated_files(checkout: Path) -> dict[Path, str]:
         body = "".join(line for line in lines if not line.startswith("#"))
         files[path] = recipe_head(path.stem, manifest) + body
     return files
+
+
+def result_table(manifest: Manifest) -> str:
+    """The README's table of all weights, in Markdown; a top-1 above that of the usual recipe elsewhere is bold."""
+    rows = [
+        "| weights | top-1 | usual recipe elsewhere | best known elsewhere | NLL | ECE | parameters | MACs "
+        "| epochs, hardware |",
+        "| --- | --: | --- | --- | --: | --: | --: | --: | --- |",
+    ]
+    for name, entry in sorted(manifest.entries.items()):
+        metrics = entry.metrics
+        usual, best = like_for_like(entry.arch, entry.dataset), best_peer(entry.arch, entry.dataset)
+        top1 = f"{metrics.top1_percent:.2f} %"
+        if usual is not None and metrics.top1_percent > usual.top1_percent:
+            top1 = f"**{top1}**"
+        rows.append(
+            f"| `{name}` | {top1} | {usual.to_markdown() if usual else 'none known'} "
+            f"| {best.to_markdown() if best else 'none known'} | {metrics.nll:.3f} | {metrics.ece:.3f} "
+            f"| {entry.params / 1e6:.2f} M | {entry.macs / 1e6:.0f} M | {entry.epochs}, {entry.hardware} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def recipe_head(name: str, manifest: Manifest) -> str:
+    """The comment that a recipe opens with: command, hardware, time and result of the shipped weights."""
+    entry = next((entry for entry in manifest.entries.values() if entry.recipe == name), None)
+    hardware, time, result = "-", "not run yet", "not run yet"
+    if entry is not None:
+        hardware = entry.hardware
+        time = f"{entry.train_minutes:.0f} minutes for {entry.epochs} epochs"
+        result = f"{entry.metrics.top1_percent:.2f} % top-1 on the test images, last epoch, seed {entry.seed}"
+    dataset = name.split(".")[1]
+    return (
+        f"# Command   conam train {name} --data {dataset} --output runs/{name}\n"
+        f"# Hardware  {hardware}\n# Time      {time}\n# Result    {result}\n"
+    )
 
 
 def fill_table(text: str, name: str, table: str, path: Path, command: str = "conam tables") -> str:
