@@ -16,9 +16,9 @@ from conam_zoo.data import ImageData, ImageSplit, open_images, read_split
 from conam_zoo.errors import UserError
 from conam_zoo.finetuning.net import finetune_recipe, freeze_layers, net_for_data, train_on
 from conam_zoo.finetuning.run import finetune
+from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.visualize.confidence import confidence_maps
 from conam_zoo.visualize.predict import predict
 from experiments.accuracy.finetune import benchmark_finetune, digits, faces, few_of_cifar100, finetune_table
 

@@ -38,6 +38,11 @@ class ImageSplit:
         names = tuple(self.names[index] for index in indices.tolist()) if self.names else ()
         return ImageSplit(self.images[indices], self.labels[indices], self.classes, self.source, names)
 
+    def spread(self, count: int) -> "ImageSplit":
+        """At most ``count`` images, spread evenly over the split, so that one sorted by class gives all classes."""
+        count = min(count, len(self))
+        return self.select(torch.arange(count) * len(self) // max(count, 1))
+
     def averaged_down(self, side: int) -> "ImageSplit":
         """The same images with ``side`` x ``side`` pixels, each the rounded mean of a square of pixels.
 

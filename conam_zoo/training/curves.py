@@ -1,20 +1,25 @@
 """The curves of a training as a picture."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from conam_zoo.files import write_atomically
+from conam_zoo.layers.confidence import EVEN
+from conam_zoo.training.run_folder import LIVENESS, liveness_columns
 
 __all__ = ["draw_curves"]
 
 
 def draw_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw loss, accuracy and learning rate over the epochs as a PNG."""
+    """Draw loss, accuracy, learning rate and, where the log has it, each site's liveness over the epochs as a PNG."""
     from matplotlib.figure import Figure
 
     epochs = [row["epoch"] for row in log]
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
+    sites = liveness_columns(log)
+    panels = 4 if sites else 3
+    figure = Figure(figsize=(3.4 * panels, 3.4), layout="constrained")
+    loss, accuracy, rate, *further = figure.subplots(1, panels)
     loss.plot(epochs, [row["loss"] for row in log], color="tab:blue")
     loss.set_ylabel("training loss")
     accuracy.plot(epochs, [row["train_top1_percent"] for row in log], color="tab:blue", label="training, augmented")
@@ -25,7 +30,17 @@ def draw_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
     accuracy.legend(loc="lower right", frameon=False)
     rate.plot(epochs, [row["lr"] for row in log], color="tab:gray")
     rate.set_ylabel("learning rate at the epoch's end")
-    for axes in (loss, accuracy, rate):
+    for alive in further:
+        for column in sites:
+            values = [row.get(column) for row in log]
+            alive.plot(
+                epochs, [math.nan if value is None else value for value in values], label=column.removeprefix(LIVENESS)
+            )
+        alive.axhline(EVEN, color="black", linewidth=0.8, linestyle="--", label=f"{EVEN:.0%}: even below")
+        alive.set_ylabel("liveness: std / mean over the patches")
+        alive.set_ylim(bottom=0)
+        alive.legend(frameon=False, fontsize="small")
+    for axes in (loss, accuracy, rate, *further):
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
-from conam_zoo.data import Batches, ImageSplit
+from conam_zoo.data import Batches, ImageSplit, normalize
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder
+from conam_zoo.layers.confidence import liveness
 from conam_zoo.models import StagedClassifier
 from conam_zoo.training.checkpoint import CHECKPOINT, clear_half_written, has_checkpoint, load_latest, save_checkpoint
 from conam_zoo.training.distributed import all_reduce_max, broadcast_weights, ranks, run_on_primary
 from conam_zoo.training.engine import EpochSums, Wish, train_one_epoch
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.recipe import Recipe, recipe_from_dict
-from conam_zoo.training.run_folder import RunLog
+from conam_zoo.training.run_folder import LIVENESS, RunLog
 from conam_zoo.training.stopping import StopRequest, TrainingStopped
 from conam_zoo.training.train_state import TrainState
 
@@ -38,7 +39,7 @@ class FitResult:
         final: The net whose weights the recipe ships, ``raw`` or ``ema``.
         raw: The net as the optimiser left it.
         ema: The moving average over the steps, or None.
-        log: One row for each epoch, with the keys ``run_folder.LOG_FIELDS``.
+        log: One row for each epoch, as ``run_folder.RunLog`` takes it.
         train_minutes: Time that the epochs took, over all interruptions.
         compile_seconds: Time of the first step, most of it compilation; None without ``compile``.
     """
@@ -72,6 +73,7 @@ def fit(
     output: Path,
     *,
     holdout: ImageSplit | None = None,
+    monitor: ImageSplit | None = None,
     teacher: nn.Module | None = None,
     param_groups: Iterable[dict[str, Any]] | None = None,
     resume: bool = False,
@@ -93,6 +95,7 @@ def fit(
         batches: Augmented images and targets.
         output: The run folder.
         holdout: Images to evaluate on after every epoch; nothing is chosen by them.
+        monitor: Images that the liveness of each ConAM is measured on after every epoch.
         teacher: A net to learn from as well, on the same images; see ``open_teacher``.
         param_groups: Groups for the optimiser, with ``lr_scale`` where a group learns slower; None for timm's.
         resume: Continue from the newest checkpoint in the folder.
@@ -124,6 +127,10 @@ def fit(
     keeper = _Keeper(output, learner, {"recipe": recipe.to_dict(), "record": facts}, rows, checkpoint_minutes)
     final: StagedClassifier = learner.ema.module if learner.ema and recipe.final_weights == "ema" else model
     holdout = holdout.to(here.device) if holdout is not None else None
+    watched: Tensor | None = None
+    if monitor is not None and here.first:
+        cfg = model.pretrained_cfg
+        watched = normalize(monitor.images.to(here.device), cfg["mean"], cfg["std"])
     progress = Progress(
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(),
@@ -161,8 +168,10 @@ def fit(
                 "loss": sums.loss / sums.seen,
                 "train_top1_percent": 100 * sums.hits / sums.seen,
                 "holdout_top1_percent": scores.top1_percent if scores else None,
-                "seconds": sums.seconds + time.perf_counter() - started,
             }
+            if watched is not None:
+                row |= {LIVENESS + site: value for site, value in liveness(final, watched).items()}
+            row["seconds"] = sums.seconds + time.perf_counter() - started
             rows.append(row)
             if log is not None:
                 log.write()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from conam_zoo.files import write_text
 from conam_zoo.training.recipe import Recipe
 
-__all__ = ["LOG_FIELDS", "RunLog", "write_recipe", "write_run"]
+__all__ = ["LIVENESS", "LOG_FIELDS", "RunLog", "liveness_columns", "write_recipe", "write_run"]
 
 LOG_FIELDS = ("epoch", "lr", "loss", "train_top1_percent", "holdout_top1_percent", "seconds")
+LIVENESS = "liveness "  # with a site's module name behind it, the key of that site's liveness
 
 
 class RunLog:
@@ -20,8 +22,9 @@ class RunLog:
 
     Args:
         folder: The run folder.
-        rows: One for each epoch, with the keys ``LOG_FIELDS``; the caller appends to it. Where a run is resumed, it
-            holds the epochs that are done, and events of later ones are taken back.
+        rows: One for each epoch, with the keys ``LOG_FIELDS`` and one of ``liveness_columns`` for each ConAM; the
+            caller appends to it. Where a run is resumed, it holds the epochs that are done, and events of later ones
+            are taken back.
     """
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -42,14 +45,20 @@ class RunLog:
         """Log the last row."""
         row = self.rows[-1]
         text = io.StringIO()
-        writer = csv.DictWriter(text, LOG_FIELDS, lineterminator="\n")
+        columns = (*LOG_FIELDS[:-1], *liveness_columns(self.rows), LOG_FIELDS[-1])
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.folder / "log.csv", text.getvalue())
-        for name in LOG_FIELDS[1:]:
-            if row[name] is not None:
-                self._events.add_scalar(name, row[name], row["epoch"])
+        for name in columns[1:]:
+            if row.get(name) is not None:
+                self._events.add_scalar(name.replace(" ", "/"), row[name], row["epoch"])
         self._events.flush()
+
+
+def liveness_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The liveness columns of a log, ``liveness layer1.0.attn``, in order; logs of older versions have none."""
+    return list(dict.fromkeys(key for row in rows for key in row if key.startswith(LIVENESS)))
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:

@@ -28,7 +28,9 @@ from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import write_recipe, write_run
 from conam_zoo.training.train_state import batch_settings, images_per_batch
 
-__all__ = ["Assembly", "assemble", "export_run", "train"]
+__all__ = ["MONITORED_IMAGES", "Assembly", "assemble", "export_run", "train"]
+
+MONITORED_IMAGES = 256  # whose patches' confidences are watched
 
 
 def train(
@@ -88,6 +90,7 @@ def train(
             parts.batches,
             output,
             holdout=parts.holdout,
+            monitor=parts.monitor,
             teacher=parts.teacher,
             resume=resume,
             record={"classes": list(parts.batches.classes), "images": parts.num_images, **parts.facts},
@@ -146,6 +149,7 @@ class Assembly:
         note: One line on where the images are kept, and why.
         num_images: How many training images there are; an epoch may leave some of them out.
         holdout: Training images kept out for choosing, or None.
+        monitor: Some training images, the same ones for every training on them, to measure liveness on.
         teacher: The net to learn from, or None.
         facts: Facts for the record: ``teacher``, with name and hash.
     """
@@ -155,6 +159,7 @@ class Assembly:
     note: str
     num_images: int
     holdout: ImageSplit | None
+    monitor: ImageSplit
     teacher: nn.Module | None
     facts: dict[str, Any]
 
@@ -182,7 +187,7 @@ def assemble(recipe: Recipe, data: str | Path, here: Ranks) -> Assembly:
         settings,
         device=here.device,
     )
-    return Assembly(model, batches, note, len(split), holdout, teacher, facts)
+    return Assembly(model, batches, note, len(split), holdout, split.spread(MONITORED_IMAGES), teacher, facts)
 
 
 def _check_names(recipe: Recipe) -> None:

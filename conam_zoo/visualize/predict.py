@@ -10,8 +10,8 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from conam_zoo.data.images import read_image
+from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
-from conam_zoo.visualize.confidence import confidence_maps
 
 __all__ = ["Prediction", "class_names", "percent", "predict", "split_transform"]
 

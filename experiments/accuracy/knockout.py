@@ -22,11 +22,11 @@ from conam_zoo.data import ImageSplit, normalize, read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.layers.conam import ConAM
+from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.visualize.confidence import confidence_maps
 from experiments.speed.record import command_today
 
 __all__ = ["CHANGES", "EVERY_SITE", "benchmark_knockout", "knocked_out", "knockout_table", "measure_knockout"]

@@ -1,0 +1,72 @@
+"""The confidence maps of a net, site by site, and how much they differ between patches."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from conam_zoo.layers.conam import ConAM
+from conam_zoo.layers.conam_variant import ConfidenceAttentionVariant
+
+__all__ = ["EVEN", "confidence_maps", "liveness"]
+
+EVEN = 0.02  # a site of less liveness hands all patches the same confidence, for any practical purpose
+
+
+@torch.inference_mode()
+def confidence_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and the confidence map of every ConAM, or form of it, in the net.
+
+    Args:
+        model: A net in evaluation mode; a plain net gives no maps.
+        images: Normalised images, (N, C, H, W).
+
+    Returns:
+        Logits (N, classes), and for each site's module name, in order of execution, a map (N, rows, columns) whose
+        entries sum to 1 for each image, unless the net has another form of ConAM.
+    """
+    maps: dict[str, Tensor] = {}
+
+    def keep(site: str, module: ConAM | ConfidenceAttentionVariant, inputs: tuple[Tensor]) -> None:
+        maps[site] = module.confidence(inputs[0])
+
+    hooks = [
+        module.register_forward_pre_hook(partial(keep, name))
+        for name, module in model.named_modules()
+        if isinstance(module, ConAM | ConfidenceAttentionVariant)
+    ]
+    try:
+        logits = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, maps
+
+
+def liveness(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """How much each site's confidences differ between patches: 0 where the attention is the same everywhere.
+
+    It is the coefficient of variation over the patches (population standard deviation / mean), averaged over images.
+    The net is measured in evaluation mode and left in the mode, and with the weights and buffers, that it has.
+
+    Args:
+        model: A net.
+        images: Normalised images, (N, C, H, W).
+
+    Returns:
+        The coefficient for each site's module name, in order of execution. Sites with other attentions have none, nor
+        have forms of ConAM whose confidences are not positive.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        _, maps = confidence_maps(model, images)
+    finally:
+        for module, training in modes:
+            module.training = training
+    confidences = {site: values.double().flatten(1) for site, values in maps.items()}
+    return {
+        site: (eta.std(dim=1, correction=0) / eta.mean(dim=1)).mean().item()
+        for site, eta in confidences.items()
+        if (eta.mean(dim=1) > 0).all()
+    }
