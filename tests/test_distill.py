@@ -13,7 +13,6 @@ from conftest import write_arrays
 
 from conam_zoo.errors import UserError
 from conam_zoo.models.export import export_model
-from conam_zoo.training.distill import distill
 from conam_zoo.training.distillation import Renormalized, distillation_loss, open_teacher
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.recipe import Recipe, load_recipe
@@ -88,7 +87,7 @@ def test_the_teacher_is_named_in_the_record_and_stays_as_it_was(
     assert run["teacher"] == {"name": teacher, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     assert run["recipe"]["teacher"] == teacher
     # The same in Python; without the teacher, something else is learnt.
-    again = distill(replace(recipe, teacher=""), data, tmp_path / "function", teacher=teacher)
+    again = train(recipe, data, tmp_path / "function")
     assert again["sha256"] == run["sha256"]
     assert train(replace(recipe, teacher=""), data, tmp_path / "alone")["sha256"] != run["sha256"]
     assert load_recipe(str(tmp_path / "command" / "recipe.toml")) == recipe
@@ -125,7 +124,7 @@ def test_a_teacher_with_other_statistics_gets_images_normalised_its_way(teacher:
 def test_a_teacher_of_other_classes_is_refused(recipe: Recipe, data: Path, tmp_path: Path) -> None:
     export_model(timm.create_model("resnet20_conam.cifar100"), tmp_path / "hundred", tag=None)
     with pytest.raises(UserError, match="trained for other classes"):
-        distill(recipe, data, tmp_path / "run", teacher=f"local-dir:{tmp_path / 'hundred'}")
+        train(replace(recipe, teacher=f"local-dir:{tmp_path / 'hundred'}"), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -26,6 +26,10 @@ Compile = Annotated[bool, typer.Option("--compile", help="Run the net through to
 CheckpointMinutes = Annotated[
     float, typer.Option(min=0, help="Save the state this often within an epoch, too; 0 for every step.")
 ]
+TeacherBank = Annotated[
+    Path | None,
+    typer.Option(help="Read the teacher's outputs from what conam record-teacher kept here, instead of running it."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, its time and memory; write nothing.")]
 
 
@@ -38,6 +42,7 @@ def train(
     data: Data,
     output: Output,
     settings: Settings = None,
+    teacher_bank: TeacherBank = None,
     resume: Resume = False,
     dry_run: DryRun = False,
     compile: Compile = False,
@@ -47,7 +52,30 @@ def train(
 
     The test split is not opened before the end.
     """
-    _train(recipe, data, output, settings, resume, dry_run, compile, checkpoint_minutes)
+    _train(recipe, data, output, settings, resume, dry_run, compile, checkpoint_minutes, teacher_bank)
+
+
+@app.command(
+    epilog="Example: conam record-teacher resnet20_conam.cifar10 --set teacher=wide_resnet16_4_conam.cifar10 "
+    "--data cifar10 --output banks/cifar10"
+)
+def record_teacher(
+    recipe: RecipeName,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="The bank: a folder with a file of logits for each epoch.")],
+    settings: Settings = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="How many epochs; those of the recipe if not given.")
+    ] = None,
+) -> None:
+    """Keep a teacher's outputs on a recipe's batches, for any number of trainings.
+
+    The same command goes on after an interruption. conam train --teacher-bank reads the bank.
+    """
+    from conam_zoo.training.recipe import load_recipe
+    from conam_zoo.training.record_teacher import record_teacher as record
+
+    record(load_recipe(recipe, settings), data, output, epochs=epochs)
 
 
 @app.command(
@@ -82,6 +110,7 @@ def _train(
     dry_run: bool,
     compile: bool,
     checkpoint_minutes: float,
+    teacher_bank: Path | None = None,
 ) -> None:
     from conam_zoo.training.recipe import load_recipe
 
@@ -89,7 +118,7 @@ def _train(
     if dry_run:
         from conam_zoo.training.dry_run import plan
 
-        facts = asdict(plan(recipe, data, output, resume=resume, compile=compile))
+        facts = asdict(plan(recipe, data, output, teacher_bank=teacher_bank, resume=resume, compile=compile))
         table = Table(box=None, show_header=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
@@ -103,6 +132,7 @@ def _train(
         recipe,
         data,
         output,
+        teacher_bank=teacher_bank,
         resume=resume,
         compile=compile,
         checkpoint_minutes=checkpoint_minutes,

@@ -73,12 +73,13 @@ class Batches(Protocol):
     num_images: int
     steps: int
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batches of an epoch from ``first_step`` on; the skipped ones cost nothing.
 
         Yields:
             Images (B, 3, h, w), float32, normalised, channels_last, on the training device, smaller in early epochs if
             that is asked for; and targets: int64 (B,), or float32 (B, classes) for a batch that mixup or CutMix mixed.
+            What follows is for the loss, such as a teacher's logits.
         """
         ...
 

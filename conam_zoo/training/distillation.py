@@ -1,6 +1,7 @@
 """Learning from another net's outputs: the teacher, and what is lost on it.
 
-Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, 2015, section 2.
+Sources: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, 2015, section 2;
+Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679, section 3.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from conam_zoo.models.registry import open_model
 from conam_zoo.weights import load_manifest
 from conam_zoo.weights.folder import fetch_config, weights_file
 
-__all__ = ["Renormalized", "distillation_loss", "open_teacher"]
+__all__ = ["Renormalized", "decoupled_loss", "distillation_loss", "known_sha256", "open_teacher"]
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -35,6 +36,49 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
         log_target=True,
     )
     return temperature**2 * divergence
+
+
+def decoupled_loss(
+    student: Tensor, teacher: Tensor, targets: Tensor, temperature: float, *, alpha: float, beta: float
+) -> Tensor:
+    """T^2 (alpha TCKD + beta NCKD) of Zhao et al., mean over the images.
+
+    TCKD is the divergence of "target or not", NCKD that among the other classes. For a mixed target each of its two
+    classes is the target in turn, weighted by its share: linear in the target, as cross-entropy is, and the ratio
+    between the two classes is learnt as well, which it would not be if both were masked as one.
+
+    Args:
+        student: Logits, (N, classes), float32.
+        teacher: Logits, (N, classes), float32.
+        targets: Classes (N,), int64, or shares of at most two classes (N, classes).
+        temperature: T.
+        alpha: Weight of TCKD.
+        beta: Weight of NCKD.
+    """
+    student, teacher = student / temperature, teacher / temperature
+    if targets.ndim == 1:
+        per_image = _decoupled(student, teacher, targets, alpha, beta)
+    else:
+        shares, classes = targets.topk(2, dim=1)
+        parts = [_decoupled(student, teacher, one, alpha, beta) for one in classes.unbind(1)]
+        per_image = (shares * torch.stack(parts, 1)).sum(1)
+    return temperature**2 * per_image.mean()
+
+
+def _decoupled(student: Tensor, teacher: Tensor, targets: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha TCKD + beta NCKD of every image (N,), for softened logits; in logarithms, so nothing divides by 0."""
+    target = F.one_hot(targets, student.shape[1]).bool()
+
+    def logarithms(logits: Tensor) -> tuple[Tensor, Tensor]:
+        others = logits.masked_fill(target, -torch.inf).logsumexp(1, keepdim=True)
+        both = torch.cat([logits.gather(1, targets[:, None]), others], 1)
+        return both.log_softmax(1), logits - others  # the latter at other classes only
+
+    (student_both, student_rest), (teacher_both, teacher_rest) = logarithms(student), logarithms(teacher)
+    tckd = (teacher_both.exp() * (teacher_both - student_both)).sum(1)
+    shares = teacher_rest.masked_fill(target, -torch.inf).exp()  # 0 at the target
+    nckd = (shares * (teacher_rest - student_rest)).sum(1)
+    return alpha * tckd + beta * nckd
 
 
 class Renormalized(nn.Module):
@@ -100,6 +144,15 @@ def open_teacher(name: str, student: nn.Module, classes: tuple[str, ...]) -> tup
     if statistics[0] != statistics[1]:
         teacher = Renormalized(net, *statistics)
     return teacher.eval().requires_grad_(False), {"name": name, "sha256": _sha256(name, own)}
+
+
+def known_sha256(name: str) -> str | None:
+    """Hash of a teacher's weights as far as it is known without opening them; None for what is not at hand."""
+    kind, _, place = name.partition(":")
+    if kind == "local-dir":
+        return _sha256(name, {}) if (Path(place) / "config.json").is_file() else None
+    entry = load_manifest().entries.get(name)
+    return entry.sha256 if entry else None
 
 
 def _sha256(name: str, cfg: dict[str, Any]) -> str | None:

@@ -73,7 +73,13 @@ class TrainingPlan:
 
 
 def plan(
-    recipe: Recipe, data: str | Path, output: Path, *, resume: bool = False, compile: bool = False
+    recipe: Recipe,
+    data: str | Path,
+    output: Path,
+    *,
+    teacher_bank: Path | None = None,
+    resume: bool = False,
+    compile: bool = False,
 ) -> TrainingPlan:
     """Find out what ``train`` with the same arguments would do, and try a few steps on a net that is thrown away.
 
@@ -85,7 +91,7 @@ def plan(
     """
     with process_group() as here:
         check_free(output, resume)
-        parts = assemble(recipe, data, here)
+        parts = assemble(recipe, data, here, teacher_bank)
         model = parts.model.to(here.device).to(memory_format=torch.channels_last)
         teacher = parts.teacher
         if teacher is not None:
@@ -131,7 +137,7 @@ def _time_steps(learner: TrainState, batches: Batches, first_epoch: int) -> floa
     for step in range(WARM_UP_STEPS + TIMED_STEPS):
         started = time.perf_counter()
         group = list(itertools.islice(stream, learner.grad_accumulation))
-        loss, _ = learner.accumulate(group, sum(len(targets) for _, targets in group))
+        loss, _ = learner.accumulate(group, sum(len(targets) for _, targets, *_ in group))
         learner.step(step + 1)
         loss.item()  # waits for the device
         times.append(time.perf_counter() - started)

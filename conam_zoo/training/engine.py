@@ -128,7 +128,7 @@ def train_one_epoch(
         torch.manual_seed(step_seed(seed, epoch, step, ranks().rank))
         group = list(itertools.islice(stream, learner.grad_accumulation))
         # Only the last batches of an epoch can be smaller on one rank than on another.
-        images = sum(len(targets) for _, targets in group)
+        images = sum(len(targets) for _, targets, *_ in group)
         images_everywhere = images * world_size if step < steps - 1 else total([images])[0]
         tally.add(step, *learner.accumulate(group, images_everywhere / world_size), images)
         wish = interruption.wish() if interruption else Wish()

@@ -1,6 +1,7 @@
 """Recipes: every number of a training in one TOML document."""
 
 import json
+import math
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
@@ -42,7 +43,7 @@ class Recipe:
         grad_accumulation: Batches whose gradients are summed into one step of ``batch_size`` images.
         clip_grad: Largest Euclidean norm of the whole gradient; 0 for any.
         teacher: Model whose outputs are learnt as well, by name or ``local-dir:FOLDER``; empty for none.
-        distill_weight: Share of the teacher's part in the loss, in [0, 1].
+        distill_weight: Share of the teacher's part in the loss ``"kd"``, in [0, 1].
         distill_temperature: Divides the logits of teacher and student before they are compared (Hinton et al., 2015).
         early_size: Side in pixels of the random crops that the first ``early_epochs`` epochs train on, which saves time
             (after Tan and Le, 2021); 0 for whole images.
@@ -52,6 +53,11 @@ class Recipe:
         alternate_flip: Show each image once as it is and once mirrored in any two epochs in a row, instead of by
             chance every time.
         mix_share: Share of the batches that mixup or CutMix is applied to.
+        distill_loss: ``"kd"``, (1 - w) CE + w T^2 KL with w ``distill_weight``, or ``"dkd"``, CE + r T^2 (alpha TCKD +
+            beta NCKD) with r rising linearly from 0 to 1 (Zhao et al., arXiv 2203.08679); w has no part in it.
+        dkd_alpha: Weight of the divergence between target and the rest.
+        dkd_beta: Weight of the divergence among the other classes.
+        dkd_warmup_epochs: Epochs over which r rises, step by step; 0 for none.
     """
 
     model: str
@@ -87,6 +93,10 @@ class Recipe:
     image_size: int = 0
     alternate_flip: bool = False
     mix_share: float = 1.0
+    distill_loss: str = "kd"
+    dkd_alpha: float = 1.0
+    dkd_beta: float = 2.0
+    dkd_warmup_epochs: float = 20.0
 
     @property
     def cfg_overlay(self) -> dict[str, Any]:
@@ -223,6 +233,11 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
         "early_epochs": 0 <= recipe.early_epochs <= recipe.epochs,
         "image_size": recipe.image_size == 0 or recipe.image_size >= 8,
         "mix_share": 0 < recipe.mix_share <= 1,
+        "min_lr": 0 <= recipe.min_lr <= recipe.lr,
+        "distill_loss": recipe.distill_loss in ("kd", "dkd"),
+        "dkd_alpha": 0 <= recipe.dkd_alpha < math.inf,
+        "dkd_beta": 0 <= recipe.dkd_beta < math.inf,
+        "dkd_warmup_epochs": 0 <= recipe.dkd_warmup_epochs < math.inf,
     }
     for key, good in ranges.items():
         if not good:

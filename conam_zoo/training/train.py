@@ -18,7 +18,7 @@ from conam_zoo.models import StagedClassifier
 from conam_zoo.models.export import export_model
 from conam_zoo.models.registry import check_model_name
 from conam_zoo.training.curves import draw_curves
-from conam_zoo.training.distillation import open_teacher
+from conam_zoo.training.distillation import known_sha256, open_teacher
 from conam_zoo.training.distributed import Ranks, process_group, run_on_primary
 from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import evaluate_on
@@ -26,6 +26,7 @@ from conam_zoo.training.fit import FitResult, check_free, fit
 from conam_zoo.training.precision import precision_on
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import write_recipe, write_run
+from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, bank_facts
 from conam_zoo.training.train_state import batch_settings, images_per_batch
 
 __all__ = ["MONITORED_IMAGES", "Assembly", "assemble", "export_run", "train"]
@@ -38,6 +39,7 @@ def train(
     data: str | Path,
     output: Path,
     *,
+    teacher_bank: Path | None = None,
     resume: bool = False,
     compile: bool = False,
     checkpoint_minutes: float = 10.0,
@@ -55,6 +57,7 @@ def train(
         recipe: What to train and how.
         data: Where the data set is; see ``conam_zoo.data.read_split``.
         output: The run folder.
+        teacher_bank: Logits of the recipe's teacher that ``record_teacher`` kept; None to run the teacher.
         resume: Continue from the checkpoint in the run folder.
         compile: Run the net through ``torch.compile``.
         checkpoint_minutes: Time after which the state is saved within an epoch, too.
@@ -71,7 +74,7 @@ def train(
     with process_group() as here:
         run_on_primary(lambda: check_free(output, resume))
         environment = describe_environment()  # now: the checkout may have moved on when the training is done
-        parts = assemble(recipe, data, here)
+        parts = assemble(recipe, data, here, teacher_bank)
         console = Console(quiet=not here.first)
         precision = precision_on(here.device, recipe.precision)
         params = sum(p.numel() for p in parts.model.parameters())
@@ -145,16 +148,18 @@ class Assembly:
 
     Attributes:
         model: The net, initialised by the recipe's seed.
+        split: The training images.
         batches: Augmented training images, for the training device.
         note: One line on where the images are kept, and why.
         num_images: How many training images there are; an epoch may leave some of them out.
         holdout: Training images kept out for choosing, or None.
         monitor: Some training images, the same ones for every training on them, to measure liveness on.
-        teacher: The net to learn from, or None.
-        facts: Facts for the record: ``teacher``, with name and hash.
+        teacher: The net to learn from, or None; None as well if the batches carry its logits.
+        facts: Facts for the record: ``teacher``, with name and hash, and ``teacher_bank``.
     """
 
     model: StagedClassifier
+    split: ImageSplit
     batches: Batches
     note: str
     num_images: int
@@ -164,30 +169,46 @@ class Assembly:
     facts: dict[str, Any]
 
 
-def assemble(recipe: Recipe, data: str | Path, here: Ranks) -> Assembly:
+def assemble(recipe: Recipe, data: str | Path, here: Ranks, teacher_bank: Path | None = None) -> Assembly:
     """Read the training images, and make net and teacher; the test split is not opened.
 
     Raises:
         UserError: If the recipe names what does not exist, or the data is not what it should be.
     """
     _check_names(recipe)
-    images_per_batch(recipe, here)  # refuses a batch that the processes cannot share, before anything is read
+    batch_size = images_per_batch(
+        recipe, here
+    )  # refuses a batch that the processes cannot share, before anything is read
     split, holdout = _training_images(recipe, data)
     torch.manual_seed(recipe.seed)
     model = _model(recipe)
     teacher: nn.Module | None = None
     facts: dict[str, Any] = {}
-    if recipe.teacher:
+    if recipe.teacher and teacher_bank is None:
         teacher, facts["teacher"] = open_teacher(recipe.teacher, model, split.classes)
     cfg = model.pretrained_cfg
     settings = batch_settings(recipe, cfg["mean"], cfg["std"], here)
+    batches: Batches
     batches, note = create_loader(
         split,
         split.images.shape[1],
         settings,
         device=here.device,
     )
-    return Assembly(model, batches, note, len(split), holdout, split.spread(MONITORED_IMAGES), teacher, facts)
+    if teacher_bank is not None:
+        bank = _open_bank(teacher_bank, recipe, split, cfg, here)
+        batches, facts = BankedBatches(batches, bank, batch_size), bank.record
+    monitor = split.spread(MONITORED_IMAGES)
+    return Assembly(model, split, batches, note, len(split), holdout, monitor, teacher, facts)
+
+
+def _open_bank(folder: Path, recipe: Recipe, split: ImageSplit, cfg: dict[str, Any], here: Ranks) -> TeacherBank:
+    if not recipe.teacher:
+        raise UserError(f"The recipe has no teacher, so it cannot learn from {folder}: add --set teacher=NAME.")
+    if here.world_size > 1:
+        raise UserError(f"{folder} serves a training of one process, but here are {here.world_size}: start one.")
+    facts = bank_facts(recipe, split, cfg["mean"], cfg["std"])
+    return TeacherBank.open(folder, recipe, facts, known_sha256(recipe.teacher))
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conam_zoo.data import AugmentationSettings, BatchSettings
 from conam_zoo.errors import UserError
-from conam_zoo.training.distillation import distillation_loss
+from conam_zoo.training.distillation import decoupled_loss, distillation_loss
 from conam_zoo.training.distributed import Ranks, ranks
 from conam_zoo.training.moving_average import MovingAverage
 from conam_zoo.training.precision import precision_on
@@ -108,6 +108,7 @@ class TrainState:
         self._autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
         self.optimizer = _optimizer(model, recipe, param_groups, self.device)
         steps = math.ceil(batches_per_epoch / recipe.grad_accumulation)
+        self._steps_per_epoch, self._updates = steps, 0
         self.scheduler = CosineLRScheduler(
             self.optimizer,
             t_initial=recipe.epochs * steps,
@@ -143,11 +144,12 @@ class TrainState:
         for module in self._frozen:
             module.training = False
 
-    def accumulate(self, group: list[tuple[Tensor, Tensor]], images: float) -> tuple[Tensor, Tensor]:
+    def accumulate(self, group: Sequence[tuple[Tensor, ...]], images: float) -> tuple[Tensor, Tensor]:
         """Gradients of one step, that has one or more batches.
 
         Args:
-            group: Images (B, 3, H, W) and targets of every batch: (B,) int64, or (B, classes) float32.
+            group: Images (B, 3, H, W) and targets of every batch: (B,) int64, or (B, classes) float32; as a third
+                tensor the teacher's logits (B, classes), where they come from a bank.
             images: Images of the step on each rank, on average: the gradient is that of the mean over all images.
 
         Returns:
@@ -156,11 +158,11 @@ class TrainState:
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         losses, hits = [], []
-        for number, (inputs, targets) in enumerate(group):
+        for number, (inputs, targets, *guide) in enumerate(group):
             last = number == len(group) - 1
             # Only the last batch exchanges gradients, the sums of all.
             with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
-                loss, logits = self._loss(inputs, targets)
+                loss, logits = self._loss(inputs, targets, *guide)
                 (loss * (len(targets) / images)).backward()
             losses.append(loss.detach().double() * len(targets))
             classes = targets.argmax(1) if targets.ndim == 2 else targets
@@ -169,7 +171,7 @@ class TrainState:
             self._compiling, self.compile_seconds = False, time.perf_counter() - started
         return (losses[0], hits[0]) if len(group) == 1 else (torch.stack(losses).sum(), torch.stack(hits).sum())
 
-    def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, images: Tensor, targets: Tensor, guide: Tensor | None = None) -> tuple[Tensor, Tensor]:
         recipe = self.recipe
         # A smaller batch at an epoch's end is not worth compiling for.
         network = self._network if len(images) == self._full_batch else self._eager
@@ -177,18 +179,31 @@ class TrainState:
             logits = network(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
-        if self.teacher is not None:
+        if guide is None and self.teacher is not None:
             with torch.no_grad(), self._autocast:
                 guide = self.teacher(images)
-            learnt = distillation_loss(logits, guide.float(), recipe.distill_temperature)
-            loss = torch.lerp(loss, learnt, recipe.distill_weight)
+        if guide is not None:
+            loss = self._with_teacher(loss, logits, guide.float(), targets)
         return loss, logits
+
+    def _with_teacher(self, loss: Tensor, logits: Tensor, guide: Tensor, targets: Tensor) -> Tensor:
+        recipe = self.recipe
+        if recipe.distill_loss == "kd":
+            learnt = distillation_loss(logits, guide, recipe.distill_temperature)
+            return torch.lerp(loss, learnt, recipe.distill_weight)
+        ramp_steps = recipe.dkd_warmup_epochs * self._steps_per_epoch
+        ramp = min(1.0, self._updates / ramp_steps) if ramp_steps else 1.0
+        learnt = decoupled_loss(
+            logits, guide, targets, recipe.distill_temperature, alpha=recipe.dkd_alpha, beta=recipe.dkd_beta
+        )
+        return loss + ramp * learnt
 
     def step(self, updates: int) -> None:
         """Change the weights by the accumulated gradients; ``updates`` counts this step, over all epochs."""
         if self.recipe.clip_grad:
             torch.nn.utils.clip_grad_norm_(self._trained, self.recipe.clip_grad)
         self.optimizer.step()
+        self._updates = updates
         self.scheduler.step_update(updates)
         if self.ema is not None:
             self.ema.update(self.model, step=updates)
@@ -206,6 +221,7 @@ class TrainState:
             for name, buffer in buffers.items():
                 if torch.is_tensor(buffer) and buffer.shape == parameter.shape:
                     buffers[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
+        self._updates = updates
         if updates:
             self.scheduler.step_update(updates)
 

@@ -1,0 +1,228 @@
+"""A teacher's logits on the very batches of a recipe, recorded once for any number of students.
+
+A bank is a folder with one safetensors file for each epoch, ``epoch-0000.safetensors`` and so on, of float16 logits
+(N, classes) in the order in which the epoch shows its images. What is drawn for a batch is a function of the seed, the
+epoch and the step, so a student of the same seed, batch size and augmentation sees the images that the teacher saw.
+Each header holds all that the logits depend on, and a SHA-256 of this and the logits.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conam_zoo.data import Batches, ImageSplit
+from conam_zoo.errors import UserError
+from conam_zoo.files import write_atomically
+from conam_zoo.training.recipe import Recipe
+
+__all__ = ["BankedBatches", "TeacherBank", "bank_facts", "epoch_file", "read_epoch", "to_float16", "write_epoch"]
+
+# The settings that decide which images a batch shows, and in which precision the teacher looks at them.
+SETTINGS = (
+    "dataset",
+    "teacher",
+    "seed",
+    "batch_size",
+    "grad_accumulation",
+    "holdout",
+    "image_size",
+    "crop_padding",
+    "flip",
+    "alternate_flip",
+    "cutout",
+    "mixup",
+    "cutmix",
+    "mix_share",
+    "early_size",
+    "early_epochs",
+    "precision",
+)
+
+
+def bank_facts(recipe: Recipe, split: ImageSplit, mean: Any, std: Any) -> dict[str, Any]:
+    """What the images of a recipe's batches depend on: its settings, the training images, how they are normalised."""
+    values = recipe.to_dict()
+    digest = hashlib.sha256(repr((split.classes, tuple(split.images.shape))).encode())
+    digest.update(split.labels.cpu().contiguous().numpy().data)
+    digest.update(split.images.cpu().contiguous().numpy().data)
+    settings = {key: values[key] for key in SETTINGS}
+    return {**settings, "images": digest.hexdigest(), "mean": list(mean), "std": list(std)}
+
+
+def epoch_file(bank: Path, epoch: int) -> Path:
+    """The file of an epoch, from 0."""
+    return bank / f"epoch-{epoch:04d}.safetensors"
+
+
+def write_epoch(bank: Path, epoch: int, logits: Tensor, facts: dict[str, Any]) -> None:
+    """Write the float16 logits (N, classes) of an epoch atomically.
+
+    Args:
+        bank: The folder.
+        epoch: From 0.
+        logits: In the order in which the images are shown.
+        facts: ``recipe`` from ``bank_facts``, ``teacher`` from ``open_teacher``, ``epochs`` that the bank shall have.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    header = json.dumps({**facts, "epoch": epoch}, sort_keys=True)
+    metadata = {"facts": header, "sha256": _sha256(header, logits)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file({"logits": logits}, temporary, metadata=metadata)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(str(error)) from error
+
+    write_atomically(epoch_file(bank, epoch), write)
+
+
+def read_epoch(bank: Path, epoch: int) -> tuple[Tensor, dict[str, Any], str]:
+    """The float16 logits (N, classes) of an epoch, its facts and its hash, which was checked.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    path = epoch_file(bank, epoch)
+    remedy = "let conam record-teacher write it again, which keeps what is whole"
+    if not path.is_file():
+        raise UserError(f"There is no {path}: {remedy}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            logits, facts = file.get_tensor("logits"), json.loads(metadata["facts"])
+        whole = metadata["sha256"] == _sha256(metadata["facts"], logits) and facts["epoch"] == epoch
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: {remedy}.")
+    return logits, facts, metadata["sha256"]
+
+
+def _sha256(header: str, logits: Tensor) -> str:
+    digest = hashlib.sha256(header.encode())
+    digest.update(logits.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TeacherBank:
+    """A bank that was checked against a student's recipe.
+
+    Attributes:
+        folder: Where it is.
+        epochs: How many of its epochs the student reads; epoch e of the student is epoch ``e % epochs`` of the bank.
+        record: ``teacher`` with name and hash, and ``teacher_bank`` with the hash over the epochs that are read.
+    """
+
+    folder: Path
+    epochs: int
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, recipe: Recipe, facts: dict[str, Any], teacher_sha256: str | None) -> "TeacherBank":
+        """Check a bank, each of its logits included.
+
+        Args:
+            folder: The bank.
+            recipe: The student's.
+            facts: What the student's batches depend on; see ``bank_facts``.
+            teacher_sha256: Hash of the teacher's weights as they are now, if it is known.
+
+        Raises:
+            UserError: If the bank is damaged or unfinished, or is not one of the batches of this recipe.
+        """
+        held = 0
+        while epoch_file(folder, held).is_file():
+            held += 1
+        if not held:
+            raise UserError(f"{folder} is no bank of a teacher's logits: record one with conam record-teacher.")
+        planned = max(read_epoch(folder, held - 1)[1]["epochs"], 1)
+        if held < planned and held < recipe.epochs:
+            raise UserError(f"{folder} holds {held} of {planned} epochs: let conam record-teacher finish it first.")
+        used, hashes = min(held, recipe.epochs), []
+        for epoch in range(used):
+            _, recorded, digest = read_epoch(folder, epoch)
+            _check_same(folder, recorded["recipe"], facts)
+            hashes.append(digest)
+        teacher = recorded["teacher"]
+        if None not in (teacher_sha256, teacher["sha256"]) and teacher_sha256 != teacher["sha256"]:
+            raise UserError(
+                f"{folder} was recorded with other weights of {teacher['name']} (SHA-256 {teacher['sha256'][:12]}...) "
+                f"than those of today ({teacher_sha256[:12]}...): record a bank anew."  # type: ignore[index]
+            )
+        if recipe.epochs > used and recipe.alternate_flip and used % 2:
+            raise UserError(
+                f"{folder} holds {used} epochs, and to pass it again with alternate_flip takes an even number: "
+                "record one more."
+            )
+        if recipe.epochs > used and recipe.early_epochs:
+            raise UserError(
+                f"{folder} holds {used} epochs, and to pass it again would bring the crops of early_epochs back: "
+                f"record all {recipe.epochs}."
+            )
+        together = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return cls(folder, used, {"teacher": teacher, "teacher_bank": {"sha256": together, "epochs": used}})
+
+
+def _check_same(folder: Path, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
+    for key, value in facts.items():
+        if recorded.get(key) != value:
+            if key == "images":
+                raise UserError(f"{folder} was recorded on other training images: record a bank of these.")
+            raise UserError(
+                f"{folder} was recorded with {key} = {recorded.get(key)!r}, but the recipe has {value!r}: "
+                f"set {key} to that, or record a bank of this recipe."
+            )
+
+
+class BankedBatches:
+    """Batches that carry the teacher's logits as a third tensor, float16 (B, classes).
+
+    Args:
+        batches: Images and targets, of a single process.
+        bank: The logits; past its last epoch the first one follows again, its images included.
+        batch_size: Images of a full batch.
+    """
+
+    def __init__(self, batches: Batches, bank: TeacherBank, batch_size: int) -> None:
+        self.classes, self.source = batches.classes, batches.source
+        self.num_images, self.steps = batches.num_images, batches.steps
+        self._batches, self._bank, self._batch_size = batches, bank, batch_size
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of an epoch from ``first_step`` on; see ``Batches.epoch``."""
+        logits: Tensor | None = None
+        start = first_step * self._batch_size
+        for images, targets, *_ in self._batches.epoch(epoch % self._bank.epochs, first_step):
+            if logits is None:
+                logits = read_epoch(self._bank.folder, epoch % self._bank.epochs)[0].to(images.device)
+                if len(logits) != self.num_images:
+                    raise UserError(f"{self._bank.folder} holds {len(logits)} logits an epoch, not {self.num_images}.")
+            yield images, targets, logits[start : start + len(targets)]
+            start += len(targets)
+
+
+def to_float16(logits: Tensor, name: str) -> Tensor:
+    """Logits as the bank keeps them.
+
+    Raises:
+        UserError: If one of them is not finite in float16.
+    """
+    kept = logits.to(torch.float16)
+    if not bool(kept.isfinite().all()):
+        worst = logits.abs().max().item()
+        raise UserError(
+            f"The teacher {name} gives a logit of {worst:.6g}, which float16 does not hold (65504 at most): "
+            "choose another teacher, or learn from it without a bank."
+        )
+    return kept
