@@ -282,7 +282,12 @@ def train_on(
     say(line)
     groups = None
     if layer_decay < 1:
-        groups = param_groups_layer_decay(model, weight_decay=recipe.weight_decay, layer_decay=layer_decay)
+        groups = param_groups_layer_decay(
+            model,
+            weight_decay=recipe.weight_decay,
+            layer_decay=layer_decay,
+            no_weight_decay_list=model.no_weight_decay(),
+        )
     with redirect_stdout(io.StringIO()) if quiet else nullcontext():
         result = fit(
             model, recipe, batches, output, holdout=data.val, param_groups=groups, resume=resume, record=record or {}

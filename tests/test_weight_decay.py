@@ -1,0 +1,155 @@
+"""Weight decay leaves attention alone, also by timm's own means; runs begun under another grouping keep theirs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor
+
+from conam_zoo.models.conam_densenet import ConAMDenseNet
+from conam_zoo.models.conam_resnet import ConAMResNet
+from conam_zoo.models.conam_wide_resnet import ConAMWideResNet
+from conam_zoo.training.recipe import Recipe, load_recipe
+from conam_zoo.training.train_state import TrainState
+
+LR, DECAY, STEPS = 0.1, 0.5, 8
+NETS: dict[str, Callable[..., torch.nn.Module]] = {
+    "resnet": lambda **options: ConAMResNet("basic", (1, 1, 1), (16, 16, 16), **options),
+    "wide": lambda **options: ConAMWideResNet(10, 1, **options),
+    "dense": lambda **options: ConAMDenseNet(10, 4, **options),
+}
+
+
+def images(seed: int = 0) -> Tensor:
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def decay_alone(net: torch.nn.Module, **options: Any) -> dict[str, float]:
+    """By what factor the norm of every weight changes, in steps with a gradient of zero everywhere."""
+    before = {name: p.detach().norm() for name, p in net.named_parameters() if p.ndim > 1}
+    optimizer = create_optimizer_v2(options.pop("params", net), opt="momentum", lr=LR, momentum=0.0, **options)
+    for _ in range(STEPS):
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    return {name: (net.get_parameter(name).detach().norm() / norm).item() for name, norm in before.items()}
+
+
+@pytest.mark.parametrize("grouping", ["factory", "factory with layer decay", "layer decay"])
+@pytest.mark.parametrize("layer", ["conam", "se", "eca", "cbam", "gc", "coord"])
+@pytest.mark.parametrize("family", NETS)
+def test_decay_shrinks_the_net_but_not_its_attention(family: str, layer: str, grouping: str) -> None:
+    torch.manual_seed(0)
+    net = NETS[family](attn_layer=layer, attn_placement="block")
+    options: dict[str, Any] = {"weight_decay": DECAY}
+    if grouping == "factory with layer decay":
+        options["layer_decay"] = 1.0
+    if grouping == "layer decay":
+        options["params"] = param_groups_layer_decay(
+            net, weight_decay=DECAY, layer_decay=1.0, no_weight_decay_list=net.no_weight_decay()
+        )
+    changed = decay_alone(net, **options)
+    attention = {name: factor for name, factor in changed.items() if ".attn." in name}
+    others = {name: factor for name, factor in changed.items() if ".attn." not in name}
+    assert len(attention) >= 3
+    assert all(factor == 1.0 for factor in attention.values()), attention
+    assert others == pytest.approx(dict.fromkeys(others, (1 - LR * DECAY) ** STEPS), rel=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["conam", "se", "cbam"])
+def test_attention_keeps_its_size_in_training_with_strong_decay(layer: str) -> None:
+    torch.manual_seed(0)
+    net = NETS["resnet"](attn_layer=layer).train()
+    before = {name: p.detach().norm() for name, p in net.named_parameters() if p.ndim > 1}
+    optimizer = create_optimizer_v2(net, opt="sgd", lr=0.01, momentum=0.9, weight_decay=5.0)
+    for step in range(12):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(images(step)), torch.arange(4)).backward()
+        optimizer.step()
+    after = {name: (net.get_parameter(name).detach().norm() / norm).item() for name, norm in before.items()}
+    assert all(factor > 0.9 for name, factor in after.items() if ".attn." in name), after
+    assert all(factor < 0.7 for name, factor in after.items() if ".attn." not in name), after
+
+
+# Runs begun before attention was exempt
+
+
+def recipe() -> Recipe:
+    loaded = load_recipe("resnet20_conam.cifar10", ["epochs=2", "batch_size=4", "warmup_epochs=0.5", "precision=fp32"])
+    return replace(loaded, weight_decay=0.05, lr=0.05, ema_decay=0.0, mixup=0.0, cutmix=0.0)
+
+
+def steps(state: TrainState, first: int, last: int) -> None:
+    state.train()
+    for number in range(first, last):
+        state.accumulate([(images(number), torch.arange(4))], 4)
+        state.step(number + 1)
+
+
+def old_groups(kind: str, net: torch.nn.Module) -> list[dict[str, Any]]:
+    if kind == "weight decay":
+        return param_groups_weight_decay(net, weight_decay=recipe().weight_decay)
+    return param_groups_layer_decay(net, weight_decay=recipe().weight_decay, layer_decay=0.7)
+
+
+def new_groups(kind: str, net: torch.nn.Module) -> list[dict[str, Any]] | None:
+    if kind == "weight decay":
+        return None
+    return param_groups_layer_decay(
+        net, weight_decay=recipe().weight_decay, layer_decay=0.7, no_weight_decay_list=net.no_weight_decay()
+    )
+
+
+def snapshot(state: TrainState) -> dict[str, Any]:
+    copied = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    optimizer = state.optimizer.state_dict()
+    buffers = {
+        number: {k: v.clone() if torch.is_tensor(v) else v for k, v in values.items()}
+        for number, values in optimizer["state"].items()
+    }
+    return {"model": copied, "ema": None, "optimizer": {**optimizer, "state": buffers}}
+
+
+@pytest.mark.parametrize("kind", ["weight decay", "layer decay"])
+@pytest.mark.parametrize("family", NETS)
+def test_a_run_of_the_old_grouping_goes_on_to_the_same_bits(family: str, kind: str) -> None:
+    torch.manual_seed(0)
+    net = NETS[family]()
+    old = TrainState(net, recipe(), 6, param_groups=old_groups(kind, net))
+    steps(old, 0, 5)
+    saved = snapshot(old)
+    steps(old, 5, 9)
+
+    other = NETS[family]()
+    resumed = TrainState(other, recipe(), 6, param_groups=new_groups(kind, other))
+    sizes = [len(group["params"]) for group in saved["optimizer"]["param_groups"]]
+    assert [len(group["params"]) for group in resumed.optimizer.param_groups] != sizes
+    resumed.load(saved, 5)
+    assert [len(group["params"]) for group in resumed.optimizer.param_groups] == sizes
+    steps(resumed, 5, 9)
+    assert resumed.lr == old.lr
+    for name, tensor in old.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def test_a_run_of_today_goes_on_without_decay_of_its_attention() -> None:
+    torch.manual_seed(0)
+    today = TrainState(NETS["resnet"](), recipe(), 6)
+    steps(today, 0, 3)
+    resumed = TrainState(NETS["resnet"](), recipe(), 6)
+    resumed.load(snapshot(today), 3)
+    exempt = {id(resumed.model.get_parameter(name)) for name in resumed.model.no_weight_decay()}
+    decayed = {id(p) for group in resumed.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert exempt
+    assert not exempt & decayed
+
+
+def test_the_state_of_another_net_is_still_refused() -> None:
+    state = TrainState(NETS["resnet"](), recipe(), 6)
+    saved = snapshot(state)
+    saved["optimizer"]["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match=r"group|shorter|longer"):
+        state.load(saved, 0)
