@@ -14,6 +14,7 @@ from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
     training,
     evaluating,
     finetuning,
+    exporting,
     publishing,
     queueing,
 )

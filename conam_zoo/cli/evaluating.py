@@ -19,11 +19,11 @@ def evaluate(
     import torch
 
     from conam_zoo.datasets import DATASETS
-    from conam_zoo.models.registry import open_model
+    from conam_zoo.deploy.command import open_classifier
     from conam_zoo.training.evaluate import evaluate as run
     from conam_zoo.weights import load_manifest
 
-    net = open_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    net = open_classifier(model).to("cuda" if torch.cuda.is_available() else "cpu")
     cfg = net.pretrained_cfg
     name = f"{cfg['architecture']}.{cfg.get('tag')}"
     known = [facts.name for facts in DATASETS.values() if facts.classes == tuple(cfg.get("label_names") or ())]

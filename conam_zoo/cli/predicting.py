@@ -21,11 +21,11 @@ def predict(
     json_file: Json = None,
 ) -> None:
     """Classify pictures: the five most probable classes of each."""
-    from conam_zoo.models.registry import open_model
+    from conam_zoo.deploy.command import open_classifier
     from conam_zoo.visualize.predict import percent
     from conam_zoo.visualize.predict import predict as run
 
-    predictions = run(open_model(model), images)
+    predictions = run(open_classifier(model), images)
     if output is not None:
         from conam_zoo.visualize.sheet import draw_sheet
 
