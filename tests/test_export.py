@@ -158,7 +158,7 @@ def test_the_command_exports_a_folder_and_evaluates_and_predicts_with_the_file(
     target = tmp_path / "net.onnx"
     code, out, err = conam("export", f"local-dir:{tmp_path / 'final'}", "--output", target, "--int8", "--data", data)
     assert code == 0, err
-    assert "calibrated on 40 training images" in out
+    assert "calibrated on 40 images" in out
     assert "top-1 on 40 test images" in out
     code, out, err = conam("evaluate", target, "--data", data, "--json", "-")
     assert code == 0, err

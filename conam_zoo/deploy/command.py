@@ -89,7 +89,7 @@ def export_named(
     if calibration is None:
         yield f"checked: at most {done.largest_difference:.1e} from PyTorch's outputs on batches of 1 and 7"
         return
-    yield f"calibrated on {len(calibration):,} training images, logits within {done.largest_difference:.2f} of the net's"
+    yield f"calibrated on {len(calibration):,} images; logits within {done.largest_difference:.2f} of the net's"
     assert data is not None
     try:
         before, split = evaluate(model, data, dataset)
