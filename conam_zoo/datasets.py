@@ -20,6 +20,7 @@ class DatasetFacts:
         std: Standard deviation of the training pixels per channel.
         classes: Class names in label order.
         input_size: (channels, height, width) of an image.
+        test_images: How many images the test split has.
     """
 
     name: str
@@ -28,6 +29,7 @@ class DatasetFacts:
     std: tuple[float, float, float]
     classes: tuple[str, ...]
     input_size: tuple[int, int, int] = (3, 32, 32)
+    test_images: int = 10_000
 
 
 _CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"

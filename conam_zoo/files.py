@@ -2,12 +2,17 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from conam_zoo.errors import UserError
 
-__all__ = ["make_folder", "write_atomically", "write_text"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["make_folder", "write_atomically", "write_figure", "write_text"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -39,6 +44,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
+    """Write a matplotlib figure atomically, without warnings about letters that its font lacks.
+
+    Args:
+        path: The picture.
+        figure: What to draw.
+        **options: Of ``Figure.savefig``, such as ``dpi``.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
 
 
 def make_folder(path: Path) -> Path:

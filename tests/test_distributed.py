@@ -114,7 +114,7 @@ def test_two_ranks_see_every_image_once_and_measure_what_one_process_measures(
     for kind in ("images", "labels"):  # the held-out images, as a test split of their own
         array = np.load(data / "cifar10" / f"train_{kind}.npy")
         np.save(data / "cifar10" / f"test_{kind}.npy", array[order])
-    alone, _ = evaluate(model, data, "cifar10")
+    alone = evaluate(model, data, "cifar10").scores
     assert run["scores"] == pytest.approx(vars(alone), abs=1e-6)
     logged = (tmp_path / "run" / "log.csv").read_text().splitlines()[-1].split(",")[4]
     assert float(logged) == pytest.approx(alone.top1_percent, abs=1e-6)
@@ -215,7 +215,7 @@ def test_torchrun_trains_with_the_command(recipe: Recipe, data: Path, tmp_path: 
     assert result.stdout.count("top-1") == 1  # rank 0 alone speaks
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (run["world_size"], run["recipe"]) == (2, recipe.to_dict())
-    scores, _ = evaluate(open_model(f"local-dir:{tmp_path / 'run' / 'final'}"), data, "cifar10")
+    scores = evaluate(open_model(f"local-dir:{tmp_path / 'run' / 'final'}"), data, "cifar10").scores
     assert run["scores"] == pytest.approx(vars(scores), abs=1e-6)
 
 
@@ -225,7 +225,7 @@ def test_torchrun_fine_tunes_with_the_command(data: Path, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("written:") == 1  # rank 0 alone speaks
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    scores, _ = evaluate(open_model(f"local-dir:{tmp_path / 'run' / 'final'}"), data, "cifar10")
+    scores = evaluate(open_model(f"local-dir:{tmp_path / 'run' / 'final'}"), data, "cifar10").scores
     assert report["top1_percent"] == pytest.approx(scores.top1_percent)
 
 

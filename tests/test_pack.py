@@ -64,7 +64,7 @@ def test_a_run_becomes_verified_weights(small_data: Path, empty_checkout: Path, 
     assert (entry.seed, entry.epochs, entry.dtype) == (5, 1, "float16")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert next(model.parameters()).dtype == torch.float32
-    scores, _ = evaluate(model, small_data, "cifar10")
+    scores = evaluate(model, small_data, "cifar10").scores
     assert scores.top1_percent == pytest.approx(entry.metrics.top1_percent, abs=1e-3)
     assert scores.nll == pytest.approx(entry.metrics.nll, abs=1e-3)
     exact = json.loads((run / "run.json").read_text())["scores"]["top1_percent"]
@@ -116,7 +116,7 @@ def test_weights_too_large_for_one_file_are_packed_as_shards(
     assert entry.sha256 == hashlib.sha256((folder / entry.file).read_bytes()).hexdigest()
     assert len(list(folder.glob("model-*.safetensors"))) >= 3
     assert set(read_verified(folder / entry.file, entry)) == set(timm.create_model(NAME).state_dict())
-    scores, _ = evaluate(open_model(f"local-dir:{folder}"), small_data, "cifar10")
+    scores = evaluate(open_model(f"local-dir:{folder}"), small_data, "cifar10").scores
     assert scores.top1_percent == pytest.approx(entry.metrics.top1_percent, abs=1e-4)
 
 

@@ -7,8 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from conam_zoo.finetuning.report import Report, build_report, write_report
+from conam_zoo.finetuning.report import Report, build_report, report_markdown
+from conam_zoo.finetuning.report_plots import draw_report
 
+LOG = [
+    {"epoch": epoch, "loss": 1.0, "train_top1_percent": 50.0, "holdout_top1_percent": None, "lr": 0.1}
+    for epoch in (1, 2)
+]
 CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu")
 
 
@@ -78,8 +83,8 @@ def test_few_classes_have_no_top5() -> None:
 
 def written(report: Report, folder: Path) -> str:
     images = torch.randint(256, (report.images, 32, 32, 3), dtype=torch.uint8)
-    write_report(report, images, folder, title="A net", about="About.", choices=[("net", "a | b")], usage="Use it.")
-    return (folder / "report.md").read_text()
+    assert draw_report(report, images, LOG, folder, "A net") == []
+    return report_markdown(report, title="A net", about="About.", choices=[("net", "a | b")], usage="Use it.")
 
 
 def test_what_is_written(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from conam_zoo.escape import PlainConsole
+from conam_zoo.escape import PlainConsole, for_terminal
 
-__all__ = ["DATA_HELP", "MODEL_HELP", "Json", "app", "console", "json_only", "wide_console"]
+__all__ = ["DATA_HELP", "MODEL_HELP", "Json", "app", "console", "json_only", "warn", "wide_console"]
 
 app = typer.Typer(
     name="conam",
@@ -34,6 +34,11 @@ Json = Annotated[
 def console() -> PlainConsole:
     """Where results are printed: a ``str`` is plain text, and style is given by ``for_rich`` or ``rich.text.Text``."""
     return PlainConsole(soft_wrap=not sys.stdout.isatty())
+
+
+def warn(note: str) -> None:
+    """A sentence on standard error, beside the result."""
+    sys.stderr.write(f"conam: {for_terminal(note)}\n")
 
 
 def wide_console() -> PlainConsole:

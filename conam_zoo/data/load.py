@@ -67,17 +67,17 @@ def find_sources(data: str | Path, *, training: bool = True) -> dict[str, LazyIm
     Args:
         data: An image folder, with splits or with class folders directly; a folder with ``.npy`` arrays; an ``.npz``
             file; a name that timm knows (``hfds/…``, ``torch/…``, ``wds/…``, ``tfds/…``); or ``cifar10``/``cifar100``.
-        training: Whether an image folder has to have training images.
+        training: Whether a folder or file has to have training images.
 
     Raises:
         UserError: If it is none of these.
     """
     path = Path(data).expanduser()
     if path.is_dir():
-        return npy_sources(path) if has_arrays(path) else folder_sources(path, training=training)
+        return npy_sources(path, training=training) if has_arrays(path) else folder_sources(path, training=training)
     if path.is_file():
         if path.suffix == ".npz":
-            return npz_sources(path)
+            return npz_sources(path, training=training)
         raise UserError(f"{path} is a file, but not an .npz one: pass a folder of images, or arrays.")
     if str(data) in DATASETS:
         return {split: source_of_split(read_download(str(data), split)) for split in ("train", "test")}

@@ -4,10 +4,9 @@
 """
 
 import io
-import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,20 @@ from conam_zoo.models import StagedClassifier
 from conam_zoo.models.export import export_model
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.distributed import ranks
-from conam_zoo.training.engine import predict_logits
+from conam_zoo.training.evaluate import logits_on
 from conam_zoo.training.fit import fit
-from conam_zoo.training.recipe import Recipe, recipe_from_dict
+from conam_zoo.training.recipe import Recipe, parse_settings, recipe_from_dict
 from conam_zoo.training.train_state import batch_settings
 
-__all__ = ["FineTuned", "NetForData", "finetune_recipe", "freeze_layers", "net_for_data", "train_on"]
+__all__ = [
+    "FineTuned",
+    "NetForData",
+    "check_layer_decay",
+    "finetune_recipe",
+    "freeze_layers",
+    "net_for_data",
+    "train_on",
+]
 
 SAMPLE = 2_000  # images from which statistics are taken where a set is not in memory
 
@@ -132,7 +139,7 @@ def finetune_recipe(
         "precision": "bf16" if torch.cuda.is_available() else "fp32",
     }
     values |= {key: value for key, value in choices.items() if value is not None}
-    given = dict(_setting(text) for text in settings or [])
+    given = parse_settings(settings or [])
     for key in given:
         if key in DONE_OTHERWISE:
             raise UserError(f"The setting {key} is {given[key]!r}, but fine-tuning has none: {DONE_OTHERWISE[key]}.")
@@ -141,17 +148,6 @@ def finetune_recipe(
     values.setdefault("lr", (FROM_SCRATCH_LR if from_scratch else LR) * batch_size / BATCH_SIZES[0])
     values.setdefault("warmup_epochs", WARMUP_SHARE * values["epochs"] if isinstance(values["epochs"], int) else 0.0)
     return recipe_from_dict(values, "for fine-tuning")
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """``key=value`` with a TOML value, or a text without quotes."""
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise UserError(f"The setting {text!r} has no '=': write --set key=value.")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
 
 
 def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bool = False) -> NetForData:
@@ -232,6 +228,16 @@ def freeze_layers(model: StagedClassifier, freeze: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def check_layer_decay(layer_decay: float) -> None:
+    """Refuse a factor that is none.
+
+    Raises:
+        UserError: If it does not lie in (0, 1].
+    """
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"The layer decay is {layer_decay}, but it must lie in (0, 1].")
+
+
 def train_on(
     net: NetForData,
     data: ImageData,
@@ -265,8 +271,7 @@ def train_on(
         UserError: If something does not fit.
         NonFiniteLossError: If the training diverges.
     """
-    if not 0 < layer_decay <= 1:
-        raise UserError(f"The layer decay is {layer_decay}, but it must lie in (0, 1].")
+    check_layer_decay(layer_decay)
     report_on = data.test if data.test is not None else data.val
     if report_on is None:
         raise UserError(f"{data.source} has neither test nor validation images: split some off with --val-share.")
@@ -293,9 +298,7 @@ def train_on(
             model, recipe, batches, output, holdout=data.val, param_groups=groups, resume=resume, record=record or {}
         )
     final = result.final.eval()
-    split = report_on.to(here.device)
-    logits, flipped = (
-        predict_logits(final, images, cfg["mean"], cfg["std"]).cpu() for images in (split.images, split.images.flip(2))
-    )
+    mirrored = replace(report_on, images=report_on.images.flip(2))
+    logits, flipped = (logits_on(final, split).cpu() for split in (report_on, mirrored))
     sha256 = export_model(final, output / "final", tag=None) if here.first else ""
     return FineTuned(final, report_on, logits, flipped, result.log, result.train_minutes, sha256)

@@ -1,18 +1,21 @@
 """The report on a classifier: accuracy, a table of classes, the confusion matrix, the most confident mistakes.
 
-A report is about one set of images with labels. It is counted from logits, so that anything can have made them.
+It is counted from the logits of one set of images with labels; ``report_plots`` draws it.
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from conam_zoo.files import write_text
+from conam_zoo.escape import for_markdown
 
-__all__ = ["ClassScores", "Mistake", "Report", "build_report", "write_report"]
+__all__ = ["ClassScores", "Mistake", "Report", "build_report", "report_markdown"]
+
+MOST_CLASSES = 2_000  # of a confusion matrix: it grows with their square
+MOST_CONFUSIONS = 20
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Report:
         flip_top1_percent: As ``top1_percent``, with the mean of the probabilities of image and mirror image.
         flip_top5_percent: The same of ``top5_percent``.
         classes: One entry for each class, in label order.
-        confusion: Counts (classes, classes): rows are the truth, columns what was predicted.
+        confusion: Counts (classes, classes): rows are the truth, columns what was predicted; None for more than 2,000
+            classes.
         mistakes: All of them, the most confident first.
     """
 
@@ -78,7 +82,7 @@ class Report:
     flip_top1_percent: float
     flip_top5_percent: float | None
     classes: list[ClassScores]
-    confusion: list[list[int]]
+    confusion: list[list[int]] | None
     mistakes: list[Mistake]
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,8 +105,12 @@ def build_report(
     probabilities = logits.double().softmax(1)
     both = (probabilities + flipped_logits.double().softmax(1)) / 2
     confidence, predicted = probabilities.max(1)
-    confusion = torch.bincount(labels * count + predicted, minlength=count * count).view(count, count)
-    support, named, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    support, named, right = (
+        torch.bincount(of, minlength=count) for of in (labels, predicted, labels[predicted == labels])
+    )
+    confusion = None
+    if count <= MOST_CLASSES:
+        confusion = torch.bincount(labels * count + predicted, minlength=count * count).view(count, count).tolist()
     rows = [
         ClassScores(
             name,
@@ -125,7 +133,7 @@ def build_report(
         flip_top1_percent=_top(both, labels, 1),
         flip_top5_percent=_top(both, labels, 5) if count > 5 else None,
         classes=rows,
-        confusion=confusion.tolist(),
+        confusion=confusion,
         mistakes=[
             Mistake(
                 index=int(index),
@@ -148,41 +156,24 @@ def _top(scores: Tensor, labels: Tensor, k: int) -> float:
     return 100 * float(hits.double().mean())
 
 
-def write_report(
-    report: Report, images: Tensor, folder: Path, *, title: str, about: str, choices: list[tuple[str, str]], usage: str
-) -> None:
-    """Write ``report.md``, ``confusion.png`` and, if there are mistakes, ``mistakes.png``.
+def report_markdown(report: Report, *, title: str, about: str, choices: list[tuple[str, str]], usage: str) -> str:
+    """The report as a page that shows ``curves.png``, ``confusion.png`` and ``mistakes.png`` beside it.
 
     Args:
         report: What was counted.
-        images: The images that it is about, uint8 (N, H, W, 3).
-        folder: Where to write.
         title: Headline.
         about: One sentence that says which images these are.
         choices: What was chosen, as pairs for a table.
-        usage: Markdown on how to use the weights.
+        usage: Markdown on how to use the weights; all other texts are plain.
     """
-    from conam_zoo.finetuning.report_plots import draw_confusion, draw_mistakes
 
-    draw_confusion(report, folder / "confusion.png")
-    picture = folder / "mistakes.png"
-    if report.mistakes:
-        draw_mistakes(report, images, picture)
-    else:
-        picture.unlink(missing_ok=True)
-    write_text(folder / "report.md", _markdown(report, title, about, choices, usage))
-
-
-def _markdown(report: Report, title: str, about: str, choices: list[tuple[str, str]], usage: str) -> str:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} %"
 
-    def shown(text: str) -> str:
-        return text.replace("|", "\\|")
-
-    lines = [f"# {title}", "", about, "", "| | plain | with the mirror image |", "| --- | --: | --: |"]
+    lines = [f"# {for_markdown(title)}", "", for_markdown(about), ""]
+    lines += ["| | plain | with the mirror image |", "| --- | --: | --: |"]
     lines.append(f"| accuracy (top-1) | {report.top1_percent:.2f} % | {report.flip_top1_percent:.2f} % |")
-    if report.top5_percent is not None and report.flip_top5_percent is not None:
+    if report.top5_percent is not None:
         lines.append(
             f"| among the first five (top-5) | {report.top5_percent:.2f} % | {report.flip_top5_percent:.2f} % |"
         )
@@ -192,20 +183,27 @@ def _markdown(report: Report, title: str, about: str, choices: list[tuple[str, s
     lines += ["## Curves", "", "![loss, accuracy and learning rate over the epochs](curves.png)", ""]
     lines += ["## Classes", "", "| class | precision | recall | F1 | images |", "| --- | --: | --: | --: | --: |"]
     lines += [
-        f"| {shown(row.name)} | {percent(row.precision_percent)} | {percent(row.recall_percent)} | "
+        f"| {for_markdown(row.name)} | {percent(row.precision_percent)} | {percent(row.recall_percent)} | "
         f"{percent(row.f1_percent)} | {row.support} |"
         for row in report.classes
     ]
-    lines += ["", "![confusion matrix](confusion.png)", "", "## Mistakes", ""]
+    if report.confusion is not None:
+        lines += ["", "![confusion matrix](confusion.png)"]
+    lines += ["", "## Mistakes", ""]
     if report.mistakes:
+        pairs = Counter((mistake.truth, mistake.predicted) for mistake in report.mistakes).most_common(MOST_CONFUSIONS)
         lines += [
             f"{len(report.mistakes)} of {report.images} images were given a wrong name; the most confident first:",
             "",
             "![the most confident mistakes](mistakes.png)",
             "",
+            "| class | most often taken for | images |",
+            "| --- | --- | --: |",
+            *(f"| {for_markdown(truth)} | {for_markdown(other)} | {number} |" for (truth, other), number in pairs),
+            "",
         ]
     else:
         lines += [f"None: all {report.images} images were given the right name.", ""]
     lines += ["## Choices", "", "| what | choice |", "| --- | --- |"]
-    lines += [f"| {shown(what)} | {shown(choice)} |" for what, choice in choices]
+    lines += [f"| {for_markdown(what)} | {for_markdown(choice)} |" for what, choice in choices]
     return "\n".join([*lines, "", "## Use", "", usage]) + "\n"

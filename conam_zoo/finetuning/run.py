@@ -5,19 +5,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+import numpy as np
 from rich.table import Table
 
 from conam_zoo.data import ImageData, open_images
-from conam_zoo.files import write_text
-from conam_zoo.finetuning.net import FineTuned, finetune_recipe, freeze_layers, net_for_data, train_on
-from conam_zoo.finetuning.report import build_report, write_report
-from conam_zoo.models.registry import check_model_name
-from conam_zoo.training.curves import draw_curves
+from conam_zoo.data.fingerprint import data_sha256, image_hashes
+from conam_zoo.errors import UserError
+from conam_zoo.escape import PlainConsole, for_shell
+from conam_zoo.files import write_atomically, write_text
+from conam_zoo.finetuning.net import (
+    FineTuned,
+    check_layer_decay,
+    finetune_recipe,
+    freeze_layers,
+    net_for_data,
+    train_on,
+)
+from conam_zoo.finetuning.report import build_report, report_markdown
+from conam_zoo.finetuning.report_plots import draw_report
+from conam_zoo.models.registry import open_model
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.engine import score
 from conam_zoo.training.environment import describe_environment
+from conam_zoo.training.evaluate import TRAINED_ON
 from conam_zoo.training.fit import check_free
 from conam_zoo.training.precision import precision_on
 from conam_zoo.training.recipe import Recipe
@@ -88,26 +98,32 @@ def finetune(
         NonFiniteLossError: If the training diverges.
     """
     here = ranks()
-    console = Console(quiet=quiet or not here.first, soft_wrap=True, highlight=False)
+    console = PlainConsole(quiet=quiet or not here.first, soft_wrap=True)
     check_free(output, resume)
-    if ":" not in model:
-        check_model_name(model)
+    _check_apart(data, output)
+
+    def recipe_for(size: int, count: int) -> Recipe:
+        return finetune_recipe(
+            model,
+            str(data),
+            size,
+            settings,
+            images=count,
+            from_scratch=from_scratch,
+            epochs=epochs,
+            lr=lr,
+            batch_size=batch_size,
+            flip=flip,
+            seed=seed,
+        )
+
+    recipe_for(image_size or 32, 1_000)  # what is refused is refused before any image is read
+    check_layer_decay(layer_decay)
+    freeze_layers(open_model(model, pretrained=False), freeze)
     environment = describe_environment()
     console.print(f"Reading {data}")
     images = open_images(data, image_size=image_size, val_share=val_share, seed=seed, corrupt=corrupt)
-    recipe = finetune_recipe(
-        model,
-        str(data),
-        images.image_size,
-        settings,
-        images=len(images.train),
-        from_scratch=from_scratch,
-        epochs=epochs,
-        lr=lr,
-        batch_size=batch_size,
-        flip=flip,
-        seed=seed,
-    )
+    recipe = recipe_for(images.image_size, len(images.train))
     net = net_for_data(model, images, recipe, from_scratch=from_scratch)
     trained = freeze_layers(net.model, freeze)
     cfg = net.model.pretrained_cfg
@@ -116,7 +132,13 @@ def finetune(
         ("weights to start from", net.started_from),
         ("mean and deviation", f"{_row(cfg['mean'])} and {_row(cfg['std'])}, of {net.statistics_from}"),
     ]
-    _print_choices(console, choices, images)
+    table = Table(box=None, show_header=False, title=f"Fine-tuning on {images.source}", title_justify="left")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in choices:
+        table.add_row(*row)
+    console.print(table)
+    hashes = image_hashes(images.train, images.image_size)
     tuned = train_on(
         net,
         images,
@@ -133,12 +155,22 @@ def finetune(
             "layer_decay": layer_decay,
             "balance": balance,
             "from_scratch": from_scratch,
+            "data_sha256": data_sha256(hashes, np.asarray(images.train.labels)),
         },
         say=console.print,
     )
     if not here.first:
         return {}
-    return _report(images, recipe, tuned, output, choices, {"command": command, **environment}, console)
+    write_atomically(output / TRAINED_ON, lambda path: np.save(path, np.sort(hashes)))
+    rule = {"val_share": val_share, "seed": seed, "corrupt": corrupt}
+    facts = {"split_rule": rule, "command": command, **environment}
+    return _report(images, recipe, tuned, output, choices, facts, console)
+
+
+def _check_apart(data: str | Path, output: Path) -> None:
+    folder = Path(data).expanduser().resolve()
+    if folder.is_dir() and output.expanduser().resolve().is_relative_to(folder):
+        raise UserError(f"The run folder {output} lies in the data {data}: choose an --output elsewhere.")
 
 
 def _row(values: tuple[float, ...]) -> str:
@@ -195,15 +227,6 @@ def _choices(
     return rows
 
 
-def _print_choices(console: Console, choices: list[tuple[str, str]], images: ImageData) -> None:
-    table = Table(box=None, show_header=False, title=f"Fine-tuning on {escape(images.source)}", title_justify="left")
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for what, choice in choices:
-        table.add_row(what, escape(choice))
-    console.print(table)
-
-
 def _report(
     images: ImageData,
     recipe: Recipe,
@@ -211,25 +234,14 @@ def _report(
     output: Path,
     choices: list[tuple[str, str]],
     provenance: dict[str, Any],
-    console: Console,
+    console: PlainConsole,
 ) -> dict[str, Any]:
     split = tuned.report_on
     kind = "test" if images.test is not None else "validation"
     report = build_report(tuned.logits, tuned.flipped_logits, split.labels.cpu(), split.classes, split.names)
     title = f"{recipe.model} on {Path(images.source).name}"
-    draw_curves(tuned.log, output / "curves.png", title=title)
     about = f"Measured on the {len(split):,} {kind} images of {split.source}, with the weights of the last epoch."
-    write_report(
-        report,
-        split.images,
-        output,
-        title=title,
-        about=about,
-        choices=choices,
-        usage=_usage(output, images.source),
-    )
     facts = {"source": split.source, "split": kind, **report.to_dict()}
-    write_text(output / "report.json", json.dumps(facts, indent=2) + "\n")
     run = {
         "recipe": recipe.to_dict(),
         "choices": dict(choices),
@@ -241,7 +253,12 @@ def _report(
         "sha256": tuned.sha256,
         **provenance,
     }
+    write_text(output / "report.json", json.dumps(facts, indent=2) + "\n")
+    page = report_markdown(report, title=title, about=about, choices=choices, usage=_usage(output, images.source))
+    write_text(output / "report.md", page)
     write_text(output / "run.json", json.dumps(run, indent=2) + "\n")
+    for failure in draw_report(report, split.images, tuned.log, output, title):
+        console.print(failure)
     top5 = f", top-5 {report.top5_percent:.2f} %" if report.top5_percent is not None else ""
     console.print(
         f"top-1 {report.top1_percent:.2f} %{top5} on {report.images:,} {kind} images "
@@ -252,14 +269,15 @@ def _report(
 
 
 def _usage(output: Path, source: str) -> str:
-    final = (output / "final").as_posix()
+    weights = f"local-dir:{(output / 'final').as_posix()}"
     return (
         "```sh\n"
-        f"conam predict local-dir:{final} PICTURE.jpg\n"
-        f"conam evaluate local-dir:{final} --data {source}\n"
+        f"{for_shell('conam', 'predict', weights, 'PICTURE.jpg')}\n"
+        f"{for_shell('conam', 'evaluate', weights, '--data', source)}\n"
         "```\n\n"
+        "`evaluate` takes the same images as this report.\n\n"
         "```python\n"
         "import conam_zoo, timm\n\n"
-        f'model = timm.create_model("local-dir:{final}", pretrained=True).eval()\n'
+        f"model = timm.create_model({weights!r}, pretrained=True).eval()\n"
         "```"
     )

@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from conam_zoo.files import write_atomically
+from conam_zoo.escape import for_matplotlib
+from conam_zoo.files import write_figure
 from conam_zoo.layers.confidence import EVEN
 from conam_zoo.training.run_folder import LIVENESS, liveness_columns
 
@@ -43,5 +44,5 @@ def draw_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
     for axes in (loss, accuracy, rate, *further):
         axes.set_xlabel("epoch")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    figure.suptitle(for_matplotlib(title))
+    write_figure(path, figure, dpi=120)

@@ -1,35 +1,259 @@
-"""Evaluation of a model on the test split of its data set, in float32 and without test-time augmentation."""
+"""Evaluation of a net on a split of a data set, in float32 and without test-time augmentation."""
 
+import difflib
+import json
+import unicodedata
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from conam_zoo.data import ImageSplit, read_split
+from conam_zoo.data import ImageSplit, open_images
+from conam_zoo.data.fingerprint import image_hashes
+from conam_zoo.data.load import find_sources
+from conam_zoo.data.sources import LazyImages, read_source
 from conam_zoo.errors import UserError
+from conam_zoo.files import write_atomically
 from conam_zoo.models import StagedClassifier
 from conam_zoo.training.engine import Scores, predict_logits, score
 
-__all__ = ["evaluate", "evaluate_on"]
+__all__ = [
+    "TRAINED_ON",
+    "Evaluation",
+    "check_npz",
+    "evaluate",
+    "evaluate_on",
+    "logits_on",
+    "run_folder_of",
+    "write_logits",
+]
+
+TRAINED_ON = "trained_on.npy"  # in a run folder: the hashes of its training images, sorted
+PARTS = {"test": "test", "val": "validation", "train": "training"}
 
 
-def evaluate(model: StagedClassifier, data: str | Path, dataset: str | None = None) -> tuple[Scores, ImageSplit]:
-    """Scores of a model on the test split found in ``data``, normalised with the model's own statistics.
+@dataclass(frozen=True)
+class Evaluation:
+    """What a net makes of a split.
+
+    Attributes:
+        split: The images, with labels in the order of the net's classes.
+        part: ``"test"``, ``"validation"``, ``"training"``, or ``"all"`` of a set that has no splits.
+        logits: float32, (N, classes), on the CPU.
+        scores: Accuracies, NLL and calibration error.
+        trained_on: How many of the images the net was trained on; None where that is not known.
+        notes: What a person should know about the choice, one sentence each.
+    """
+
+    split: ImageSplit
+    part: str
+    logits: Tensor
+    scores: Scores
+    trained_on: int | None
+    notes: tuple[str, ...]
+
+
+def run_folder_of(name: str) -> Path | None:
+    """The run folder that the weights of a model ``local-dir:RUN/final`` lie in, if it is still there."""
+    folder = Path(name.removeprefix("local-dir:")).expanduser().resolve().parent
+    return folder if name.startswith("local-dir:") and (folder / "run.json").is_file() else None
+
+
+def evaluate(
+    model: StagedClassifier,
+    data: str | Path,
+    dataset: str | None = None,
+    *,
+    part: str | None = None,
+    corrupt: str | None = None,
+    run: Path | None = None,
+) -> Evaluation:
+    """Evaluate a net on images of any kind, resized and normalised as the net's configuration says.
+
+    Where ``data`` is what the net was fine-tuned on, its split is that of the run: same share, same seed, same images
+    as in the report.
 
     Args:
         model: The net.
-        data: Where the images are.
-        dataset: Name of the data set where the model was trained on a published one, whose images are taken as they
-            are; None: whatever fine-tuning reads is read, and resized to the model's input as fine-tuning does it.
+        data: See ``conam_zoo.data.load.find_sources``.
+        dataset: Name of a published data set, whose folder ``data`` may hold under that name.
+        part: ``"test"``, ``"val"`` or ``"train"``; None for the first of them that there is, which is all images where
+            there are no splits.
+        corrupt: ``"stop"`` or ``"skip"``: what to do about images that cannot be read; None for what the run did.
+        run: The run folder, see ``run_folder_of``.
 
     Raises:
-        UserError: If the data cannot be read, or its classes are not those that the model was trained for.
+        UserError: If the data cannot be read, or has classes that the net does not know.
     """
-    split = read_split(data, "test", dataset, image_size=None if dataset else model.pretrained_cfg["input_size"][1])
-    return evaluate_on(model, split), split
+    if part is not None and part not in PARTS:
+        raise UserError(f"The split is {part!r}, but it must be one of {', '.join(PARTS)}.")
+    facts = _run_facts(run) if run is not None else {}
+    corrupt = corrupt or facts.get("split_rule", {}).get("corrupt", "skip" if facts.get("unreadable") else "stop")
+    trained_on = _trained_on(run) if run is not None else None
+    size = model.pretrained_cfg["input_size"][1]
+    root = _root(data, dataset)
+    found = _split_of_run(root, size, facts, trained_on, part, corrupt) or _split(root, size, part, corrupt)
+    split, name, notes = replace(found[0], labels=_labels(found[0], model)), found[1], list(found[2])
+    names = model.pretrained_cfg.get("label_names")
+    split = replace(split, classes=tuple(names) if names else split.classes)
+    known = None if trained_on is None else int(np.isin(image_hashes(split, size), trained_on).sum())
+    if known:
+        notes.append(f"The net was trained on {known:,} of these {len(split):,} images: new ones score lower.")
+    elif known is None and name == "training":
+        notes.append("These are training images: new ones score lower.")
+    elif known is None and name == "all" and facts:
+        notes.append(f"{run} does not say which images it trained on; if they are among these, new ones score lower.")
+    logits = logits_on(model, split).cpu()
+    return Evaluation(split, name, logits, score(logits, split.labels.cpu()), known, tuple(notes))
+
+
+def check_npz(path: Path) -> None:
+    """Refuse a name for arrays that is none of an ``.npz`` file.
+
+    Raises:
+        UserError: If the name does not end in ``.npz``.
+    """
+    if path.suffix.lower() != ".npz":
+        raise UserError(f"{path} cannot be written: its name has to end in .npz.")
+
+
+def write_logits(evaluation: Evaluation, path: Path) -> None:
+    """Write ``logits`` (N, classes) as float32, ``labels`` (N,) as int64, ``classes`` and the images' ``names``."""
+    check_npz(path)
+    split = evaluation.split
+    arrays: dict[str, Any] = {
+        "logits": evaluation.logits.numpy(),
+        "labels": split.labels.cpu().numpy(),
+        "classes": np.array(split.classes, dtype=str),
+        "names": np.array(split.names, dtype=str),
+    }
+    write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
+
+
+def _run_facts(run: Path) -> dict[str, Any]:
+    """What ``run.json`` says of a fine-tuning; nothing for another training."""
+    try:
+        facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        return dict(facts) if "choices" in facts else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{run / 'run.json'} cannot be read ({error}): restore it, or move final/ elsewhere."
+        ) from error
+
+
+def _trained_on(run: Path) -> np.ndarray | None:
+    path = run / TRAINED_ON
+    if not path.is_file():
+        return None
+    try:
+        return np.asarray(np.load(path, allow_pickle=False), dtype=np.uint64)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore or remove it.") from error
+
+
+def _root(data: str | Path, dataset: str | None) -> str | Path:
+    path = Path(data).expanduser()
+    if not path.exists():
+        if "/" in str(data)[:1] or isinstance(data, Path):
+            raise UserError(f"The data folder {path} does not exist: pass a folder of images or arrays.")
+        return data
+    return path / dataset if dataset and (path / dataset).is_dir() else path
+
+
+def _split_of_run(
+    data: str | Path,
+    size: int,
+    facts: dict[str, Any],
+    trained_on: np.ndarray | None,
+    part: str | None,
+    corrupt: str,
+) -> tuple[ImageSplit, str, list[str]] | None:
+    """The split that the run's own rule gives, if these are the images that it was trained on."""
+    counts = facts.get("classes")
+    if not isinstance(counts, dict):
+        return None
+    sources = find_sources(data, training=False)
+    if "train" not in sources or list(sources["train"].classes) != list(counts):
+        return None
+    rule = {"val_share": 0.1, "seed": facts.get("recipe", {}).get("seed", 0), **facts.get("split_rule", {})}
+    images = open_images(data, image_size=size, val_share=rule["val_share"], seed=rule["seed"], corrupt=corrupt)
+    if list(images.counts) != list(counts.values()):
+        return None
+    if trained_on is not None and not np.array_equal(np.sort(image_hashes(images.train, size)), trained_on):
+        return None
+    parts = {"test": images.test, "val": images.val, "train": images.train}
+    chosen = part or ("test" if images.test is not None else "val")
+    split = parts[chosen]
+    if split is None:
+        raise UserError(f"{data} has no {PARTS[chosen]} images: choose another split.")
+    notes = [note[0].upper() + note[1:] + "." for note in images.notes]
+    return read_source(split, size)[0] if isinstance(split, LazyImages) else split, PARTS[chosen], notes
+
+
+def _split(data: str | Path, size: int, part: str | None, corrupt: str) -> tuple[ImageSplit, str, list[str]]:
+    """The split as the data set has it."""
+    sources = find_sources(data, training=False)
+    chosen = part or next(each for each in PARTS if each in sources)
+    if chosen not in sources:
+        there = " and ".join(PARTS[each] for each in sources)
+        raise UserError(f"{data} has no {PARTS[chosen]} images, only {there} images: choose another split.")
+    split, unreadable = read_source(sources[chosen], size)
+    if unreadable and corrupt != "skip":
+        raise UserError(
+            f"{len(unreadable)} of {len(sources[chosen])} images cannot be read. {unreadable[0].reason} Repair or "
+            "remove them, or leave them out with --corrupt skip."
+        )
+    if not len(split):
+        raise UserError(f"{split.source} holds no image that can be read: check the files.")
+    notes = [note[0].upper() + note[1:] + "." for source in sources.values() for note in source.notes]
+    if unreadable:
+        notes.append(f"{len(unreadable)} images cannot be read and are left out, such as {unreadable[0].name}.")
+    return split, "all" if list(sources) == ["train"] else PARTS[chosen], notes
+
+
+def _labels(split: ImageSplit, model: StagedClassifier) -> Tensor:
+    """The labels of a split in the order of the net's classes.
+
+    Raises:
+        UserError: If there is a class that the net does not know.
+    """
+    names = model.pretrained_cfg.get("label_names")
+    if not names:
+        _check_count(split, model)
+        return split.labels
+    places = {unicodedata.normalize("NFC", str(name)): place for place, name in enumerate(names)}
+    order, present = [], set(split.labels.tolist())
+    for label, name in enumerate(split.classes):
+        place = places.get(unicodedata.normalize("NFC", name), None if label in present else 0)
+        if place is None:
+            _check_count(split, model)
+            near = difflib.get_close_matches(name, list(places), n=3) or list(places)[:3]
+            raise UserError(
+                f"{split.source} has the class {name!r}, which the model does not know: it has {len(places)} classes, "
+                f"such as {', '.join(near)}."
+            )
+        order.append(place)
+    return torch.tensor(order, dtype=torch.int64)[split.labels.cpu()]
+
+
+def _check_count(split: ImageSplit, model: StagedClassifier) -> None:
+    if len(split.classes) != model.num_classes:
+        raise UserError(
+            f"{split.source} has {len(split.classes)} classes, but the model has {model.num_classes}: "
+            "evaluate it on the data set that it was trained for."
+        )
 
 
 def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = False) -> Scores:
-    """Scores of a model on a split that is already read.
+    """Scores of a net on a split that is already read; see ``logits_on``."""
+    return score(logits_on(model, split, sharded=sharded), split.labels.to(next(model.parameters()).device))
+
+
+def logits_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = False) -> Tensor:
+    """float32 logits (N, classes) of a split that is already read, on the net's device.
 
     Args:
         model: The net.
@@ -37,15 +261,11 @@ def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = F
         sharded: Share the work among the ranks of a training; all of them have to call this, with the same weights.
 
     Raises:
-        UserError: If classes or size of the images are not those that the model was trained for.
+        UserError: If classes or size of the images are not those that the net was trained for.
     """
     cfg = model.pretrained_cfg
     names = cfg.get("label_names")
-    if len(split.classes) != model.num_classes:
-        raise UserError(
-            f"{split.source} has {len(split.classes)} classes, but the model has {model.num_classes}: "
-            "evaluate it on the data set that it was trained for."
-        )
+    _check_count(split, model)
     if names and tuple(names) != split.classes:
         raise UserError(f"The classes of {split.source} are not those of the model, or in another order.")
     size = tuple(cfg["input_size"][1:])
@@ -55,7 +275,6 @@ def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = F
             f"model takes {size[0]} x {size[1]}: resize them."
         )
     model = model.to(memory_format=torch.channels_last)
-    split = split.to(next(model.parameters()).device)
+    images = split.images.to(next(model.parameters()).device)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 means float32 on a GPU too
-        logits = predict_logits(model, split.images, cfg["mean"], cfg["std"], sharded=sharded)
-    return score(logits, split.labels)
+        return predict_logits(model, images, cfg["mean"], cfg["std"], sharded=sharded)

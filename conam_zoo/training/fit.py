@@ -211,7 +211,8 @@ def _saved_state(
     if changed := sorted(key for key in now if before[key] != now[key]):
         raise UserError(f"{output} was begun with another recipe ({', '.join(changed)} differ): resume it unchanged.")
     begun = state["facts"].get("record", record)
-    if changed := sorted(key for key in begun.keys() | record.keys() if begun.get(key) != record.get(key)):
+    # A run of an earlier version did not record every fact.
+    if changed := sorted(key for key in begun if begun[key] != record.get(key)):
         raise UserError(f"{output} was begun on other data ({', '.join(changed)} differ): resume it unchanged.")
     return state
 

@@ -22,8 +22,10 @@ def has_arrays(root: Path) -> bool:
     return any((root / f"{split}_images.npy").is_file() for split in SPLITS)
 
 
-def npy_sources(root: Path) -> dict[str, LazyImages]:
+def npy_sources(root: Path, *, training: bool = True) -> dict[str, LazyImages]:
     """The splits in a folder with ``<split>_images.npy``, ``<split>_labels.npy`` and perhaps ``classes.txt``.
+
+    ``training`` says whether there have to be training images.
 
     Raises:
         UserError: If a file is missing or its content does not fit; see ``npz_sources`` for what fits.
@@ -35,16 +37,17 @@ def npy_sources(root: Path) -> dict[str, LazyImages]:
                 arrays[f"{split}_{kind}"] = _load(root / f"{split}_{kind}.npy")
     classes_path = root / "classes.txt"
     classes = tuple(classes_path.read_text(encoding="utf-8").split()) if classes_path.is_file() else None
-    return _sources(arrays, classes, str(root))
+    return _sources(arrays, classes, str(root), training)
 
 
-def npz_sources(path: Path) -> dict[str, LazyImages]:
+def npz_sources(path: Path, *, training: bool = True) -> dict[str, LazyImages]:
     """The splits in an ``.npz`` file.
 
     Its arrays are ``images`` and ``labels``, or ``{train,val,test}_images`` and ``{train,val,test}_labels`` (as in
     MedMNIST), or ``x_train``, ``y_train``, ``x_test``, ``y_test`` (as Keras has it); and ``classes``, if the names are
     known. Images are (N, H, W), grey, or (N, H, W, C) with C of 1, 3 or 4: uint8, uint16 over its whole range, or
-    floating-point in [0, 1]. Labels are whole numbers from 0, or names.
+    floating-point in [0, 1]. Labels are whole numbers from 0, or names. ``training`` says whether there have to be
+    training images.
 
     Raises:
         UserError: If the file cannot be read or its content does not fit.
@@ -62,7 +65,7 @@ def npz_sources(path: Path) -> dict[str, LazyImages]:
     for kind in ("images", "labels"):
         if kind in arrays:
             arrays[f"train_{kind}"] = arrays.pop(kind)
-    return _sources(arrays, classes, str(path))
+    return _sources(arrays, classes, str(path), training)
 
 
 def _load(path: Path) -> np.ndarray:
@@ -75,8 +78,10 @@ def _load(path: Path) -> np.ndarray:
     return array
 
 
-def _sources(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...] | None, source: str) -> dict[str, LazyImages]:
-    if "train_images" not in arrays:
+def _sources(
+    arrays: Mapping[str, np.ndarray], classes: tuple[str, ...] | None, source: str, training: bool
+) -> dict[str, LazyImages]:
+    if not any(f"{split}_images" in arrays for split in SPLITS[: 1 if training else None]):
         raise UserError(f"{source} holds no training images: name its arrays train_images and train_labels.")
     for split in SPLITS:
         if (f"{split}_images" in arrays) != (f"{split}_labels" in arrays):
@@ -84,7 +89,7 @@ def _sources(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...] | None, 
     splits = [split for split in SPLITS if f"{split}_images" in arrays]
     labels = {split: _flat(arrays[f"{split}_labels"], f"{split}_labels of {source}") for split in splits}
     if classes is None:
-        classes = _class_names(labels["train"])
+        classes = _class_names(labels.get("train", next(iter(labels.values()))))
     return {split: array_source(arrays[f"{split}_images"], labels[split], classes, source, split) for split in splits}
 
 
