@@ -90,6 +90,8 @@ def evaluate(
     """
     if part is not None and part not in PARTS:
         raise UserError(f"The split is {part!r}, but it must be one of {', '.join(PARTS)}.")
+    if corrupt not in (None, "stop", "skip"):
+        raise UserError(f"The choice for corrupt files is {corrupt!r}, but it must be 'stop' or 'skip'.")
     facts = _run_facts(run) if run is not None else {}
     corrupt = corrupt or facts.get("split_rule", {}).get("corrupt", "skip" if facts.get("unreadable") else "stop")
     trained_on = _trained_on(run) if run is not None else None
@@ -229,11 +231,10 @@ def _labels(split: ImageSplit, model: StagedClassifier) -> Tensor:
     for label, name in enumerate(split.classes):
         place = places.get(unicodedata.normalize("NFC", name), None if label in present else 0)
         if place is None:
-            _check_count(split, model)
             near = difflib.get_close_matches(name, list(places), n=3) or list(places)[:3]
             raise UserError(
-                f"{split.source} has the class {name!r}, which the model does not know: it has {len(places)} classes, "
-                f"such as {', '.join(near)}."
+                f"{split.source} has {len(split.classes)} classes, but the model has {len(places)}, and none of them "
+                f"is {name!r}: rename it to one of them, such as {', '.join(near)}, or evaluate on other data."
             )
         order.append(place)
     return torch.tensor(order, dtype=torch.int64)[split.labels.cpu()]
