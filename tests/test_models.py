@@ -602,3 +602,15 @@ def test_compiles_to_one_graph(name: str) -> None:
     model, x = make(name), image().float()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(compiled, x), run(model, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [np.int64(7), np.uint8(7), np.array([3, 6]).max() + 1])
+def test_whole_numbers_of_numpy_are_whole_numbers(number: int, tmp_path: Path) -> None:
+    model = timm.create_model("resnet20_conam", num_classes=number)
+    assert type(model.num_classes) is int
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    export_model(model, tmp_path, tag=None)
+    assert json.loads((tmp_path / "config.json").read_text())["num_classes"] == 7
+    for wrong in (7.0, True, -1):
+        with pytest.raises(ValueError, match="must be a whole number"):
+            timm.create_model("resnet20_conam", num_classes=wrong)

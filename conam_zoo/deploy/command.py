@@ -92,13 +92,14 @@ def export_named(
     yield f"calibrated on {len(calibration):,} images; logits within {done.largest_difference:.2f} of the net's"
     assert data is not None
     try:
-        before, split = evaluate(model, data, dataset)
+        before = evaluate(model, data, dataset)
     except UserError as error:
         yield f"top-1 not measured: {error}"
         return
-    after, _ = evaluate(open_classifier(str(output)), data, dataset)
+    after = evaluate(open_classifier(str(output)), data, dataset)
     yield (
-        f"top-1 on {len(split):,} test images: {before.top1_percent:.2f} % before, {after.top1_percent:.2f} % in int8"
+        f"top-1 on {len(before.split):,} {before.part} images: {before.scores.top1_percent:.2f} % before, "
+        f"{after.scores.top1_percent:.2f} % in int8"
     )
 
 

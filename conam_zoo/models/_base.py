@@ -1,5 +1,6 @@
 """The part of timm's model contract that does not depend on the family: head, intermediates, pruning."""
 
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,14 +34,15 @@ class StagedClassifier(nn.Module):
 
     def __init__(self, sites: AttentionSites, num_classes: int, in_chans: int) -> None:
         super().__init__()
-        if not isinstance(num_classes, int) or num_classes < 0:
+        given: object = num_classes
+        if not isinstance(given, Integral) or isinstance(given, bool) or num_classes < 0:
             raise ValueError(f"num_classes is {num_classes!r}, but it must be a whole number, 0 for no classifier.")
         self.attn_layer = sites.attn_layer
         self.attn_placement = sites.attn_placement
         self.patch_sizes = sites.patch_sizes
         self.attn_args = sites.attn_args
         self.attn_site = sites.attn_site
-        self.num_classes = num_classes
+        self.num_classes = int(num_classes)  # NumPy's whole numbers are such, too
         self.in_chans = in_chans
         self.grad_checkpointing = False
 
@@ -99,7 +101,7 @@ class StagedClassifier(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head: ``num_classes`` 0 removes it; the pooling is kept if ``global_pool`` is None."""
         placement = get_device_dtype(self)
-        self.num_classes = num_classes
+        self.num_classes = num_classes = int(num_classes)
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         self.global_pool, self.fc = create_classifier(
