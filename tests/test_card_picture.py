@@ -8,7 +8,7 @@ from PIL import Image
 
 import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.models.export import export_model
-from conam_zoo.visualize.card_picture import draw_card_picture
+from conam_zoo.visualize.plots import draw_card_picture
 
 
 def test_the_picture_lies_beside_the_weights(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 import io
 import random
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conam_zoo.data.images import decode_image, read_image, resize_image
+from conam_zoo.data.images import NOTE, decode_image, read_image, resize_image
 from conam_zoo.errors import UserError
 from conam_zoo.visualize.predict import percent
 
@@ -103,3 +107,108 @@ def test_resizing_gives_a_square(size: tuple[int, int]) -> None:
 )
 def test_probabilities_are_never_shown_as_certain_or_impossible(probability: float, text: str) -> None:
     assert percent(probability) == text
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 20 20
+%%EndComments
+showpage
+"""
+
+
+def test_only_formats_that_run_no_program_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.check_call", lambda *arguments, **more: pytest.fail("a program was started"))
+    (tmp_path / "photo.png").write_bytes(EPS)
+    with pytest.raises(UserError, match=r"photo\.png is not an image that is read here"):
+        read_image(tmp_path / "photo.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.tga")
+    with pytest.raises(UserError, match=r"photo\.tga is not an image that is read here"):
+        read_image(tmp_path / "photo.tga")
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The header of a PNG, whose pixels are missing: to decode it would be another sentence."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        ((13_300, 13_300), r"is too large \(13,300 x 13,300 pixels"),
+        ((1, 130_000_000), "is too large"),
+        ((100_000, 100_000), "too large"),
+        ((1, 60_000), r"is too long a strip \(1 x 60,000 pixels"),
+        ((60_000, 2), "is too long a strip"),
+        ((11_000, 10_000), "is damaged"),  # it may be decoded
+    ],
+)
+def test_pixels_are_bounded_before_they_are_decoded(size: tuple[int, int], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        decode_image(io.BytesIO(png_of(*size)), "big.png")
+    assert "big.png" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_said_by_libraries(tmp_path: Path) -> None:
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "palette.png", transparency=b"\x00\x80")
+    Image.new("RGB", (10_000, 9_500)).save(tmp_path / "bomb.png", compress_level=1)
+    Image.effect_noise((24, 24), 60).save(tmp_path / "cut.tif")
+    content = (tmp_path / "cut.tif").read_bytes()
+    (tmp_path / "cut.tif").write_bytes(content[:-60])
+    program = (
+        "import sys; from conam_zoo.data.images import read_image; from conam_zoo.errors import UserError\n"
+        "for name in sys.argv[1:]:\n    try: print(read_image(name).size)\n    except UserError as e: print('refused')"
+    )
+    names = [str(tmp_path / name) for name in ("palette.png", "bomb.png", "cut.tif")]
+    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["(4, 4)", "(10000, 9500)", "refused"]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 200]], np.int32), [0, 200]),
+        (np.array([[0, 200 * 257]], np.int32), [0, 200]),
+        (np.array([[0, 200, 255]], np.float32), [0, 200, 255]),
+        (np.array([[0, 200 * 257, 65535]], np.float32), [0, 200, 255]),
+        (np.array([[0, 0.5, np.nan, np.inf, -np.inf, 1]], np.float32), [0, 128, 0, 255, 0, 255]),
+        (np.array([[-1e-4, 1.0005]], np.float32), [0, 255]),  # what interpolation overshoots
+    ],
+)
+def test_values_are_scaled_by_the_range_that_they_fit(tmp_path: Path, values: np.ndarray, expected: list[int]) -> None:
+    Image.fromarray(values).save(tmp_path / "values.tif")
+    assert np.asarray(read_image(tmp_path / "values.tif"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (np.array([[-5, 5]], np.int32), r"runs from -5 to 5, but integers must lie in \[0, 255\] or \[0, 65535\]"),
+        (np.array([[0, 70_000]], np.int32), "runs from 0 to 70000"),
+        (np.array([[-1, 1]], np.float32), r"floats must lie in \[0, 1\], \[0, 255\] or \[0, 65535\]"),
+        (np.array([[0, 16]], np.float32), "runs from 0 to 16"),
+        (np.array([[0, 4095]], np.float32), "runs from 0 to 4095"),
+        (np.array([[np.nan, np.inf]], np.float32), "holds no finite value"),
+    ],
+)
+def test_values_that_fit_no_range_are_refused(tmp_path: Path, values: np.ndarray, sentence: str) -> None:
+    Image.fromarray(values).save(tmp_path / "values.tif")
+    with pytest.raises(UserError, match=sentence):
+        read_image(tmp_path / "values.tif")
+
+
+@pytest.mark.parametrize(("largest", "note"), [(255, "if it holds 8 bits"), (4095, "if it holds 12 bits"), (9000, "")])
+def test_few_bits_in_a_file_of_sixteen_get_a_note(tmp_path: Path, largest: int, note: str) -> None:
+    Image.fromarray(np.array([[0, largest]], np.uint16)).save(tmp_path / "few.png")
+    image = read_image(tmp_path / "few.png")
+    assert np.asarray(image)[0, 1, 0] == round(largest / 257)
+    assert note in image.info.get(NOTE, "")
+    assert bool(note) == (NOTE in image.info)

@@ -10,7 +10,6 @@ import typer
 from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
     zoo,
     predicting,
-    explaining,
     training,
     evaluating,
     finetuning,

@@ -1,48 +1,208 @@
-"""Commands that look at pictures: predict."""
+"""Commands that look at pictures: predict and explain."""
 
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from conam_zoo.cli._shared import MODEL_HELP, Json, app, console, json_only
-from conam_zoo.escape import for_rich
+from conam_zoo.errors import UserError
+from conam_zoo.escape import for_rich, for_terminal
+
+if TYPE_CHECKING:
+    from conam_zoo.visualize.explain import Explanation
+    from conam_zoo.visualize.predict import Prediction
+
+SHOW_PROGRESS = 20  # pictures from which there is a progress bar
+SEVERAL = "More than 20 pictures take several files: sheet.png, sheet-2.png, …"
+
+
+class _Failures:
+    """Pictures that cannot be read: each told when it is met, and in the exit code when all others are done."""
+
+    def __init__(self, pictures: int) -> None:
+        self.pictures, self.count = pictures, 0
+
+    def __call__(self, path: Path, error: UserError) -> None:
+        if self.pictures == 1:
+            raise error
+        self.count += 1
+        sys.stderr.write(f"conam: {for_terminal(error)}\n")
+        if self.count == self.pictures:
+            raise UserError(f"None of the {self.count} pictures can be read.")
+
+    def exit(self) -> None:
+        if self.count:
+            raise typer.Exit(1)
+
+
+def _with_progress(paths: list[Path]) -> Iterable[Path]:
+    """The paths, with a progress bar on a terminal if there are many."""
+    terminal = Console(stderr=True)
+    off = len(paths) < SHOW_PROGRESS or not terminal.is_terminal
+    return track(paths, "reading pictures", console=terminal, transient=True, disable=off)
+
+
+def _write_sheets(items: Iterator[Any], output: Path, draw: Callable[[list[Any], Path], None]) -> Iterator[Any]:
+    """Draw the items, twenty to a file, and hand each on as soon as it is drawn."""
+    from conam_zoo.visualize.plots import SHEET_ROWS, sheet_path
+
+    number = 0
+    while rows := list(islice(items, SHEET_ROWS)):
+        number += 1
+        draw(rows, sheet_path(output, number))
+        yield from rows
+
+
+def _check_outputs(model: str, paths: list[Path], output: Path | None, json_file: Path | None) -> None:
+    from conam_zoo.inputs import expand_path, refuse_overwriting
+    from conam_zoo.visualize.plots import SHEET_ROWS, check_png, sheet_path
+
+    sheets: list[Path] = []
+    if output is not None:
+        check_png(output)
+        sheets = [sheet_path(output, number) for number in range(1, -(-len(paths) // SHEET_ROWS) + 1)]
+    place = expand_path(model.removeprefix("local-dir:"))  # a name of the zoo is no file, and harmless here
+    read = [place, *(place / name for name in ("config.json", "model.safetensors"))]
+    refuse_overwriting([*sheets, json_file], [*(path for path in paths if str(path) != "-"), *read])
+
+
+def _say_written(output: Path, pictures: int) -> None:
+    from conam_zoo.visualize.plots import SHEET_ROWS, sheet_path
+
+    for number in range(1, -(-pictures // SHEET_ROWS) + 1):
+        console().print(f"written: {sheet_path(output, number)}")
 
 
 @app.command(epilog="Example: conam predict resnet20_conam.cifar10 cat.jpg dog.png --output sheet.png")
 def predict(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    images: Annotated[list[Path], typer.Argument(help="Pictures of any size, mode and format that Pillow reads.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="Pictures (AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), folders, or - for standard input."),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Write a PNG that shows each picture, its top-5 bars and ConAM's confidence maps."),
+        typer.Option(
+            help="Write a PNG that shows each picture, its top-5 bars and ConAM's confidence maps. " + SEVERAL
+        ),
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Classify pictures: the five most probable classes of each."""
+    """Classify pictures: the five most probable classes of each.
+
+    A picture that cannot be read is told and left out; the exit code is 1 then.
+    """
     from conam_zoo.deploy.command import open_classifier
-    from conam_zoo.visualize.predict import percent
-    from conam_zoo.visualize.predict import predict as run
+    from conam_zoo.visualize.plots import THUMBNAIL, draw_sheet
+    from conam_zoo.visualize.predict import expand_pictures, percent, predict_each
 
-    predictions = run(open_classifier(model), images)
+    paths = expand_pictures(images)
+    _check_outputs(model, paths, output, json_file)
+    failures = _Failures(len(paths))
+    predictions: Iterator[Prediction] = predict_each(
+        open_classifier(model), _with_progress(paths), side=THUMBNAIL, skip=failures
+    )
     if output is not None:
-        from conam_zoo.visualize.sheet import draw_sheet
-
-        draw_sheet(predictions, output, title=model)
-    rows = [
-        {"image": str(p.path), "top": [{"class": name, "probability": value} for name, value in p.top]}
-        for p in predictions
+        predictions = _write_sheets(predictions, output, lambda rows, path: draw_sheet(rows, path, title=model))
+    rows = [(p.path, p.top) for p in predictions]
+    result = [
+        {"image": str(path), "top": [{"class": name, "probability": value} for name, value in top]}
+        for path, top in rows
     ]
-    if json_only(rows, json_file):
-        return
-    table = Table(box=None)
-    for title in ("image", "class", "probability", "then"):
-        table.add_column(title, justify="right" if title == "probability" else "left", overflow="fold")
-    for prediction in predictions:
-        (name, value), *others = prediction.top
-        then = ", ".join(f"{other} {percent(share)}" for other, share in others)
-        table.add_row(prediction.path.name, for_rich(name, "bold"), for_rich(percent(value), "bold"), then)
-    console().print(table)
-    if output is not None:
-        console().print(f"written: {output}")
+    if not json_only(result, json_file):
+        table = Table(box=None)
+        for title in ("image", "class", "probability", "then"):
+            table.add_column(title, justify="right" if title == "probability" else "left", overflow="fold")
+        for path, ((name, value), *others) in rows:
+            then = ", ".join(f"{other} {percent(share)}" for other, share in others)
+            table.add_row(path.name, for_rich(name, "bold"), for_rich(percent(value), "bold"), then)
+        console().print(table)
+        if output is not None:
+            _say_written(output, len(rows))
+    failures.exit()
+
+
+@app.command(
+    epilog="Examples: conam explain resnet20_conam.cifar10 cat.jpg --output cat.png · "
+    "conam explain resnet20_conam.cifar10 FOLDER --output sheet.png"
+)
+def explain(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, shown in detail; or one folder of them.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="The PNG to write; of a folder it is a contact sheet with one row for each picture. " + SEVERAL
+        ),
+    ],
+    sites: Annotated[
+        list[str] | None, typer.Option("--site", help="Show only this ConAM, such as layer3.0. Repeatable.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Draw where each ConAM is confident, and what changes when its most confident patch is blurred.
+
+    The least confident patch is blurred too, for comparison. A picture that cannot be read is told and left out; the
+    exit code is 1 then.
+    """
+    from conam_zoo.models.registry import open_model
+    from conam_zoo.visualize.explain import explain_each
+    from conam_zoo.visualize.explain_plots import draw_explanations
+    from conam_zoo.visualize.plots import THUMBNAIL
+    from conam_zoo.visualize.predict import expand_pictures
+
+    paths = expand_pictures(images)
+    folder = paths != images and any(path.is_dir() for path in images)
+    if folder and len(images) > 1:
+        raise UserError("A folder is explained alone: name one folder, or pictures.")
+    _check_outputs(model, paths, output, json_file)
+    failures = _Failures(len(paths))
+    explanations = explain_each(open_model(model), _with_progress(paths), sites, side=THUMBNAIL, skip=failures)
+    drawn = _write_sheets(
+        explanations, output, lambda rows, path: draw_explanations(rows, path, title=model, contact_sheet=folder)
+    )
+    rows = [(_row(e), f"{e.path.name}: {_sentence(e)}") for e in drawn]
+    if not json_only([row for row, _ in rows], json_file):
+        for _, line in rows:
+            console().print(line)
+        _say_written(output, len(rows))
+    failures.exit()
+
+
+def _row(e: "Explanation") -> dict[str, Any]:
+    def effects(site: Any) -> dict[str, Any]:
+        return {
+            name: effect
+            and {
+                "row": effect.row,
+                "column": effect.column,
+                "probability_after": float(effect.probabilities[e.predicted]),
+            }
+            for name, effect in (("most", site.most), ("least", site.least))
+        }
+
+    return {
+        "image": str(e.path),
+        "top": [{"class": name, "probability": value} for name, value in e.top],
+        "sites": [{"site": s.site, "confidence": s.confidence.tolist(), **effects(s)} for s in e.sites],
+    }
+
+
+def _sentence(e: "Explanation") -> str:
+    from conam_zoo.visualize.predict import percent
+
+    name, before = e.top[0]
+    last = e.sites[-1]
+    site = last.site.removesuffix(".attn")
+    if last.most is None or last.least is None:
+        return f"{name} {percent(before)}; all patches of {site} are alike"
+    most, least = (percent(float(p.probabilities[e.predicted])) for p in (last.most, last.least))
+    change = f"{most} with the most confident patch of {site} blurred, {least} with the least confident"
+    return f"{name} {percent(before)}; {change}"

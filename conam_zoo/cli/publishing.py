@@ -19,7 +19,7 @@ def pack(
 ) -> None:
     """Turn a run into weights/NAME.TAG of the checkout and an entry of the manifest."""
     from conam_zoo.release.pack import pack as run_pack
-    from conam_zoo.visualize.card_picture import draw_card_picture
+    from conam_zoo.visualize.plots import draw_card_picture
     from conam_zoo.weights import find_checkout
 
     entry = run_pack(run, data)

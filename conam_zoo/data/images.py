@@ -1,5 +1,7 @@
 """Reading one picture, whatever its format and mode, as RGB, and bringing it to a net's size."""
 
+import logging
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -7,24 +9,46 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from conam_zoo.errors import UserError
+from conam_zoo.inputs import check_file, expand_path
 
-__all__ = ["PICTURE_SUFFIXES", "decode_image", "read_image", "resize_image", "to_rgb"]
+__all__ = [
+    "NOTE",
+    "PICTURE_SUFFIXES",
+    "check_size",
+    "decode_image",
+    "full_scale",
+    "read_image",
+    "resize_image",
+    "to_rgb",
+    "to_uint8",
+    "value_range",
+]
 
+# The formats that are opened, by what a file holds, not by its name: Pillow runs a program for some of the others.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # What is taken for a picture in a folder; everything else there is left out.
 PICTURE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-)
+    (".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
+) | {".tif", ".tiff", ".webp"}
+MAX_PIXELS = 120_000_000  # of the largest telephone cameras that store whole pictures; 360 MB as RGB
+MAX_RATIO = 1000  # of the sides: a strip grows by its ratio when its short side is brought to a net's size
+NOTE = "conam_note"  # key in ``Image.info``: what a person should know about how a picture was read
+HALF_STEP = 1 / 510  # of 8 bits, as a share of the full scale: what interpolation may overshoot without harm
+BLOCK = 2**22  # values that are scaled at a time
+
+# What Pillow thinks of a file is either no concern of the user's or becomes a sentence below.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read a picture as 8-bit RGB: turned upright by its EXIF tag, transparency over white, 16 bits scaled to 8.
+    """Read a picture as 8-bit RGB: turned upright by its EXIF tag, transparency over white, other depths scaled.
 
     Raises:
         UserError: If the file is missing, is no picture, or is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no image file {path}: check the path.")
+    path = expand_path(path)
+    check_file(path, "image file")
     return decode_image(path, str(path))
 
 
@@ -32,29 +56,125 @@ def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
     """The same of an open file or a path; ``name`` is what messages call it.
 
     Raises:
-        UserError: If it is no picture, or is damaged.
+        UserError: If it is no picture of a format that is read, is too large, or is damaged.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
+            check_size(*image.size, f"The image {name}")
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image), f"The image {name}")
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{name} is not an image that Pillow can read: convert it to PNG or JPEG.") from error
+        raise UserError(f"{name} is not an image that is read here: convert it to PNG or JPEG.") from error
     except Exception as error:  # a decoder raises whatever its parser ran into: struct.error, zlib.error, IndexError...
-        raise UserError(f"The image {name} is damaged or too large ({error}): replace it.") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"The image {name} is damaged or too large ({reason}): replace it.") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of a decoded picture: transparency over white, 16 bits scaled to 8, floats from 0..1 (or 0..255)."""
+def check_size(width: int, height: int, what: str) -> None:
+    """Refuse pictures whose pixels, or whose resized copy, would fill the memory.
+
+    Raises:
+        UserError: If there are too many pixels, or one side is 1,000 times as long as the other.
+    """
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{what} is too large ({width:,} x {height:,} pixels; {MAX_PIXELS // 10**6} million are the most): "
+            "scale it down."
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise UserError(
+            f"{what} is too long a strip ({width:,} x {height:,} pixels; a side may be {MAX_RATIO:,} times the "
+            "other): cut it."
+        )
+
+
+def to_rgb(image: Image.Image, name: str = "An image") -> Image.Image:
+    """8-bit RGB of a decoded picture: transparency over white; integers of more bits and floats scaled by their range.
+
+    Raises:
+        UserError: If its values fit no range; see ``full_scale``.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image, dtype=np.float64)
-        # 16-bit pictures use 0..65535 even where a decoder hands them out as 32-bit integers; floats use 0..1.
-        top = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-        return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        top, note = full_scale(values.dtype, value_range(values), name)
+        rgb = Image.fromarray(to_uint8(values, top)).convert("RGB")
+        if note:
+            rgb.info[NOTE] = note
+        return rgb
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
+
+
+def value_range(values: np.ndarray) -> tuple[float, float] | None:
+    """The smallest and the largest finite value; None if there is none."""
+    low, high = np.inf, -np.inf
+    for block in _blocks(values):
+        if block.dtype.kind == "f":
+            block = block[np.isfinite(block)]
+        if block.size:
+            low, high = min(low, float(block.min())), max(high, float(block.max()))
+    return (low, high) if low <= high else None
+
+
+def full_scale(dtype: np.dtype, limits: tuple[float, float] | None, what: str) -> tuple[float, str]:
+    """Which value is white, by rule.
+
+    8 and 16 bits without sign are taken over their whole range. Other integers lie in 0..255 or 0..65535, floats in
+    0..1, 0..255 or 0..65535: the first range that holds them, of which floats have to use a quarter or more.
+
+    Args:
+        dtype: Of the values.
+        limits: What ``value_range`` gave.
+        what: The image or the array, for messages.
+
+    Returns:
+        The value, and a note where 16 bits hold no more than 12; else an empty string.
+
+    Raises:
+        UserError: If the values fit no range.
+    """
+    if dtype == np.bool_:
+        return 1.0, ""
+    if dtype == np.uint8:
+        return 255.0, ""
+    if limits is None:
+        raise UserError(f"{what} holds no finite value: write it again.")
+    low, high = limits
+    whole = dtype.kind in "iu"
+    tops = (65535.0,) if dtype == np.uint16 else (255.0, 65535.0) if whole else (1.0, 255.0, 65535.0)
+    slack = 0.0 if whole else HALF_STEP
+    fitting = [top for top in tops if -slack * top <= low and high <= (1 + slack) * top]
+    if not fitting or (not whole and fitting[0] > 1 and high < fitting[0] / 4):
+        ranges = "integers must lie in [0, 255] or" if whole else "floats must lie in [0, 1], [0, 255] or"
+        raise UserError(f"{what} runs from {low:g} to {high:g}, but {ranges} [0, 65535]: scale it.")
+    if fitting[0] == 65535 and 0 < high <= 4095:
+        bits = 8 if high <= 255 else 12
+        return fitting[0], (
+            f"{what} has 16 bits, but no value above {high:g}, so it is dark: if it holds {bits} bits, "
+            f"multiply it by {65535 // (2**bits - 1)}"
+        )
+    return fitting[0], ""
+
+
+def to_uint8(values: np.ndarray, top: float) -> np.ndarray:
+    """Values of 0..``top`` as 8 bits, rounded; what is no number becomes 0."""
+    if values.dtype == np.uint8:
+        return values
+    result = np.empty(values.shape, np.uint8)
+    for block, target in zip(_blocks(values), _blocks(result), strict=True):
+        scaled = np.nan_to_num(np.asarray(block, dtype=np.float64) / top, nan=0.0, posinf=1.0, neginf=0.0)
+        target[...] = np.round(scaled.clip(0, 1) * 255)
+    return result
+
+
+def _blocks(values: np.ndarray) -> list[np.ndarray]:
+    """Views of an array, cut along its first axis, that are small enough for a copy of each."""
+    step = max(1, BLOCK // max(1, values[:1].size))
+    return [values[start : start + step] for start in range(0, len(values), step)]
 
 
 def resize_image(image: Image.Image, size: int, interpolation: str = "bicubic") -> Image.Image:

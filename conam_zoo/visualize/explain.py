@@ -1,5 +1,6 @@
 """Explaining a classification: where each ConAM is confident, and what the net says when that patch is blurred."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from PIL import Image, ImageFilter
 
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
-from conam_zoo.visualize.predict import Prediction, class_names, predict, split_transform
+from conam_zoo.visualize.predict import Prediction, class_names, predict_each, split_transform
 
-__all__ = ["Explanation", "PatchEffect", "SiteExplanation", "explain", "pictures_in"]
+__all__ = ["Explanation", "PatchEffect", "SiteExplanation", "explain", "explain_each"]
 
 EVEN = 0.01  # a map whose confidences differ by less than this share of their mean has no most confident patch
 
@@ -60,7 +61,7 @@ class Explanation:
 
     Attributes:
         path: The file.
-        image: The picture, upright and RGB, in its own size, (height, width, 3).
+        image: The picture, upright and RGB, in its own size unless a smaller one was asked for, (height, width, 3).
         seen: What the net was shown, (H, W, 3).
         classes: Class names in the order of the probabilities.
         probabilities: Of every class, (classes,).
@@ -86,43 +87,42 @@ class Explanation:
         return [(self.classes[index], float(self.probabilities[index])) for index in best]
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """The picture files of a folder by name, without its sub-folders.
-
-    Raises:
-        UserError: If there is none.
-    """
-    known = Image.registered_extensions()
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.is_file())
-    if not paths:
-        raise UserError(f"The folder {folder} holds no pictures: name one that does.")
-    return paths
-
-
-def explain(model: StagedClassifier, paths: list[Path], sites: list[str] | None = None) -> list[Explanation]:
+def explain(model: StagedClassifier, paths: Iterable[str | Path], sites: list[str] | None = None) -> list[Explanation]:
     """Classify pictures, and for every ConAM blur its most and its least confident patch and classify again.
 
     A patch is blurred by a Gaussian with half its side as standard deviation, in the picture that the net is shown.
 
     Args:
         model: A classifier with ConAM, or a form of it, in evaluation mode, made by timm.
-        paths: Picture files.
+        paths: Picture files; ``-`` is standard input.
         sites: Module names of the ConAMs to explain, with or without ``.attn``; all if None.
 
     Raises:
         UserError: If a file cannot be read, the net has no ConAM, or a site does not exist.
     """
-    predictions = predict(model, paths)
-    if not predictions or not predictions[0].maps:
+    return list(explain_each(model, paths, sites))
+
+
+def explain_each(
+    model: StagedClassifier,
+    paths: Iterable[str | Path],
+    sites: list[str] | None = None,
+    *,
+    side: int | None = None,
+    skip: Callable[[Path, UserError], object] | None = None,
+) -> Iterator[Explanation]:
+    """The explanations one after the other; for ``side`` and ``skip`` see ``predict_each``."""
+    known = [name for name, module in model.named_modules() if callable(getattr(module, "confidence", None))]
+    if not known:
         raise UserError(
             f"A net with attn_layer {model.attn_layer!r} has no confidence maps to explain: use 'conam predict'."
         )
-    known = list(predictions[0].maps)
     wanted = known if not sites else [site if site.endswith("attn") else f"{site}.attn" for site in sites]
     for site in wanted:
         if site not in known:
             raise UserError(f"There is no ConAM at {site!r}: the net has {', '.join(known)}.")
-    return [_explain(model, prediction, wanted) for prediction in predictions]
+    for prediction in predict_each(model, paths, side=side, skip=skip):
+        yield _explain(model, prediction, wanted)
 
 
 def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) -> Explanation:

@@ -10,9 +10,19 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 from conam_zoo.visualize.explain import Explanation, PatchEffect, SiteExplanation
-from conam_zoo.visualize.panels import PALE, STRONG, draw_bars, draw_frame, draw_map, draw_picture, draw_scale, relative
+from conam_zoo.visualize.plots import (
+    PALE,
+    STRONG,
+    caption,
+    check_png,
+    draw_bars,
+    draw_frame,
+    draw_map,
+    draw_picture,
+    draw_scale,
+    relative,
+)
 from conam_zoo.visualize.predict import percent
-from conam_zoo.visualize.sheet import check_png
 
 __all__ = ["draw_explanations"]
 
@@ -59,13 +69,13 @@ def draw_explanations(explanations: list[Explanation], path: Path, title: str, *
         panel.set_title(site.site.removesuffix(".attn"), fontsize=9)
     assert overlay is not None  # there is at least one explanation with one site
     draw_scale(figure, overlay, list(grid[:, 2:].flat), maps)
-    figure.suptitle(title, fontsize=11)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    figure.suptitle(caption(title, 80), fontsize=11)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
 
 
 def _draw_upper(axes: list[Axes], explanation: Explanation, largest: float) -> AxesImage | None:
     overlay = None
-    draw_picture(axes[0], explanation.image, explanation.path.name)
+    draw_picture(axes[0], explanation.image, caption(explanation.path.name))
     draw_bars(axes[1], explanation.top)
     for panel, site in zip(axes[2:], explanation.sites, strict=True):
         overlay = draw_map(panel, explanation.seen, site.confidence, largest)
@@ -110,8 +120,7 @@ def _draw_effects(axes: Axes, explanation: Explanation) -> None:
     axes.set_yticks([])
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    name = explanation.classes[answer].replace("_", " ")
-    axes.set_title(f"{name} after blurring one patch", fontsize=8)
+    axes.set_title(f"{_name(explanation, answer)} after blurring one patch", fontsize=8)
     axes.set_xlabel("dashed: the picture as it is", fontsize=7)
 
 
@@ -125,8 +134,12 @@ def _change(explanation: Explanation, effect: PatchEffect | None) -> str:
     if effect is None:
         return "all patches alike: none blurred"
     answer, now = explanation.predicted, int(effect.probabilities.argmax())
-    before = f"{explanation.classes[answer]} {percent(float(explanation.probabilities[answer]))}"
+    before = f"{_name(explanation, answer)} {percent(float(explanation.probabilities[answer]))}"
     change = f"{before} → {percent(float(effect.probabilities[answer]))}"
     if now != answer:
-        change += f" ({explanation.classes[now]} {percent(float(effect.probabilities[now]))})"
-    return change.replace("_", " ")
+        change += f" ({_name(explanation, now)} {percent(float(effect.probabilities[now]))})"
+    return change
+
+
+def _name(explanation: Explanation, label: int) -> str:
+    return caption(explanation.classes[label].replace("_", " "), 24)

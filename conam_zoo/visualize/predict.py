@@ -1,5 +1,8 @@
 """Classifying picture files."""
 
+import io
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +12,26 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from conam_zoo.data.images import read_image
+from conam_zoo.data.images import MAX_PIXELS, PICTURE_SUFFIXES, decode_image, read_image
+from conam_zoo.errors import UserError
+from conam_zoo.inputs import expand_path, status
 from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
 
-__all__ = ["Prediction", "class_names", "percent", "predict", "split_transform"]
+__all__ = [
+    "STANDARD_INPUT",
+    "Prediction",
+    "class_names",
+    "expand_pictures",
+    "percent",
+    "pictures_in",
+    "predict",
+    "predict_each",
+    "split_transform",
+]
+
+BATCH = 16  # pictures in a pass of the net
+STANDARD_INPUT = Path("-")
 
 
 @dataclass(frozen=True)
@@ -22,7 +40,7 @@ class Prediction:
 
     Attributes:
         path: The file.
-        image: The picture, upright and RGB, in its own size.
+        image: The picture, upright and RGB, in its own size unless a smaller one was asked for.
         seen: What the net was shown: the picture after resizing, before normalisation.
         probabilities: Of every class, (classes,).
         top: Class names with probabilities, best first, at most five.
@@ -57,27 +75,115 @@ def split_transform(model: StagedClassifier) -> tuple[Compose, Compose]:
     return Compose(steps[:last]), Compose(steps[last:])
 
 
-def predict(model: StagedClassifier, paths: list[Path]) -> list[Prediction]:
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder by name, without its sub-folders and hidden files.
+
+    Raises:
+        UserError: If there is none, or the folder may not be read.
+    """
+    try:
+        paths = sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be read ({error.strerror}): check its rights.") from error
+    if not paths:
+        raise UserError(f"The folder {folder} holds no pictures: name one that does.")
+    return paths
+
+
+def predict(model: StagedClassifier, paths: Iterable[str | Path]) -> list[Prediction]:
     """Classify picture files, resized as the model's configuration says.
 
     Args:
         model: A classifier in evaluation mode, made by timm.
-        paths: Picture files of any size, mode and format that Pillow reads.
+        paths: Picture files of any size and mode; ``-`` is standard input.
 
     Raises:
-        UserError: If a file cannot be read; nothing is classified then.
+        UserError: If a file cannot be read.
     """
-    images = [read_image(path) for path in paths]
+    return list(predict_each(model, paths))
+
+
+def predict_each(
+    model: StagedClassifier,
+    paths: Iterable[str | Path],
+    *,
+    side: int | None = None,
+    skip: Callable[[Path, UserError], object] | None = None,
+) -> Iterator[Prediction]:
+    """The predictions one after the other, in memory that does not grow with the number of pictures.
+
+    Args:
+        model: A classifier in evaluation mode, made by timm.
+        paths: Picture files.
+        side: The longer side, in pixels, to which ``Prediction.image`` is scaled down; None for its own size.
+        skip: Called for a picture that cannot be read, which is left out then.
+
+    Raises:
+        UserError: If a file cannot be read and there is no ``skip``.
+    """
     resize, normalize = split_transform(model)
-    names = class_names(model)
-    device = next(model.parameters()).device
-    predictions = []
-    for path, image in zip(paths, images, strict=True):
+    waiting: list[tuple[Path, Image.Image, Image.Image]] = []
+    for path in map(Path, paths):
+        try:
+            image = _read_standard_input() if path == STANDARD_INPUT else read_image(path)
+        except UserError as error:
+            if skip is None:
+                raise
+            skip(path, error)
+            continue
         seen = resize(image)
-        logits, maps = confidence_maps(model, normalize(seen).unsqueeze(0).to(device))
-        probabilities = logits.float().softmax(1)[0].cpu()
-        best = torch.topk(probabilities, min(5, model.num_classes))
-        top = [(names[index], float(p)) for index, p in zip(best.indices.tolist(), best.values, strict=True)]
-        sites = {site: m[0].cpu() for site, m in maps.items()}
-        predictions.append(Prediction(path, image, seen, probabilities, top, sites))
-    return predictions
+        if side is not None:
+            image = image.copy() if image is seen else image
+            image.thumbnail((side, side))
+        waiting.append((path, image, seen))
+        if len(waiting) == BATCH:
+            yield from _predict_batch(model, waiting, normalize)
+            waiting = []
+    if waiting:
+        yield from _predict_batch(model, waiting, normalize)
+
+
+def _read_standard_input() -> Image.Image:
+    largest = 4 * MAX_PIXELS
+    content = sys.stdin.buffer.read(largest + 1)
+    if len(content) > largest:
+        raise UserError(f"Standard input holds more than {largest / 1e6:,.0f} MB: pass a picture.")
+    return decode_image(io.BytesIO(content), "on standard input")
+
+
+def _predict_batch(
+    model: StagedClassifier, pictures: list[tuple[Path, Image.Image, Image.Image]], normalize: Compose
+) -> Iterator[Prediction]:
+    names = class_names(model)
+    batch = torch.stack([normalize(seen) for _, _, seen in pictures])
+    logits, maps = confidence_maps(model, batch.to(next(model.parameters()).device))
+    shares = logits.float().softmax(1).cpu()
+    best = torch.topk(shares, min(5, model.num_classes))
+    maps = {site: each.cpu() for site, each in maps.items()}
+    for index, (path, image, seen) in enumerate(pictures):
+        pairs = zip(best.indices[index].tolist(), best.values[index].tolist(), strict=True)
+        top = [(names[label], share) for label, share in pairs]
+        sites = {site: each[index] for site, each in maps.items()}
+        yield Prediction(path, image, seen, shares[index], top, sites)
+
+
+def expand_pictures(paths: list[Path]) -> list[Path]:
+    """Folders replaced by their pictures, and home folders written out.
+
+    Raises:
+        UserError: If a folder holds no pictures.
+    """
+    expanded: list[Path] = []
+    for path in map(expand_path, paths):
+        try:
+            found = status(path) if path != STANDARD_INPUT else None
+        except UserError:
+            found = None  # told when the picture is read
+        expanded += pictures_in(path) if found is not None and path.is_dir() else [path]
+    if expanded.count(STANDARD_INPUT) > 1:
+        raise UserError("Standard input (-) was named twice: it can be read once.")
+    return expanded

@@ -1,6 +1,8 @@
-"""The panels that the sheets are made of: a picture, top-5 bars, and a confidence map over what the net was shown."""
+"""Predictions as a picture, and the panels of it: photograph, top-5 bars, confidence map of every ConAM site."""
 
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,29 +16,79 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from conam_zoo.visualize.predict import percent
+from conam_zoo.errors import UserError
+from conam_zoo.escape import for_matplotlib
+from conam_zoo.files import write_atomically
+from conam_zoo.models.registry import open_model
+from conam_zoo.visualize.predict import Prediction, percent, predict
 
-__all__ = ["PALE", "STRONG", "draw_bars", "draw_frame", "draw_map", "draw_picture", "draw_scale", "relative"]
+__all__ = [
+    "PALE",
+    "SHEET_ROWS",
+    "STRONG",
+    "THUMBNAIL",
+    "caption",
+    "check_png",
+    "draw_bars",
+    "draw_card_picture",
+    "draw_frame",
+    "draw_map",
+    "draw_picture",
+    "draw_scale",
+    "draw_sheet",
+    "relative",
+    "sheet_path",
+]
+
+SHEET_ROWS = 20  # pictures of one sheet: time and memory of the layout grow faster than their number
+THUMBNAIL = 400  # pixels of a photograph's longer side on a sheet
+# Both are CC0, so that a card may carry them; see examples/photos/LICENSES.md.
+PHOTOGRAPHS = ("bird.jpg", "cat.jpg")
 
 # Purple below the mean of a map, white at it, orange above: distinct for every kind of colour vision.
 COLOURS = "PuOr_r"
 STRONG, PALE = "#6cb4c9", "#d3dfe4"
 OUTLINE: list[AbstractPathEffect] = [withStroke(linewidth=1.6, foreground="white")]
+SHORT = 4.0  # inches: in a figure that is lower, the label of the colour bar takes two lines
+
+warnings.filterwarnings("ignore", "Glyph .* missing from", module=r"matplotlib|conam_zoo")  # drawn as a box instead
 
 
-def draw_picture(axes: Axes, pixels: NDArray[np.uint8], caption: str = "") -> None:
-    """A picture without ticks, scaled down if it is large: (height, width, 3)."""
+def caption(text: str, longest: int = 30) -> str:
+    """A name for a figure: shortened in its middle, and drawn as it is."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[len(text) - (longest - longest // 2 - 1) :]}"
+    return for_matplotlib(text)
+
+
+def check_png(path: Path) -> None:
+    """Refuse a name for a sheet that is none of a PNG.
+
+    Raises:
+        UserError: If the name does not end in ``.png``.
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path} cannot be written: the sheet is a PNG, so its name has to end in .png.")
+
+
+def sheet_path(path: Path, number: int) -> Path:
+    """The name of one of several sheets: ``sheet.png``, ``sheet-2.png``, ``sheet-3.png``."""
+    return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def draw_picture(axes: Axes, pixels: NDArray[np.uint8], text: str = "") -> None:
+    """A picture (height, width, 3) without ticks, scaled down if it is large; ``text`` comes from ``caption``."""
     image = Image.fromarray(pixels)
-    image.thumbnail((400, 400))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     axes.imshow(np.asarray(image))
-    axes.set_xlabel(caption, fontsize=8)
+    axes.set_xlabel(text, fontsize=8)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
 def draw_bars(axes: Axes, top: list[tuple[str, float]]) -> None:
     """Class names with their probabilities, best first, on one scale from 0 to 1."""
-    names = [name.replace("_", " ") for name, _ in top]
+    names = [caption(name.replace("_", " "), 24) for name, _ in top]
     values = [probability for _, probability in top]
     positions = range(len(names))
     axes.barh(list(positions), values, color=[STRONG] + [PALE] * (len(names) - 1), height=0.72)
@@ -128,7 +180,57 @@ def draw_scale(figure: Figure, overlay: AxesImage, axes: list[Axes], maps: Seque
     patches = {each.size for each in maps}
     if all(abs(each.sum() - 1) < 1e-3 for each in maps):
         share = f"1/{patches.pop()}" if len(patches) == 1 else "1/patches"
-        bar.set_label(f"confidence as a multiple of the even share, {share} (line)", fontsize=8)
+        label = ("confidence as a multiple of", f"the even share, {share} (line)")
     else:
-        bar.set_label("gate as a multiple of its map's mean (line)", fontsize=8)
+        label = ("gate as a multiple", "of its map's mean (line)")
+    bar.set_label(("\n" if figure.get_figheight() < SHORT else " ").join(label), fontsize=8)
     return bar
+
+
+def draw_sheet(predictions: list[Prediction], path: Path, title: str) -> None:
+    """Write a PNG with one row for each prediction.
+
+    The maps lie over what the net was shown. A patch's number is its confidence in percent; the colour says how far it
+    lies from the map's mean, the even share of one over the number of patches, on one scale for the whole sheet.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    check_png(path)
+    sites = list(predictions[0].maps)
+    columns = 2 + len(sites)
+    figure = Figure(figsize=(2.1 * columns + 1.2, 2.05 * len(predictions) + 0.7), layout="constrained")
+    grid = figure.subplots(len(predictions), columns, squeeze=False, width_ratios=[1, 1.25, *[1] * len(sites)])
+    maps = [m.numpy() for p in predictions for m in p.maps.values()]
+    largest = max((float(relative(each).max()) for each in maps), default=1.0)
+    overlay = None
+    for row, (axes, prediction) in enumerate(zip(grid, predictions, strict=True)):
+        draw_picture(axes[0], np.asarray(prediction.image), caption(prediction.path.name))
+        draw_bars(axes[1], prediction.top)
+        for site, panel in zip(sites, axes[2:], strict=True):
+            overlay = draw_map(panel, np.asarray(prediction.seen), prediction.maps[site].numpy(), largest)
+            if row == 0:
+                panel.set_title(site.removesuffix(".attn"), fontsize=9)
+        if row == 0:
+            axes[0].set_title("image", fontsize=9)
+            axes[1].set_title("top 5, probability", fontsize=9)
+    if overlay is not None:
+        draw_scale(figure, overlay, list(grid[:, 2:].flat), maps)
+    figure.suptitle(caption(title, 80), fontsize=11)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+
+
+def draw_card_picture(folder: Path, photographs: Path) -> Path:
+    """Write the picture of a model card, ``confidence.png``, beside the weights of a folder.
+
+    Args:
+        folder: ``weights/<name>`` of a checkout.
+        photographs: The folder of the example photographs.
+
+    Raises:
+        UserError: If a photograph is missing or the picture cannot be written.
+    """
+    picture = folder / "confidence.png"
+    predictions = predict(open_model(f"local-dir:{folder}"), [photographs / name for name in PHOTOGRAPHS])
+    draw_sheet(predictions, picture, title=folder.name)
+    return picture

@@ -1,0 +1,103 @@
+"""Paths that a user names for reading: checked before anything is opened, and never written to."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from conam_zoo.errors import UserError
+
+__all__ = ["check_file", "expand_path", "refuse_overwriting", "status"]
+
+REASONS = {
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "its links lead in a circle",
+}
+
+
+def expand_path(path: str | Path) -> Path:
+    """A path with ``~`` and ``~name`` replaced by the home folder.
+
+    Raises:
+        UserError: If there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} begins with a home folder that does not exist: write the path out.") from error
+
+
+def status(path: Path) -> os.stat_result | None:
+    """What the system says of a file or folder, links followed; None if there is none.
+
+    Raises:
+        UserError: If it cannot be asked: no permission on the way, a name that is too long, links in a circle.
+    """
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = REASONS.get(getattr(error, "errno", None) or 0, str(error))
+        raise UserError(f"{path} cannot be opened, because {reason}: check the path.") from error
+
+
+def check_file(path: Path, kind: str = "file") -> None:
+    """Refuse what is no regular file that can be read; nothing is opened that could wait for ever.
+
+    Args:
+        path: The file.
+        kind: What it should be, for the message.
+
+    Raises:
+        UserError: If it is missing, a folder, a pipe, a device or a socket, or may not be read.
+    """
+    found = status(path)
+    if found is None:
+        raise UserError(f"There is no {kind} {path}: check the path.")
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path} is a folder, but it should be {kind_with_article(kind)}: name a file.")
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is a pipe, a device or a socket, but it should be {kind_with_article(kind)}.")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be opened, because permission is denied: check its rights.")
+
+
+def kind_with_article(kind: str) -> str:
+    """``kind`` with its indefinite article."""
+    return f"{'an' if kind[0] in 'aeiou' or kind.startswith('.n') else 'a'} {kind}"
+
+
+def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -> None:
+    """Refuse to write onto what is read, whatever the two are called: links and hard links are followed.
+
+    Args:
+        outputs: Files that would be written; None and ``-`` are none.
+        inputs: Files that are read.
+
+    Raises:
+        UserError: If an output is an input, or two outputs are one file.
+    """
+    read = {_identity(path): path for path in inputs}
+    written: dict[object, Path] = {}
+    for output in outputs:
+        if output is None or str(output) == "-":
+            continue
+        identity = _identity(output)
+        if identity in read:
+            raise UserError(f"{output} cannot be written: it is the input {read[identity]}; choose another name.")
+        if identity in written:
+            raise UserError(f"{output} cannot be written twice: choose another name for {written[identity]}.")
+        written[identity] = output
+
+
+def _identity(path: Path) -> object:
+    found = status(path)
+    if found is None:
+        return os.path.realpath(path)
+    if stat.S_ISCHR(found.st_mode):
+        return object()  # /dev/null and terminals: nothing is lost there
+    return found.st_dev, found.st_ino
