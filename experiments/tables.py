@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/ that are written from the measurements in ``experiments/results``."""
+"""The tables of README.md, docs/ and LOG.md that are written from the measurements in ``experiments/results``."""
 
 import json
 from collections.abc import Callable
@@ -71,11 +71,11 @@ PLACES: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
     ("docs/finetuning.md", "finetune", _finetune),
     ("docs/benchmarks.md", "benchmark train", _benchmark("train")),
     ("docs/benchmarks.md", "benchmark inference", _benchmark("inference")),
-    ("docs/benchmarks.md", "benchmark cost", _benchmark("cost")),
+    ("experiments/LOG.md", "benchmark cost", _benchmark("cost")),
     ("docs/benchmarks.md", "benchmark densenet", _benchmark("densenet")),
     ("docs/conam.md", "benchmark knockout", _knockout),
-    ("docs/conam.md", "benchmark attention", _evidence("attention")),
-    ("docs/conam.md", "benchmark ablation", _evidence("ablation")),
+    ("docs/conam.md", "benchmark compare", _evidence("compare")),
+    ("experiments/LOG.md", "benchmark ablation", _evidence("ablation")),
 )
 
 

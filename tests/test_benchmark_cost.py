@@ -16,6 +16,8 @@ from experiments.speed.fresh_process import FreshProcesses
 from experiments.speed.memory import TrafficCounter, allocated_bytes, peak_growth_bytes
 from experiments.speed.rearrange import RearrangeConAM
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 KIB = 1024
 

@@ -22,6 +22,8 @@ from experiments.speed.operator_shares import operator_shares
 from experiments.speed.record import read_record
 from experiments.speed.timing import benchmark_device
 
+pytestmark = pytest.mark.slow
+
 
 def test_torchvision_s_net_is_our_plain_twin() -> None:
     ours = timm.create_model("densenetbc100_12_conam", attn_layer="none").eval()

@@ -10,6 +10,8 @@ import torch
 from experiments.speed import inference
 from experiments.speed.inference import MODES, ModeUnavailableError, benchmark_inference, mode_call
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def net() -> torch.nn.Module:

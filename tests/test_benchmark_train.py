@@ -14,6 +14,8 @@ from experiments.speed import loops
 from experiments.speed import train as train_benchmark
 from experiments.speed.loops import LOOPS, LoopSettings, noise_images
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SETTINGS = LoopSettings(model="resnet20_conam", batch_size=8, workers=0)
 

@@ -19,6 +19,8 @@ from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.train import assemble, train
 from conam_zoo.training.train_state import TrainState
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ["epochs=1", "warmup_epochs=0", "batch_size=16", "precision=fp32"]
 
 

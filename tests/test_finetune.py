@@ -22,6 +22,8 @@ from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.visualize.predict import predict
 from experiments.accuracy.finetune import benchmark_finetune, digits, faces, few_of_cifar100, finetune_table
 
+pytestmark = pytest.mark.slow
+
 PRETRAINED = "resnet20_conam.cifar10"
 
 

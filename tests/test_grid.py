@@ -68,7 +68,7 @@ def finished(cell: Cell, top1: float) -> dict[str, Any]:
 def a_grid(scores: dict[str, list[float]]) -> Grid:
     cells = attention_cells(["resnet20"], ["cifar10"], list(scores), [0, 1, 2], grid_recipe("short"))
     kept = [cell for cell in cells if cell.recipe.seed < len(scores[cell.variant])]
-    return Grid("attention", "conam", [finished(cell, scores[cell.variant][cell.recipe.seed]) for cell in kept])
+    return Grid("compare", "conam", [finished(cell, scores[cell.variant][cell.recipe.seed]) for cell in kept])
 
 
 # Cells
@@ -168,21 +168,21 @@ def test_unknown_names_are_refused(make: Callable[[], object], sentence: str) ->
 
 
 def test_no_cell_is_trained_twice(small_data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out" / "attention"
+    output = tmp_path / "out" / "compare"
     events: list[tuple[str, str]] = []
 
     def run(layers: list[str], settings: list[str] = TINY, command: str = "the command") -> Grid:
         cells = attention_cells(["resnet20"], ["cifar10"], layers, [0], grid_recipe("short", settings))
         events.clear()
         return run_grid(
-            "attention", cells, small_data, output, jobs=2, command=command, on_event=lambda *e: events.append(e)
+            "compare", cells, small_data, output, jobs=2, command=command, on_event=lambda *e: events.append(e)
         )
 
     first = run(["none", "simam"])
     names = [f"resnet20_conam.cifar10.{layer}.seed0" for layer in ("none", "simam")]
     assert [cell["name"] for cell in first.cells] == names
     assert sorted(events) == sorted((name, word) for name in names for word in ("started", "done"))
-    file = output.with_name("attention.json")
+    file = output.with_name("compare.json")
     assert read_grid(file) == first
     for cell in first.cells:
         run_json = json.loads((output / cell["name"] / "run.json").read_text())
@@ -245,7 +245,7 @@ def test_a_failed_cell_is_told_and_tried_again(small_data: Path, tmp_path: Path)
     events: list[str] = []
     for _ in range(2):
         events.clear()
-        grid = run_grid("attention", cells, small_data, tmp_path / "a", on_event=lambda _, event: events.append(event))
+        grid = run_grid("compare", cells, small_data, tmp_path / "a", on_event=lambda _, event: events.append(event))
         (cell,) = grid.cells
         assert "The loss is" in cell["failed"]
         assert "top1_percent" not in cell
@@ -254,11 +254,11 @@ def test_a_failed_cell_is_told_and_tried_again(small_data: Path, tmp_path: Path)
     assert "1 failed" in attention_table(asdict(grid))
 
 
-@pytest.mark.parametrize("text", ["no json", "{}", '{"what": "attention", "command": "", "cells": [{"name": "x"}]}'])
+@pytest.mark.parametrize("text", ["no json", "{}", '{"what": "compare", "command": "", "cells": [{"name": "x"}]}'])
 def test_a_file_that_is_no_grid_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "attention.json").write_text(text)
+    (tmp_path / "compare.json").write_text(text)
     with pytest.raises(UserError, match="is not a grid of trainings"):
-        read_grid(tmp_path / "attention.json")
+        read_grid(tmp_path / "compare.json")
 
 
 # What they say
@@ -372,19 +372,20 @@ def test_the_ablation_states_the_arguments_of_its_forms() -> None:
 
 
 def test_the_document_s_tables(tmp_path: Path) -> None:
-    assert evidence_tables(tmp_path) == {"attention": "Not measured yet.", "ablation": "Not measured yet."}
-    (tmp_path / "attention.json").write_text(a_grid({"none": [90.0]}).to_json())
-    assert "| plain | 1 | 90.00 |" in evidence_tables(tmp_path)["attention"]
+    assert evidence_tables(tmp_path) == {"compare": "Not measured yet.", "ablation": "Not measured yet."}
+    (tmp_path / "compare.json").write_text(a_grid({"none": [90.0]}).to_json())
+    assert "| plain | 1 | 90.00 |" in evidence_tables(tmp_path)["compare"]
     (tmp_path / "ablation.json").write_text(a_grid({"none": [90.0]}).to_json())
-    with pytest.raises(UserError, match=r"ablation.json is a grid of 'experiments attention': rename it"):
+    with pytest.raises(UserError, match=r"ablation.json is a grid of 'experiments compare': rename it"):
         evidence_tables(tmp_path)
 
 
-def test_the_document_has_a_place_for_both_tables(checkout: Path) -> None:
+def test_the_documents_have_a_place_for_both_tables(checkout: Path) -> None:
     path = checkout / "docs" / "conam.md"
-    filled = fill_table(path.read_text(encoding="utf-8"), "benchmark attention", "TABLE ONE", path, WRITTEN_BY)
-    filled = fill_table(filled, "benchmark ablation", "TABLE TWO", path, WRITTEN_BY)
+    filled = fill_table(path.read_text(encoding="utf-8"), "benchmark compare", "TABLE ONE", path, WRITTEN_BY)
     assert filled.index("## Does it help?") < filled.index("TABLE ONE") < filled.index("## Other forms")
+    path = checkout / "experiments" / "LOG.md"
+    filled = fill_table(path.read_text(encoding="utf-8"), "benchmark ablation", "TABLE TWO", path, WRITTEN_BY)
     assert filled.index("## Other forms") < filled.index("TABLE TWO")
 
 
@@ -392,7 +393,7 @@ def test_the_document_has_a_place_for_both_tables(checkout: Path) -> None:
 
 
 def test_dry_runs_list_the_cells(experiments: Conam, tmp_path: Path) -> None:
-    code, out, _ = experiments("attention", "--data", tmp_path, "--seed", 0, "--dry-run")
+    code, out, _ = experiments("compare", "--data", tmp_path, "--seed", 0, "--dry-run")
     assert code == 0
     assert out.splitlines() == [
         *(f"resnet20_conam.cifar10.{layer}.seed0" for layer in LAYERS),
@@ -427,7 +428,7 @@ def test_the_command_writes_a_file_a_plot_and_a_table(experiments: Conam, small_
 
 
 def test_bad_input_gives_one_sentence(experiments: Conam, tmp_path: Path) -> None:
-    code, _, err = experiments("attention", "--data", tmp_path, "--layer", "bam", "--output", tmp_path / "a")
+    code, _, err = experiments("compare", "--data", tmp_path, "--layer", "bam", "--output", tmp_path / "a")
     assert code == 2
     assert err == (
         "conam: There is no layer 'bam' to compare: choose from none, conam, se, eca, cbam, gc, coord, simam.\n"

@@ -20,6 +20,8 @@ from conam_zoo.training.recipe import load_recipe
 from conam_zoo.training.train import train
 from conam_zoo.weights import load_manifest, read_verified
 
+pytestmark = pytest.mark.slow
+
 NAME = "resnet20_conam.cifar10"
 SHORT = ("epochs=1", "warmup_epochs=0", "batch_size=32")
 EMPTY = {"schema_version": 1, "hub_namespace": None, "code_repository": None, "entries": {}}

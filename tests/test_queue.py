@@ -16,6 +16,8 @@ from conam_zoo.errors import UserError
 from conam_zoo.training.queue import Job, plan_queue, run_queue
 from conam_zoo.training.recipe import list_recipes, load_recipe
 
+pytestmark = pytest.mark.slow
+
 NAME = "resnet20_conam.cifar10"
 
 

@@ -1,22 +1,26 @@
-"""The README's Python blocks run as they stand, one after the other, from the checkout."""
+"""The README's Python blocks run as they stand; commands, links and paths that any document names are there."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import typer
 from conftest import CHECKOUT
 from PIL import Image
 
 from conam_zoo.cli import app
+from experiments import __main__  # noqa: F401 (registers its commands)
+from experiments.speed.commands import app as research
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_every_python_block_runs(tmp_path: Path) -> None:
     blocks = BLOCK.findall((CHECKOUT / "README.md").read_text(encoding="utf-8"))
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for name in ("ant", "bee", "cow"):
         folder = tmp_path / "my_pictures" / name
         folder.mkdir(parents=True)
@@ -30,19 +34,38 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
         assert result.returncode == 0, f"{block}\n{result.stderr}"
 
 
-def test_every_command_it_names_exists() -> None:
-    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-    commands = set(re.findall(r"\bconam ([a-z]+)", text))
-    defined = set(typer.main.get_group(app).commands)
-    assert commands <= defined
+DOCUMENTS = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/LOG.md"),
+    *(f"docs/{path.name}" for path in sorted((CHECKOUT / "docs").glob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_it_names_exists(document: str) -> None:
+    text = (CHECKOUT / document).read_text(encoding="utf-8")
+    named = re.findall(r"(?:^|`|\$ )(conam|python -m experiments) ([a-z][a-z-]*)", text, re.MULTILINE)
+    commands = {"conam": app, "python -m experiments": research}
+    for command, word in named:
+        assert word in typer.main.get_group(commands[command]).commands, f"{document} names {command} {word}"
     makefile = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile
 
 
-def test_every_link_to_a_file_leads_somewhere() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        text = (CHECKOUT / document).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            if not target.startswith("http"):
-                assert (CHECKOUT / target).exists(), f"{document} links to {target}"
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_and_path_leads_somewhere(document: str) -> None:
+    path = CHECKOUT / document
+    text = path.read_text(encoding="utf-8")
+    for target, section in re.findall(r"\]\(([^)#]*)(#[^)]+)?\)", text):
+        if target.startswith("http"):
+            continue
+        linked = path.parent / target if target else path
+        assert linked.exists(), f"{document} links to {target}"
+        if section:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {"#" + re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert section in anchors, f"{document} links to {target}{section}"
+    for named in re.findall(r"`((?:conam_zoo|experiments|tests|docs|examples|weights)/[\w./-]*)`", text):
+        if "NAME" in named:
+            continue
+        assert (CHECKOUT / named).exists(), f"{document} names {named}"

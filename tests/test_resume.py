@@ -24,6 +24,8 @@ from conam_zoo.training.stopping import TrainingStopped
 from conam_zoo.training.train import train
 from conam_zoo.training.train_state import TrainState
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, STEPS, KILLS = 3, 6, 10
 
 

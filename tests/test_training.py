@@ -30,6 +30,8 @@ from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe, recipe_
 from conam_zoo.training.train import assemble, train
 from conam_zoo.training.train_state import TrainState
 
+pytestmark = pytest.mark.slow
+
 TINY = ["epochs=2", "warmup_epochs=0.5", "batch_size=32", "lr=0.05", "ema_decay=0.5", "precision=fp32"]
 
 

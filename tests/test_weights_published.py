@@ -14,10 +14,11 @@ from conftest import CHECKOUT
 from safetensors import safe_open
 
 import conam_zoo  # noqa: F401 (registers the models)
+from conam_zoo.data import read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.release.documents import generated_files
-from conam_zoo.training.evaluate import evaluate
+from conam_zoo.training.evaluate import evaluate, evaluate_on
 from conam_zoo.training.recipe import load_recipe
 from conam_zoo.weights import WeightsError, check_copies, load_manifest
 from experiments.tables import WRITTEN_BY, generated_tables
@@ -181,8 +182,25 @@ def test_weights_load_from_an_installed_wheel_only_through_a_mirror(tmp_path: Pa
     assert "set CONAM_ZOO_MIRROR to a directory" in nowhere.stderr.splitlines()[-1]
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
+def test_the_right_answers_among_the_first_test_images_are_those_that_were_recorded(
+    name: str, cifar_root: Path
+) -> None:
+    """For all weights; all of their images are evaluated below for two, and by 'python -m experiments shipped'."""
+    entry = load_manifest().entry(name)
+    recorded = json.loads((CHECKOUT / "experiments" / "results" / "shipped.json").read_text(encoding="utf-8"))
+    command = f"run 'python -m experiments shipped --data DATA {name}'"
+    assert recorded.get(name, {}).get("sha256") == entry.sha256, f"not evaluated since it was packed: {command}"
+    split = read_split(cifar_root, "test", entry.dataset).select(torch.arange(recorded[name]["first_images"]))
+    scores = evaluate_on(timm.create_model(name, pretrained=True).eval(), split)
+    assert len(split) == 1000
+    assert scores.top1_percent * 10 == pytest.approx(recorded[name]["correct"], abs=0.2)
+    assert scores.nll == pytest.approx(recorded[name]["nll"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["resnet20_conam.cifar10", "resnet20_conam.cifar100"])
 def test_the_published_accuracy_is_reproduced_on_the_real_test_images(name: str, cifar_root: Path) -> None:
     entry = load_manifest().entry(name)
     if not (cifar_root / entry.dataset).is_dir():

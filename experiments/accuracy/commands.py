@@ -1,4 +1,4 @@
-"""Commands that measure what an attention brings: benchmark attention, ablation, knockout."""
+"""Commands that measure what an attention brings: compare, ablation, knockout, seeds, shipped, tables."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,8 +27,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the cells.")]
 DataFolder = Annotated[str, typer.Option(help=f"A folder with all the data sets, or one of them: {DATA_HELP}")]
 
 
-@app.command(epilog="Example: python -m experiments attention --data data --layer none --layer conam --layer se")
-def attention(
+@app.command(epilog="Example: python -m experiments compare --data data --layer none --layer conam --layer se")
+def compare(
     data: DataFolder,
     models: Models = None,
     datasets: Datasets = None,
@@ -42,7 +42,7 @@ def attention(
     settings: Settings = None,
     output: Annotated[
         Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
-    ] = Path("experiments/results/attention"),
+    ] = Path("experiments/results/compare"),
     jobs: Jobs = 1,
     compile: Compile = False,
     dry_run: DryRun = False,
@@ -58,7 +58,7 @@ def attention(
     cells = attention_cells(
         models or ["resnet20"], datasets or ["cifar10"], layers or LAYERS, seeds or [0, 1, 2], shared
     )
-    _run("attention", cells, data, output, jobs, compile, dry_run)
+    _run("compare", cells, data, output, jobs, compile, dry_run)
 
 
 @app.command(epilog="Example: python -m experiments ablation --data data --axis shortcut --axis patches")
@@ -132,6 +132,22 @@ def seeds(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Fin
     console().print(seed_table(read_seeds(RESULTS / "seeds.json")), markup=False, highlight=False)
 
 
+@app.command(epilog="Example: python -m experiments shipped --data data resnet20_conam.cifar10")
+def shipped(
+    data: DataFolder,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Default: all of the manifest.")] = None,
+) -> None:
+    """Reproduce the published accuracy of shipped weights on all test images; exit code 2 where one is not met."""
+    from conam_zoo.weights import load_manifest
+    from experiments.accuracy.shipped import check_shipped, record_shipped
+    from experiments.tables import RESULTS
+
+    with progress_line() as progress:
+        for name in names or sorted(load_manifest().entries):
+            record_shipped(RESULTS / "shipped.json", check_shipped([name], data, progress))
+            console().print(f"{name}: as published", highlight=False)
+
+
 @app.command()
 def tables() -> None:
     """Rewrite the tables of README.md and docs/ that come from experiments/results."""
@@ -166,7 +182,7 @@ def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, com
         command=typed_command(),
         on_event=lambda name, event: out.print(f"{name}: {event}", highlight=False, markup=False),
     )
-    table = attention_table if what == "attention" else ablation_table
+    table = attention_table if what == "compare" else ablation_table
     wide_console().print(Markdown(table(asdict(grid))))
     finished = {cell["name"] for cell in grid.cells if "failed" not in cell}
     missing = [cell.name for cell in cells if cell.name not in finished]

@@ -104,7 +104,7 @@ def benchmark_evidence(
     """Train what is missing of a grid, then write its JSON file and its plot, ``output`` + ``.json`` and ``.png``.
 
     Args:
-        what: ``"attention"`` or ``"ablation"``.
+        what: ``"compare"`` or ``"ablation"``.
         cells: What ``attention_cells`` or ``ablation_cells`` gave.
         data: Folder with the data sets.
         output: Path without ending.
@@ -117,7 +117,7 @@ def benchmark_evidence(
         UserError: If the file holds cells of another recipe, or cannot be written.
     """
     grid = run_grid(what, cells, data, output, jobs=jobs, compile=compile, command=command, on_event=on_event)
-    panels = attention_panels(grid) if what == "attention" else ablation_panels(grid)
+    panels = attention_panels(grid) if what == "compare" else ablation_panels(grid)
     if panels:
         draw_panels(panels, output.with_name(f"{output.name}.png"), title=_conditions(grid))
     return grid
@@ -130,7 +130,7 @@ def evidence_tables(folder: Path) -> dict[str, str]:
         UserError: If a file is not what its name says.
     """
     tables = {}
-    for what, table in (("attention", attention_table), ("ablation", ablation_table)):
+    for what, table in (("compare", attention_table), ("ablation", ablation_table)):
         costs = [read_record(path) for path in sorted(folder.glob("cost*.json"))]
         pieces = []
         for path in sorted(folder.glob(f"{what}*.json")):
@@ -146,7 +146,7 @@ def attention_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecor
     """The comparison of attentions in Markdown, one table for each model on each data set.
 
     Args:
-        benchmark: What ``experiments/results/attention.json`` holds.
+        benchmark: What ``experiments/results/compare.json`` holds.
         costs: Records of the ``cost`` benchmark, for the times as ratios to the plain net.
     """
     grid = Grid(**benchmark)

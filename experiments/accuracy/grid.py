@@ -19,6 +19,7 @@ from conam_zoo.training.recipe import Recipe, load_recipe, recipe_from_dict
 __all__ = ["RECIPES", "Cell", "Grid", "grid_recipe", "plan_grid", "read_grid", "run_grid"]
 
 RECIPES = ("short", "full")
+FORMER_NAMES = {"attention": "compare"}
 OWN_TO_A_CELL = ("model", "dataset", "model_args", "seed")  # all other settings are those of the whole grid
 
 
@@ -45,7 +46,7 @@ class Grid:
     """Results, as the JSON file holds them.
 
     Attributes:
-        what: ``"attention"`` or ``"ablation"``.
+        what: ``"compare"`` or ``"ablation"``.
         command: The command line that was last given.
         cells: For each finished cell: ``name``, ``model``, ``dataset``, ``variant``, ``seed``, ``epochs``, ``recipe``,
             ``evaluated_on``, ``top1_percent``, ``top5_percent``, ``nll``, ``ece``, ``params``, ``macs``, ``minutes``
@@ -123,6 +124,7 @@ def read_grid(path: Path) -> Grid:
     """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+        facts["what"] = FORMER_NAMES.get(facts["what"], facts["what"])
         grid = Grid(**{field.name: facts[field.name] for field in fields(Grid)})
         for cell in grid.cells:
             recipe_from_dict(cell["recipe"], cell["name"])
@@ -145,11 +147,11 @@ def run_grid(
     """Train the cells that are missing, and keep ``output`` + ``.json`` up to date after each.
 
     Args:
-        what: ``"attention"`` or ``"ablation"``.
+        what: ``"compare"`` or ``"ablation"``.
         cells: What ``plan_grid`` gave.
         data: Folder with the data sets; see ``conam_zoo.data.read_split``.
-        output: Path without ending: ``results/attention`` makes ``results/attention.json`` and the run folders in
-            ``results/attention/``.
+        output: Path without ending: ``results/compare`` makes ``results/compare.json`` and the run folders in
+            ``results/compare/``.
         jobs: Trainings at a time, each a process; the cores are shared out evenly.
         compile: Train with ``torch.compile``.
         command: The command line, for the record.

@@ -178,7 +178,8 @@ def make_record(
 
 def command_today(command: str) -> str:
     """The command of a record as it is given today: the first records name ``conam benchmark``."""
-    today = command.replace("conam benchmark ", "python -m experiments ")
+    today = command.replace("conam benchmark attention", "conam benchmark compare")
+    today = today.replace("conam benchmark ", "python -m experiments ")
     return today.replace(" benchmarks/", " experiments/results/")
 
 
