@@ -113,11 +113,19 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "whole numbers for fractions": lambda: entry_with(train_minutes=12, mean=[0, 0, 0], std=[1, 1, 1]),
     "perfect": lambda: metrics_with(top1_percent=100, top5_percent=100, nll=0, ece=0),
     "float32": lambda: entry_with(dtype="float32"),
+    "measured": lambda: entry_with(liveness={"layer1.0.attn": 0.25, "b": 0}, correct_of_first_1000=1000),
+    "measured on nothing": lambda: entry_with(liveness=None, correct_of_first_1000=None),
+    "no ConAM": lambda: entry_with(liveness={}, correct_of_first_1000=0),
     "other file": lambda: entry_with(file="model-00001.v2.safetensors"),
 }
 
 INVALID: dict[str, Callable[[], object]] = {
     "a list": list,
+    "liveness as text": lambda: entry_with(liveness="even"),
+    "liveness below zero": lambda: entry_with(liveness={"layer1.0.attn": -0.1}),
+    "liveness without a site": lambda: entry_with(liveness={"": 0.1}),
+    "more right than shown": lambda: entry_with(correct_of_first_1000=1001),
+    "a fraction right": lambda: entry_with(correct_of_first_1000=925.5),
     "null": lambda: None,
     "future schema": lambda: {**example(), "schema_version": 2},
     "schema as text": lambda: {**example(), "schema_version": "1"},
@@ -245,7 +253,8 @@ def test_whatever_the_reader_accepts_the_schema_accepts(key: str, value: object)
 
 def test_reader_and_schema_share_their_patterns_and_fields() -> None:
     entry = SCHEMA["$defs"]["entry"]
-    assert set(entry["required"]) == set(entry["properties"]) == set(WeightEntry.__dataclass_fields__) - {"name"}
+    assert set(entry["properties"]) == set(WeightEntry.__dataclass_fields__) - {"name"}
+    assert set(entry["required"]) == set(entry["properties"]) - {"liveness", "correct_of_first_1000"}
     written = {
         "NAME_PATTERN": SCHEMA["properties"]["entries"]["propertyNames"]["pattern"],
         "RECIPE_PATTERN": entry["properties"]["recipe"]["pattern"],

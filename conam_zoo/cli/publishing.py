@@ -16,16 +16,36 @@ from conam_zoo.errors import UserError
 def pack(
     run: Annotated[Path, typer.Argument(help="A finished run folder, trained on all training images.")],
     data: Annotated[str, typer.Option(help=DATA_HELP)],
+    allow_even_sites: Annotated[
+        bool, typer.Option("--allow-even-sites", help="Pack a net with a ConAM that is the same for all patches, too.")
+    ] = False,
 ) -> None:
     """Turn a run into weights/NAME.TAG of the checkout and an entry of the manifest."""
     from conam_zoo.release.pack import pack as run_pack
     from conam_zoo.visualize.plots import draw_card_picture
     from conam_zoo.weights import find_checkout
 
-    entry = run_pack(run, data)
+    entry = run_pack(run, data, allow_even_sites=allow_even_sites)
     checkout = find_checkout() or Path()
     draw_card_picture(checkout / "weights" / entry.name, checkout / "examples" / "photos")
     console().print(f"{entry.name}: {entry.metrics.top1_percent:.2f} %, {entry.size_bytes:,} bytes as {entry.dtype}")
+    tables()
+
+
+@app.command(
+    rich_help_panel="For those who publish",
+    epilog="Example: conam measure --data ~/data, with cifar10 and cifar100 in it",
+)
+def measure(
+    data: Annotated[Path, typer.Option(help="A data set, or a folder of data sets by name.")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Weights; all if left out.")] = None,
+) -> None:
+    """Measure the liveness of weights and their first 1,000 answers again, and write that into the manifest."""
+    from conam_zoo.release.measure import remeasure
+
+    for name, measured in remeasure(data, names).items():
+        alive = ", ".join(f"{site} {value:.4f}" for site, value in measured["liveness"].items()) or "no ConAM"
+        console().print(f"{name}: {measured['correct_of_first_1000']} of the first 1,000 right, liveness {alive}")
     tables()
 
 

@@ -92,7 +92,7 @@ def info(
     for key, value in facts.items():
         if isinstance(value, dict):
             for inner, text in value.items() or {"none": ""}.items():
-                shown = ", ".join(f"{k} {v}" for k, v in text.items()) if isinstance(text, dict) else text
+                shown = ", ".join(f"{k} {_inner(v)}" for k, v in text.items()) if isinstance(text, dict) else text
                 table.add_row(key, f"{inner}  {shown}")
                 key = ""
         elif isinstance(value, list) and value and isinstance(value[0], str):
@@ -172,6 +172,15 @@ def _parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _inner(value: Any) -> str:
+    """A fact of a weight in one line; of its liveness, the sites that are even are called so."""
+    if not isinstance(value, dict):
+        return str(value)
+    from conam_zoo.layers.confidence import EVEN
+
+    return ", ".join(f"{site} {alive:.4f}{' (even)' if alive < EVEN else ''}" for site, alive in value.items())
+
+
 def _weight_facts(entry: Any) -> dict[str, Any]:
     return {
         "top1_percent": entry.metrics.top1_percent,
@@ -180,4 +189,5 @@ def _weight_facts(entry: Any) -> dict[str, Any]:
         "size_bytes": entry.size_bytes,
         "licence": entry.licence,
         "revision": entry.revision,
+        "liveness": dict(entry.liveness) if entry.liveness is not None else "not measured",
     }

@@ -1,10 +1,36 @@
 """Model cards, written from the manifest and the recipes that it names."""
 
 from conam_zoo.datasets import DATASETS
+from conam_zoo.layers.confidence import EVEN
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.weights import Manifest, WeightEntry
 
-__all__ = ["model_card"]
+__all__ = ["even_sites", "model_card"]
+
+
+def even_sites(entry: WeightEntry) -> list[str]:
+    """The sites whose ConAM gives all patches about the same confidence, as far as it was measured."""
+    return [site for site, alive in (entry.liveness or {}).items() if alive < EVEN]
+
+
+def _liveness(entry: WeightEntry) -> str:
+    """What was measured of the confidences, as a paragraph."""
+    if entry.liveness is None:
+        return "How much the confidences differ between patches was not measured for these weights."
+    if not entry.liveness:
+        return "The net has no ConAM."
+    values = ", ".join(f"{alive:.4f} at `{site}`" for site, alive in entry.liveness.items())
+    text = (
+        "Standard deviation of the confidences over the patches, divided by their mean, averaged over 256 training "
+        f"images: {values}."
+    )
+    if even := even_sites(entry):
+        sites = " and ".join(f"`{site}`" for site in even)
+        text += (
+            f" **At {sites} the confidences are even**: they differ by less than {EVEN:.0%}, so that the module there "
+            "has practically no effect on these weights."
+        )
+    return text
 
 
 def _training_images(entry: WeightEntry) -> str:
@@ -120,6 +146,8 @@ model = torch.hub.load("{code}", "{entry.arch}", pretrained=True, tag="{entry.ta
 
 What the net makes of two photographs, and the confidence of each patch at every ConAM site.{strange} Photographs:
 Frank-2.0, Stefan van der Walt, both CC0.
+
+{_liveness(entry)}
 
 ![photographs, most probable classes, confidence maps](confidence.png)
 

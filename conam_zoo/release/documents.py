@@ -4,7 +4,7 @@ from pathlib import Path
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
-from conam_zoo.release.card import model_card
+from conam_zoo.release.card import even_sites, model_card
 from conam_zoo.release.peers import best_peer, like_for_like
 from conam_zoo.weights import Manifest, find_checkout, load_manifest
 
@@ -34,19 +34,22 @@ def result_table(manifest: Manifest) -> str:
     """The README's table of all weights, in Markdown; a top-1 above that of the usual recipe elsewhere is bold."""
     rows = [
         "| weights | top-1 | usual recipe elsewhere | best known elsewhere | NLL | ECE | parameters | MACs "
-        "| epochs, hardware |",
-        "| --- | --: | --- | --- | --: | --: | --: | --: | --- |",
+        "| epochs, hardware | sites where ConAM is even |",
+        "| --- | --: | --- | --- | --: | --: | --: | --: | --- | --- |",
     ]
     for name, entry in sorted(manifest.entries.items()):
         metrics = entry.metrics
         usual, best = like_for_like(entry.arch, entry.dataset), best_peer(entry.arch, entry.dataset)
+        even = ", ".join(f"`{site}`" for site in even_sites(entry)) or "none"
+        even = "not measured" if entry.liveness is None else even
         top1 = f"{metrics.top1_percent:.2f} %"
         if usual is not None and metrics.top1_percent > usual.top1_percent:
             top1 = f"**{top1}**"
         rows.append(
             f"| `{name}` | {top1} | {usual.to_markdown() if usual else 'none known'} "
             f"| {best.to_markdown() if best else 'none known'} | {metrics.nll:.3f} | {metrics.ece:.3f} "
-            f"| {entry.params / 1e6:.2f} M | {entry.macs / 1e6:.0f} M | {entry.epochs}, {entry.hardware} |"
+            f"| {entry.params / 1e6:.2f} M | {entry.macs / 1e6:.0f} M | {entry.epochs}, {entry.hardware} "
+            f"| {even} |"
         )
     return "\n".join(rows) + "\n"
 

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,18 @@ from conam_zoo.data import ImageSplit, read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
+from conam_zoo.layers.confidence import EVEN
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.export import export_model
 from conam_zoo.models.registry import count_params_and_macs, open_model
 from conam_zoo.release.card import model_card
+from conam_zoo.release.documents import generated_files
+from conam_zoo.release.exchange import exchange, packing, scratch_folder
+from conam_zoo.release.finished_run import open_final, read_run
+from conam_zoo.release.measure import measure
 from conam_zoo.training.engine import Scores
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.training.recipe import list_recipes, load_recipe, recipe_from_dict
+from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.weights import Metrics, WeightEntry, dump_manifest, find_checkout, load_manifest
 from conam_zoo.weights.folder import weights_file
 
@@ -29,44 +32,52 @@ __all__ = ["pack"]
 
 LICENCE = "Apache-2.0"
 HALF_PRECISION_TOLERANCE = 0.02  # points of top-1 that storing float16 may change
+MAX_TOTAL_BYTES = 96 * 2**20  # of the whole folder weights/
 MAX_SHARD_BYTES = 15 * 2**20  # of tensors in one file; its header comes on top, and no file may have more than 16 MiB
 
 
-def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEntry:
+def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_even_sites: bool = False) -> WeightEntry:
     """Turn a run into ``weights/<name.tag>/`` and an entry of ``weights_manifest.json``.
 
     The weights are stored as float16 if their top-1 stays within 0.02 points, else as float32. The metrics of the
-    entry are those of the stored file, read back. Existing weights of that name are replaced as a whole, the manifest
-    last; if it cannot be written, they come back.
+    entry, and the liveness of its sites, are those of the stored file, read back. Everything is checked before anything
+    is changed. Existing weights of that name are replaced as a whole, the manifest last; if it cannot be written, they
+    come back, and what a killed process left is mended by the next.
 
     Args:
         run: A finished run folder.
         data: Where the data set is; its test split is evaluated.
         checkout: The checkout to write to; the one this package runs from if None.
+        allow_even_sites: Pack a net one of whose ConAMs gives all patches about the same confidence, too.
 
     Raises:
-        UserError: If the run is unfinished, was a choosing run (``holdout``), was trained with other settings than the
-            packaged recipe of its name (the seed may differ), or has no checkout to go to.
+        UserError: If the run is unfinished, damaged or not one run's, was a choosing run (``holdout``), was trained
+            with other settings than the packaged recipe of its name (the seed may differ), has an even site, or has no
+            checkout to go to.
     """
     checkout = checkout or find_checkout()
     if checkout is None:
         raise UserError("Weights are packed into a checkout of conam_zoo: run from one.")
-    record_path = run / "run.json"
-    if not record_path.is_file():
-        raise UserError(f"{run} is not a finished run: it has no run.json.")
-    record = json.loads(record_path.read_text())
-    recipe = recipe_from_dict(record["recipe"], str(record_path)).to_dict()
+    record = read_run(run)
+    recipe = record["recipe"]
     if recipe["holdout"]:
         raise UserError(f"{run} held out {recipe['holdout']} training images: pack a run that trained on all of them.")
     name = f"{recipe['model']}.{recipe['dataset']}"
     recipe_name = _packaged_name(recipe, name, run)
-    split = read_split(data, "test", recipe["dataset"])
-
-    with tempfile.TemporaryDirectory(dir=checkout, prefix=".packing-") as scratch:
-        folder = Path(scratch) / name
-        source = open_model(f"local-dir:{run / 'final'}")
-        exact = evaluate_on(source, split)
-        dtype, scores, sha256 = _store(source, folder, recipe["dataset"], split, exact)
+    source = open_final(run, record)
+    training, test = (read_split(data, split, recipe["dataset"]) for split in ("train", "test"))
+    with packing(checkout), scratch_folder(checkout, name) as scratch:
+        _check_documents(checkout)
+        folder = scratch / name
+        exact = evaluate_on(source, test)
+        dtype, stored, scores, sha256 = _store(source, folder, recipe["dataset"], test, exact)
+        measured = measure(stored, training, test)
+        even = [f"{site} ({alive:.2%})" for site, alive in measured["liveness"].items() if alive < EVEN]
+        if even and not allow_even_sites:
+            raise UserError(
+                f"{run} has a ConAM whose confidences differ by less than {EVEN:.0%} between patches, "
+                f"{' and '.join(even)}: train it again, or add --allow-even-sites."
+            )
         file = weights_file(json.loads((folder / "config.json").read_text()), folder)
         params, macs = count_params_and_macs(name, **recipe["model_args"])
         facts = DATASETS[recipe["dataset"]]
@@ -96,6 +107,7 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
             train_minutes=round(record["train_minutes"], 1),
             library_versions=record["library_versions"],
             licence=LICENCE,
+            **measured,
         )
         for extra in ("log.csv", "curves.png"):
             shutil.copyfile(run / extra, folder / extra)
@@ -103,26 +115,29 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None) -> WeightEnt
         manifest = load_manifest(manifest_path)
         write_text(folder / "README.md", model_card(entry, manifest))
         destination = checkout / "weights" / name
+        _check_size(folder, destination)
         updated = replace(manifest, entries={**manifest.entries, name: entry})
-        _exchange(folder, destination, Path(scratch) / "former", lambda: dump_manifest(updated, manifest_path))
+        exchange(folder, destination, scratch, lambda: dump_manifest(updated, manifest_path))
     return entry
 
 
-def _exchange(new: Path, destination: Path, former: Path, confirm: Callable[[], None]) -> None:
-    """Put a folder into its place and confirm that; if the confirmation fails, what was there comes back."""
-    destination.parent.mkdir(exist_ok=True)
-    had_former = destination.exists()
-    if had_former:
-        destination.replace(former)
+def _check_documents(checkout: Path) -> None:
+    """Refuse a checkout whose manifest or documents could not be written again afterwards."""
     try:
-        new.replace(destination)
-        confirm()
-    except BaseException:
-        if destination.exists():
-            destination.replace(new)
-        if had_former:
-            former.replace(destination)
-        raise
+        generated_files(checkout)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The documents of {checkout} cannot be read ({error}): restore them first.") from error
+
+
+def _check_size(folder: Path, destination: Path) -> None:
+    """Refuse weights that would make the checkout too large to clone with ease."""
+    others = [path for path in destination.parent.rglob("*") if destination not in path.parents]
+    total = sum(path.stat().st_size for path in [*others, *folder.rglob("*")] if path.is_file())
+    if total > MAX_TOTAL_BYTES:
+        raise UserError(
+            f"{destination.parent} would take {total / 2**20:.1f} MiB with {folder.name}, and may take "
+            f"{MAX_TOTAL_BYTES / 2**20:.0f}: remove other weights first."
+        )
 
 
 def _packaged_name(recipe: dict[str, Any], name: str, run: Path) -> str:
@@ -143,8 +158,8 @@ def _packaged_name(recipe: dict[str, Any], name: str, run: Path) -> str:
 
 def _store(
     source: StagedClassifier, folder: Path, tag: str, split: ImageSplit, exact: Scores
-) -> tuple[torch.dtype, Scores, str]:
-    """Write the folder in half precision if that is good enough, else in full; with the scores of what was written."""
+) -> tuple[torch.dtype, StagedClassifier, Scores, str]:
+    """Write the folder in half precision if that is good enough, else in full; with what was written and its scores."""
     for dtype in (torch.float16, torch.float32):
         shutil.rmtree(folder, ignore_errors=True)  # the shards of a first try
         sha256 = export_model(source, folder, tag=tag, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
@@ -152,5 +167,5 @@ def _store(
         scores = evaluate_on(stored, split)
         close = abs(scores.top1_percent - exact.top1_percent) <= HALF_PRECISION_TOLERANCE
         if close and math.isfinite(scores.nll):  # overflown weights may hit the right classes by chance
-            return dtype, scores, sha256
+            return dtype, stored, scores, sha256
     raise UserError(f"{folder.name} scores otherwise when it is read back: nothing was packed.")

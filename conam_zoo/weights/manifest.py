@@ -87,6 +87,9 @@ class WeightEntry:
     train_minutes: float
     library_versions: Mapping[str, str] = field(hash=False)
     licence: str
+    # Measured when it was packed; None for entries of older manifests.
+    liveness: Mapping[str, float] | None = field(default=None, hash=False)  # by site; see layers/confidence.py
+    correct_of_first_1000: int | None = None  # right answers on the first 1,000 test images
 
     @property
     def arch(self) -> str:
@@ -257,6 +260,7 @@ def parse_manifest(document: object) -> Manifest:
 def _read_entry(name: str, document: object) -> WeightEntry:
     at = f"entries[{name!r}]"
     facts = _object(document, at)
+    facts = {"liveness": None, "correct_of_first_1000": None} | facts
     _exact_keys(facts, {f.name for f in fields(WeightEntry)} - {"name"}, at)
     entry = WeightEntry(
         name=name,
@@ -299,6 +303,8 @@ def _read_entry(name: str, document: object) -> WeightEntry:
             for library, version in _object(facts["library_versions"], f"{at}.library_versions").items()
         },
         licence=_text(facts["licence"], f"{at}.licence"),
+        liveness=_read_liveness(facts["liveness"], f"{at}.liveness"),
+        correct_of_first_1000=_read_correct(facts["correct_of_first_1000"], f"{at}.correct_of_first_1000"),
     )
     if len(entry.classes) != entry.num_classes:
         raise ManifestError(
@@ -306,6 +312,19 @@ def _read_entry(name: str, document: object) -> WeightEntry:
             "give one name per class."
         )
     return entry
+
+
+def _read_liveness(document: object, at: str) -> dict[str, float] | None:
+    if document is None:
+        return None
+    sites = _object(document, at)
+    return {_text(site, f"a key of {at}"): _number(value, f"{at}[{site!r}]", 0.0, 1e6) for site, value in sites.items()}
+
+
+def _read_correct(value: object, at: str) -> int | None:
+    if value is not None and _integer(value, at, 0) > 1000:
+        _refuse(at, value, "at most 1000")
+    return None if value is None else _integer(value, at, 0)
 
 
 def _read_metrics(document: object, at: str) -> Metrics:
