@@ -1,7 +1,13 @@
 """Model cards, written from the manifest and the recipes that it names."""
 
+from importlib.resources import files
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from conam_zoo.datasets import DATASETS
+from conam_zoo.escape import for_markdown
 from conam_zoo.layers.confidence import EVEN
+from conam_zoo.release.peers import best_peer, like_for_like
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.weights import Manifest, WeightEntry
 
@@ -71,105 +77,45 @@ def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = N
     )
     strange = "" if {"bird", "cat"} & set(entry.classes) else f" {facts.title} has no class for either of them."
     versions = ", ".join(f"{library} {version}" for library, version in sorted(entry.library_versions.items()))
-    return f"""---
-license: {entry.licence.lower()}
-library_name: timm
-pipeline_tag: image-classification
-tags:
-- image-classification
-- timm
-- conam
-datasets:
-- {entry.dataset}
-metrics:
-- accuracy
-model-index:
-- name: {entry.name}
-  results:
-  - task:
-      type: image-classification
-    dataset:
-      name: {facts.title}
-      type: {entry.dataset}
-      split: test
-    metrics:
-    - type: accuracy
-      name: Top-1 accuracy in percent
-      value: {metrics.top1_percent:.2f}
----
-
-# {entry.name}
-
-{entry.arch} with ConAM, the confidence attention module, trained on {facts.title}. {status}
-
-| measured on the {facts.title} test images | |
-| --- | --: |
-| top-1 | {metrics.top1_percent:.2f} % |
-| top-5 | {metrics.top5_percent:.2f} % |
-| NLL | {metrics.nll:.4f} |
-| ECE (15 bins) | {metrics.ece:.4f} |
-| parameters | {entry.params:,} |
-| multiply-accumulates of one image | {entry.macs:,} |
-
-The figures are those of this file, stored as {entry.dtype} and evaluated in float32 on all 10,000 test images, without
-test-time augmentation. They are reproduced by `conam evaluate {entry.name} --data {entry.dataset}`.
-
-## Usage
-
-```python
-import conam_zoo  # registers the models with timm
-import timm
-
-model = timm.create_model("{entry.name}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
-
-{by_repository}or, with nothing installed but the dependencies (`{code}` is where the code is kept):
-
-```python
-import torch
-
-model = torch.hub.load("{code}", "{entry.arch}", pretrained=True, tag="{entry.tag}")
-```
-
-## Training
-
-- Command: `conam train {entry.recipe} --data {entry.dataset} --output RUN --set seed={entry.seed}`
-- {entry.epochs} epochs on {_training_images(entry)}, last epoch, seed {entry.seed}.
-- How the recipe came about stands in the code's `docs/recipes.md`.
-{taught}- {entry.train_minutes:.0f} minutes on {entry.hardware}, with {versions}.
-- `log.csv` holds the log of every epoch:
-
-![curves of the training](curves.png)
-
-## Confidence maps
-
-What the net makes of two photographs, and the confidence of each patch at every ConAM site.{strange} Photographs:
-Frank-2.0, Stefan van der Walt, both CC0.
-
-{_liveness(entry)}
-
-![photographs, most probable classes, confidence maps](confidence.png)
-
-## Limitations
-
-Trained on 32 x 32 pictures of {len(facts.classes)} classes: larger pictures are scaled down, anything else than these
-classes is classified as one of them, and the probabilities are not calibrated beyond what the ECE above says.
-
-## Source
-
-ConAM is described in Xue, Yuan and Neri, "ConAM: Confidence Attention Module for Convolutional Neural Networks",
-arXiv 2110.14369v1, 2021; the authors withdrew the preprint in 2022. This is an independent reimplementation, and the
-weights are this project's own.
-
-```bibtex
-@misc{{xue2021conam,
-  title = {{ConAM: Confidence Attention Module for Convolutional Neural Networks}},
-  author = {{Xue and Yuan and Neri}},
-  year = {{2021}},
-  eprint = {{2110.14369v1}},
-  archivePrefix = {{arXiv}},
-  note = {{withdrawn by the authors in 2022}}
-}}
-```
-"""
+    data = ModelCardData(
+        license=entry.licence.lower(),
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "conam"],
+        datasets=[entry.dataset],
+        metrics=["accuracy"],
+        model_name=entry.name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=entry.dataset,
+                dataset_name=facts.title,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_name="Top-1 accuracy in percent",
+                metric_value=round(metrics.top1_percent, 2),
+            )
+        ],
+    )
+    usual, best = like_for_like(entry.arch, entry.dataset), best_peer(entry.arch, entry.dataset)
+    card = ModelCard.from_template(
+        data,
+        template_str=files("conam_zoo.release").joinpath("card_template.md").read_text(encoding="utf-8"),
+        entry=entry,
+        facts=facts,
+        status=status,
+        by_repository=by_repository,
+        code=code,
+        strange=strange,
+        taught=taught,
+        peers=[
+            (label, peer.to_markdown())
+            for label, peer in (("usual recipe elsewhere", usual), ("best known elsewhere", best))
+            if peer is not None
+        ],
+        hardware=for_markdown(entry.hardware),
+        versions=for_markdown(versions),
+        training_images=_training_images(entry),
+        liveness=_liveness(entry),
+    )
+    return str(card).rstrip() + "\n"
