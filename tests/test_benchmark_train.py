@@ -8,11 +8,12 @@ import torch
 from conftest import write_arrays
 
 import conam_zoo.training.precision as precision_module
+import conam_zoo.training.train_state as train_state
 from conam_zoo.data import ImageSplit
 from conam_zoo.datasets import DATASETS
 from experiments.speed import loops
 from experiments.speed import train as train_benchmark
-from experiments.speed.loops import LOOPS, LoopSettings, noise_images
+from experiments.speed.loops import LOOPS, TEACHER_LOOPS, LoopSettings, noise_images
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +71,32 @@ def test_a_loop_shows_every_image_once_and_learns(name: str, nets: list[Stem], m
     assert not torch.equal(net.conv.weight, before)
 
 
+@pytest.mark.parametrize("name", TEACHER_LOOPS)
+def test_a_loop_learns_from_its_teacher(name: str, nets: list[Stem], monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt = []
+    original = train_state.distillation_loss
+    monkeypatch.setattr(
+        train_state, "distillation_loss", lambda *a: learnt.append(a[1].clone()) or original(*a)
+    )  # arguments: student, teacher, temperature
+    split = noise_images(20)
+    run = TEACHER_LOOPS[name](SETTINGS, split, CPU)
+    run(None)
+    student, *teacher = nets
+    assert [len(x) for x, _, _ in student.seen] == [len(x) for x in learnt] == [8, 8, 4]
+    assert all(not logits.requires_grad for logits in learnt)
+    if name == "conam_zoo, bank":
+        assert teacher == []
+        run(None), run(None)
+        first, second, third = (torch.cat(learnt[start : start + 3]) for start in (0, 3, 6))
+        assert not torch.equal(first, second)
+        assert torch.equal(first, third)  # the bank has two epochs
+    else:
+        (net,) = teacher
+        assert not any(parameter.requires_grad for parameter in net.parameters())
+        for (shown, _, _), (own, _, _) in zip(net.seen, student.seen, strict=True):
+            assert torch.equal(shown, own)
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_can_stop_after_a_few_steps(name: str, nets: list[Stem]) -> None:
     run = LOOPS[name](SETTINGS, noise_images(40), CPU)
@@ -116,18 +143,21 @@ def test_ratios_speeds_and_memory_are_those_that_were_measured(monkeypatch: pyte
 
 def test_a_quick_run_prints_the_ratios(experiments, tmp_path: Path) -> None:
     write_arrays(tmp_path / "cifar10", DATASETS["cifar10"].classes, {"train": 8})
-    arguments = ("train", "--quick", "--data", tmp_path)
+    arguments = ("train", "--quick", "--teacher", "--data", tmp_path)
     code, out, _ = experiments(*arguments, "--json", tmp_path / "train.json")
     assert code == 0
     assert "relative to conam_zoo" in out
     facts = json.loads((tmp_path / "train.json").read_text())
-    assert [row["name"] for row in facts["rows"]] == list(LOOPS)
+    assert [row["name"] for row in facts["rows"]] == [*LOOPS, *TEACHER_LOOPS]
+    assert facts["settings"]["teacher"] is True
     assert facts["settings"]["data"] == "real"
     for row in facts["rows"]:
         assert row["name"] in out
         assert row["facts"]["images_per_second"] == pytest.approx(4000 / row["median"], rel=1e-3)
         assert row["facts"]["peak_mib"] > 1
-        assert (row["facts"]["workers_mib"] > 1) == (row["name"] != "conam_zoo")  # ours has no worker processes
+        assert (row["facts"]["workers_mib"] > 1) == (
+            not row["name"].startswith("conam_zoo")
+        )  # ours has no worker processes
     code, out, _ = experiments("--help")
     assert code == 0
     assert all(command in out for command in ("train", "inference", "cost"))

@@ -77,6 +77,9 @@ def train(
     workers: Annotated[int, typer.Option(help="Worker processes of the two data loaders.")] = 2,
     data: Annotated[str | None, typer.Option(help=f"Noise if not given. {DATA_HELP}")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile for our loop and timm's.")] = False,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Our loop with a teacher as well: from a bank of logits, and online.")
+    ] = False,
     quick: Quick = False,
     json_file: Json = None,
 ) -> None:
@@ -92,6 +95,7 @@ def train(
             workers=workers,
             data=data,
             compile=compile,
+            teacher=teacher,
             quick=quick,
             command=typed_command(),
             progress=progress,

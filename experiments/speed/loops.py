@@ -1,13 +1,16 @@
-"""The three training loops that the ``train`` benchmark compares, each as a function that runs some steps.
+"""The training loops that the ``train`` benchmark compares, each as a function that runs some steps.
 
 All train the same net with the same initial weights on the same images, with SGD with Nesterov momentum, cross-entropy
-and the same batches per epoch, and all keep count of loss or hits as their originals do.
+and the same batches per epoch, and all keep count of loss or hits as their originals do. Two further loops are ours
+with a teacher: one that runs beside the net, and its logits from a bank.
 """
 
 import itertools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -21,15 +24,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from conam_zoo.data import AugmentationSettings, BatchSettings, DeviceLoader, ImageSplit
+from conam_zoo.data import AugmentationSettings, Batches, BatchSettings, DeviceLoader, ImageSplit
 from conam_zoo.datasets import DATASETS
 from conam_zoo.models import StagedClassifier
 from conam_zoo.training.engine import train_one_epoch
 from conam_zoo.training.recipe import Recipe
+from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, write_epoch
 from conam_zoo.training.train_state import TrainState
 
-__all__ = ["LOOPS", "LoopSettings", "Steps", "noise_images"]
+__all__ = ["LOOPS", "TEACHER_LOOPS", "LoopSettings", "Steps", "noise_images"]
 
+TEACHER = "wide_resnet16_4_conam"
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 MEAN, STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
 
@@ -91,11 +96,19 @@ def _net(settings: LoopSettings, split: ImageSplit) -> StagedClassifier:
     return net
 
 
-def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) -> Steps:
+def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *, teacher: str = "") -> Steps:
     """This package's loop: autocast, channels_last, the whole set on the device, whole batches augmented there.
 
     It is what ``conam train`` runs between two checkpoints, without a moving average of the weights, which the other
     loops have not either.
+
+    Args:
+        settings: What it is run with.
+        split: Images.
+        device: Where it runs.
+        teacher: ``"online"`` for a WideResNet-16-4 that looks at every batch, ``"bank"`` for logits from a bank, read
+            from disk once an epoch; empty for none. Time and memory do not depend on what the logits are: the teacher
+            has not been trained, and those in the bank are random.
     """
     recipe = Recipe(
         model=settings.model,
@@ -117,15 +130,26 @@ def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) ->
         holdout=0,
         precision=settings.precision,
         seed=0,
+        teacher=TEACHER if teacher else "",
+        distill_weight=0.9,
     )
     net = _net(settings, split).to(device).to(memory_format=torch.channels_last)
     augmentation = AugmentationSettings(crop_padding=recipe.crop_padding, flip=recipe.flip)
     how = BatchSettings(augmentation, settings.batch_size, recipe.seed, MEAN, STD)
-    batches = DeviceLoader(split.to(device), how)
-    learner = TrainState(net, recipe, batches.steps, compile=settings.compile)
+    batches: Batches = DeviceLoader(split.to(device), how)
+    folder, watching = tempfile.TemporaryDirectory(prefix="bank-"), None  # removed together with the loop
+    if teacher == "online":
+        watching = timm.create_model(TEACHER, num_classes=len(split.classes)).eval().requires_grad_(False)
+        watching = watching.to(device).to(memory_format=torch.channels_last)
+    elif teacher == "bank":
+        bank = TeacherBank(Path(folder.name), 2, {})
+        for epoch in range(bank.epochs):
+            write_epoch(bank.folder, epoch, torch.randn(len(split), len(split.classes)).half(), {})
+        batches = BankedBatches(batches, bank, settings.batch_size)
+    learner = TrainState(net, recipe, batches.steps, teacher=watching, compile=settings.compile)
     epochs = itertools.count()
 
-    def run(steps: int | None = None) -> None:
+    def run(steps: int | None = None, folder: tempfile.TemporaryDirectory[str] = folder) -> None:
         first = 0 if steps is None else max(0, batches.steps - steps)
         train_one_epoch(learner, batches, epoch=next(epochs), seed=recipe.seed, first_step=first)
 
@@ -226,4 +250,9 @@ LOOPS: dict[str, Callable[[LoopSettings, ImageSplit, torch.device], Steps]] = {
     "plain DataLoader": plain_loop,
     "timm": timm_loop,
     "timm, channels_last": partial(timm_loop, channels_last=True),
+}
+
+TEACHER_LOOPS: dict[str, Callable[[LoopSettings, ImageSplit, torch.device], Steps]] = {
+    "conam_zoo, bank": partial(our_loop, teacher="bank"),
+    "conam_zoo, online teacher": partial(our_loop, teacher="online"),
 }

@@ -16,7 +16,7 @@ from conam_zoo.training.precision import precision_on
 from experiments.speed.baselines import make_net
 from experiments.speed.cost_net import image_batch, training_step
 from experiments.speed.fresh_process import FreshProcesses
-from experiments.speed.loops import LOOPS, LoopSettings, Steps, noise_images
+from experiments.speed.loops import LOOPS, TEACHER_LOOPS, LoopSettings, Steps, noise_images
 from experiments.speed.memory import TrafficCounter, peak_growth_bytes
 from experiments.speed.record import BenchmarkRecord, Row, make_record, summarise
 from experiments.speed.roofline import device_ceilings
@@ -38,11 +38,12 @@ def benchmark_train(
     workers: int = 2,
     data: str | Path | None = None,
     compile: bool = False,
+    teacher: bool = False,
     quick: bool = False,
     command: str = "",
     progress: Callable[[str], None] = lambda text: None,
 ) -> BenchmarkRecord:
-    """Time the three loops of ``experiments.speed.loops`` in turns, and measure the memory of each.
+    """Time the loops of ``experiments.speed.loops`` in turns, and measure the memory of each.
 
     One measurement is an epoch of ``steps`` batches, so no worker prepares images while another loop is timed. Memory
     is that of the first steps with 50,000 images (or those of ``data``), in a process of its own for each loop.
@@ -55,6 +56,7 @@ def benchmark_train(
         workers: Worker processes of the two data loaders.
         data: CIFAR-10 or another set of 32 x 32 images, see ``conam_zoo.data.read_split``; noise if None.
         compile: Use ``torch.compile`` in our loop and in timm's.
+        teacher: Time our loop with a WideResNet-16-4 as its teacher as well: from a bank of logits, and online.
         quick: A tiny run that only shows that everything works; its numbers mean nothing.
         command: The command line, for the record.
         progress: Told what is being measured.
@@ -77,7 +79,7 @@ def benchmark_train(
     # The originals of all three loops let cuDNN choose its algorithms by trying them.
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
         calls: dict[str, Steps] = {}
-        for name, loop in LOOPS.items():
+        for name, loop in (LOOPS | TEACHER_LOOPS if teacher else LOOPS).items():
             progress(f"preparing {name}")
             calls[name] = loop(settings, split, device)
         progress(f"timing {', '.join(calls)}: {repeats} rounds of {steps} steps")
@@ -107,6 +109,7 @@ def benchmark_train(
             **asdict(settings),
             "steps": steps,
             "repeats": repeats,
+            "teacher": teacher,
             "data": "noise" if data is None else "real",
             "device": device.type,
             "quick": quick,
@@ -147,7 +150,7 @@ def loop_memory(
 
     def work() -> None:
         split = noise_images(images) if data is None else read_split(data, "train", "cifar10")
-        kept.append(LOOPS[loop](LoopSettings(**settings), split, device))
+        kept.append((LOOPS | TEACHER_LOOPS)[loop](LoopSettings(**settings), split, device))
         kept[0](steps)
 
     growth = peak_growth_bytes(work, device)
@@ -174,7 +177,8 @@ def _facts(
         "peak_mib": memory["peak"],
         "workers_mib": memory["workers"],
     }
-    if shares is not None and row.name != "plain DataLoader":  # which computes in float32
+    # The plain loop computes in float32, and the shares know nothing of an online teacher.
+    if shares is not None and row.name not in ("plain DataLoader", "conam_zoo, online teacher"):
         seconds = row.median / 1000
         facts["bf16_peak_percent"] = 100 * shares[0] / seconds
         facts["bandwidth_percent"] = 100 * shares[1] / seconds
