@@ -166,3 +166,24 @@ def test_every_command_explains_itself(command: str, conam) -> None:
     code, out, _ = conam(command, "--help")
     assert code == 0
     assert "Usage: conam" in out
+
+
+def test_a_terminal_of_another_code_page_shows_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import sys
+
+    from conam_zoo import cli
+
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="cp1252") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    for arguments in (["info", "resnet20_conam"], ["predict", "resnet20_conam.cifar10", "\x1b[31m猫.png"]):
+        monkeypatch.setattr(sys, "argv", ["conam", *arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+    written = {}
+    for name, stream in streams.items():
+        stream.flush()
+        written[name] = stream.buffer.getvalue()
+    assert b"layer1.0.attn" in written["stdout"]
+    assert rb"no image file \x1b[31m\u732b.png" in written["stderr"]

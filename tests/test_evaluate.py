@@ -172,3 +172,26 @@ def test_names_of_any_kind_reach_report_and_terminal_as_they_are(tmp_path: Path,
     assert not list(tmp_path.glob("PWNED*"))
     code, out, err = conam("evaluate", f"local-dir:{output / 'final'}", "--data", data)
     assert (code, err) == (0, "")
+
+
+def test_the_commands_of_the_page_run(
+    tmp_path: Path, conam: Conam, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of docs/finetuning.md, with one epoch."""
+    monkeypatch.chdir(tmp_path)
+    write_pictures(Path("my_pictures"), ("ant", "bee"), 4)
+    write_pictures(Path("new_pictures"), ("bee",), 2, seed=1)
+    Image.new("RGB", (50, 40), "green").save("picture.jpg")
+    page = (checkout / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) >= 4
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "conam"
+        code, _, err = conam(*arguments, *(["--epochs", 1] if arguments[0] == "finetune" else []))
+        assert code == 0, f"{line}\n{err}"
+    assert {"report.md", "report.json", "curves.png", "confusion.png", "trained_on.npy", "final", "run.json"} <= {
+        path.name for path in Path("runs/my_pictures").iterdir()
+    }
+    assert Path("logits.npz").is_file()

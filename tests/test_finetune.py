@@ -180,6 +180,21 @@ def test_layer_decay_moves_early_layers_less(tmp_path: Path) -> None:
         train_on(net, data, recipe, tmp_path / "other", layer_decay=2)
 
 
+def test_weight_decay_spares_attention_with_and_without_layer_decay(tmp_path: Path) -> None:
+    """With a decay far beyond any use, weights of convolutions vanish in a few steps; those of ConAM stay."""
+    data = made_up()
+    recipe = recipe_for(data, lr=1e-3, weight_decay=100.0, momentum=0.1, batch_size=4)
+    for decay in (1.0, 0.9):
+        net = net_for_data(PRETRAINED, data, recipe)
+        before = {name: tensor.norm().item() for name, tensor in net.model.named_parameters()}
+        tuned = train_on(net, data, recipe, tmp_path / str(decay), layer_decay=decay, say=str, quiet=True)
+        left = {name: tensor.norm().item() / before[name] for name, tensor in tuned.model.named_parameters()}
+        assert left["layer3.2.conv2.weight"] < 0.9
+        attention = {name: share for name, share in left.items() if ".attn." in name}
+        assert len(attention) > 6
+        assert all(share > 0.99 for share in attention.values()), attention
+
+
 @pytest.mark.parametrize("size", [32, 64, 96])
 def test_patches_grow_with_the_images(size: int) -> None:
     data = made_up(2, size)

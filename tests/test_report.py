@@ -109,10 +109,61 @@ def test_without_mistakes_there_is_no_sheet_of_them(tmp_path: Path) -> None:
     assert "None: all 3 images were given the right name." in text
 
 
-@pytest.mark.parametrize("count", [2, 100])
+@pytest.mark.parametrize("count", [2, 100, 101, 1000])
 def test_few_and_many_classes_can_be_drawn(tmp_path: Path, count: int) -> None:
     logits = torch.randn(50, count)
     names = tuple(f"a rather long class name, number {index}" for index in range(count))
     written(build_report(logits, logits, torch.randint(count, (50,)), names), tmp_path)
     with Image.open(tmp_path / "confusion.png") as picture:
-        assert max(picture.size) < 4000
+        assert 250 < max(picture.size) < 4000
+
+
+def test_every_confusion_of_many_classes_can_be_seen(tmp_path: Path) -> None:
+    """A single mistake in a thousand classes darkens a cell of the picture."""
+    logits = torch.eye(1000)
+    labels = torch.arange(1000)
+    names = tuple(map(str, range(1000)))
+    darkness = []
+    for mistaken in (False, True):
+        if mistaken:
+            labels[700] = 100
+        written(build_report(logits, logits, labels, names), tmp_path)
+        with Image.open(tmp_path / "confusion.png") as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        rows, columns = pixels.shape[0], pixels.shape[1]
+        blue = (pixels[..., 2] - pixels[..., 0] > 60)[: rows // 2, columns // 2 : int(0.8 * columns)]
+        darkness.append(int(blue.sum()))
+    assert darkness[0] == 0
+    assert darkness[1] > 0
+
+
+def test_a_picture_that_cannot_be_drawn_loses_nothing_else(tmp_path: Path) -> None:
+    report = report_of()
+    for folder, blocked in ((tmp_path / "a", "confusion.png"), (tmp_path / "b", "curves.png")):
+        (folder / blocked / "in the way").mkdir(parents=True)
+        images = torch.zeros(report.images, 32, 32, 3, dtype=torch.uint8)
+        (failure,) = draw_report(report, images, LOG, folder, "A net")
+        assert failure.startswith(f"{blocked} could not be drawn")
+        others = {"curves.png", "confusion.png", "mistakes.png"} - {blocked}
+        assert all((folder / name).is_file() for name in others)
+
+
+def test_more_classes_than_a_matrix_holds() -> None:
+    logits = torch.randn(10, 3000)
+    report = build_report(logits, logits, torch.arange(10), tuple(map(str, range(3000))))
+    assert report.confusion is None
+    assert sum(row.support for row in report.classes) == 10
+    page = report_markdown(report, title="A net", about="About.", choices=[], usage="Use it.")
+    assert "confusion.png" not in page
+
+
+def test_text_of_the_page_is_text_alone() -> None:
+    names = ("<script>x</script>", "a | b", "[x](https://a.b)", "\x1b[31m", "$x$", "_y_", "\udcff")
+    page = report_markdown(
+        report_of(names), title=names[0], about=names[1], choices=[(names[2], names[4])], usage="Use it."
+    )
+    page.encode("utf-8")
+    assert "<script>" not in page
+    assert "\x1b" not in page
+    for shown in (r"| a \| b | ", r"\[x\](https:\//a.b)", r"\$x\$", r"\_y\_", r"\\xff", r"\\x1b\[31m"):
+        assert shown in page

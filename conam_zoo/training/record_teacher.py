@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from conam_zoo.errors import UserError
+from conam_zoo.escape import PlainConsole
 from conam_zoo.files import make_folder
 from conam_zoo.training.checkpoint import clear_half_written
 from conam_zoo.training.distributed import ranks
@@ -55,7 +55,7 @@ def record_teacher(recipe: Recipe, data: str | Path, bank: Path, *, epochs: int 
     missing = [epoch for epoch in range(epochs) if not _has(bank, epoch, facts)]
     teacher = parts.teacher.to(here.device).to(memory_format=torch.channels_last)
     bf16 = precision_on(here.device, recipe.precision) == "bf16"
-    console = Console()
+    console = PlainConsole()
     console.print(f"{recipe.teacher} on {parts.batches.num_images:,} images, {len(missing)} of {epochs} epochs to do")
     with StopRequest() as request, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
         for epoch in missing:

@@ -1,6 +1,7 @@
 """Data sets that timm opens by name: ``hfds/…``, ``torch/…``, and the streams ``wds/…``, ``tfds/…``, ``hfids/…``."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,9 +38,14 @@ def named_sources(name: str) -> dict[str, LazyImages]:
         wanted = ("validation",) if name.startswith("torch/") else names
         for other in wanted:
             source = _open(name, other, required=False)
-            if source is not None and len(source) and source.labels.min() >= 0:  # -1: its labels are kept secret
-                sources[split] = source
-                break
+            if source is None or not len(source):
+                continue
+            if source.labels.min() < 0:
+                note = f"the {split} split of {name} is left out: its labels are kept secret"
+                sources["train"] = replace(sources["train"], notes=(*sources["train"].notes, note))
+                continue
+            sources[split] = source
+            break
     return sources
 
 
