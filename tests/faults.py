@@ -3,8 +3,6 @@
 `python tests/faults.py` writes it. The tests of `test_hub_faults.py` run the list.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +12,13 @@ RIGHT_WEIGHTS = ""
 INTRODUCTION = """# What every fault ends in
 
 Each row is a test against a server of the Hub's protocol: the load ends in the right weights or in one sentence, of
-which a part is quoted, within ten seconds. It never ends in wrong weights, and after it the same cache gives the right
-weights as soon as the fault is gone. This page is written by `python tests/faults.py` from the list that the tests run.
+which a part is quoted, within ten seconds (a lock that another process holds is waited for a minute). It never ends in
+wrong weights, it leaves nothing behind, and after it the same cache gives the right weights as soon as the fault is
+gone. This page is written by `python tests/faults.py` from the list that the tests run.
 
-Three things lie outside of it: `timm.create_model("hf-hub:...")` asks for `config.json` itself and waits about half a
-minute for a Hub that is away, before our code has its turn (the `conam` commands ask first and do not); a stall in the
-middle of a file of more than 1 MB is borne as long as 125 kB/s would need for the next 10 MiB; and the Hub's Xet
-transport has no server here, so the tests use plain HTTP.
+Two things lie outside of it: `timm.create_model("hf-hub:...")` asks for `config.json` itself, by huggingface_hub's own
+client, before our code has its turn (the `conam` commands ask first and pin the commit); and the Hub's Xet transport
+is not used, since files come by plain HTTP.
 """
 
 
@@ -59,8 +57,13 @@ FAULTS = [
     Fault("An answer that is not a Hub's, as of a login page", "is not a Hub (no ETag)", "no-etag"),
     Fault("The body is cut in the middle, once", mode="cut-once"),
     Fault("The body is cut in the middle, always", "could not be fetched", "cut"),
-    Fault("The body is shorter than announced", "Consistency check failed", "short"),
+    Fault("The body is shorter than announced", "and had announced", "short"),
     Fault("The Hub announces another file", "offers another model.safetensors", "other-etag"),
+    Fault("The ETag is a path, absolute, empty or no hash; the commit is a path", "is not a Hub", scene="lies"),
+    Fault("The body goes on beyond the announced size", "sends more of", "endless"),
+    Fault("The body is packed, and swells to 100 MB", "compressed, although it was asked not to", "gzip"),
+    Fault("The body comes a byte at a time", "too slowly", "drip"),
+    Fault("The lock is held by a process that was stopped", scene="stopped process"),
     Fault("The body is corrupt and of the right size, once", mode="corrupt-once"),
     Fault("The body is corrupt and of the right size, always", "delivered another file", "corrupt-always"),
     Fault("The copy in the cache is corrupt", scene="corrupt cache"),
@@ -92,7 +95,11 @@ FOLDER_FAULTS = [
     Fault("No such repository", "the Hub has no repository", "no-repository"),
     Fault("A gated repository", "wants its terms accepted first, and a token", "gated"),
     Fault("An expired token", "does not accept the token in use, so renew it or log out", "expired-token"),
-    Fault("The copy in the cache is corrupt", scene="corrupt cache"),
+    Fault("The ETag is a path, absolute, empty or no hash; the commit is a path", "is not a Hub", scene="lies"),
+    Fault("The body goes on beyond the announced size", "sends more of", "endless"),
+    Fault("The body is packed, and swells to 100 MB", "compressed, although it was asked not to", "gzip"),
+    Fault("The copy of the weights in the cache is corrupt", scene="corrupt cache"),
+    Fault("The copy of config.json in the cache was damaged or altered", scene="corrupt config"),
 ]
 
 

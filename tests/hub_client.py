@@ -1,10 +1,8 @@
 """A user's machine: an installed copy of the package, a home with a Hub cache, and a process that does tasks there.
 
-huggingface_hub reads its `HF_…` variables when it is imported, so one process stands for one environment; it lives on
+huggingface_hub reads its ``HF_…`` variables when it is imported, so one process stands for one environment; it lives on
 between tasks because it takes seconds to start. Where a task wants several processes, they are forked from it.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -55,7 +53,8 @@ def full_disk():
 
 
 def find(task):
-    from conam_zoo.weights import find_verified, load_manifest
+    from conam_zoo.weights import find_verified, load_manifest, resolve
+    resolve.LOCK_TIMEOUT_S = task.get("lock_timeout_s", resolve.LOCK_TIMEOUT_S)
     manifest = load_manifest(Path(task["manifest"]))
     found = find_verified(
         manifest.entry(task["name"]), cache_dir=task.get("cache_dir"), namespace=manifest.hub_namespace
@@ -183,7 +182,7 @@ class HubClient:
     Args:
         home: A folder of its own.
         endpoint: Where its Hub is.
-        site: The folder that the package is installed in; a copy of `conam_zoo.weights` alone if None.
+        site: The folder that the package is installed in; a copy of ``conam_zoo.weights`` alone if None.
         environment: Further variables.
     """
 
@@ -219,7 +218,7 @@ class HubClient:
             )
 
     def do(self, action: str, patience_s: float = 120, **task: Any) -> dict[str, Any]:
-        """The answer to a task; `log` is what was printed and logged meanwhile."""
+        """The answer to a task; ``log`` is what was printed and logged meanwhile."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         before = self.log_path.stat().st_size
@@ -249,7 +248,7 @@ class HubClient:
 
 
 def install_weights_only(site: Path) -> Path:
-    """Install `conam_zoo.weights`, which needs nothing else of the package."""
+    """Install ``conam_zoo.weights``, which needs nothing else of the package."""
     source = CHECKOUT / "conam_zoo" / "weights"
     shutil.copytree(source, site / "conam_zoo" / "weights", ignore=shutil.ignore_patterns("__pycache__"))
     (site / "conam_zoo" / "__init__.py").touch()

@@ -1,13 +1,12 @@
 """A Hugging Face Hub of one's own on the loopback interface, as far as downloading and publishing files needs one.
 
-It speaks `HEAD` and `GET /{repository}/resolve/{revision}/{file}` with the headers that huggingface_hub
-reads, and of the API what creating a repository, committing to it and tagging it take. `mode` may be changed
-while it runs; `requests` lists what was asked, `with_token` the paths that came with a token.
+It speaks ``HEAD`` and ``GET /{repository}/resolve/{revision}/{file}`` with the headers that huggingface_hub
+reads, and of the API what creating a repository, committing to it and tagging it take. ``mode`` may be changed
+while it runs; ``requests`` lists what was asked, ``with_token`` the paths that came with a token.
 """
 
-from __future__ import annotations
-
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -45,6 +44,9 @@ Mode = Literal[
     "cut-once",
     "short",
     "slow",
+    "endless",
+    "gzip",
+    "drip",
 ]
 
 ERRORS: dict[str, tuple[int, dict[str, str]]] = {
@@ -82,16 +84,18 @@ class _Server(ThreadingHTTPServer):
 
 
 class HubServer:
-    """Serves `files`, which maps `(repository, revision, file)` to content, and what is published to it.
+    """Serves ``files``, which maps ``(repository, revision, file)`` to content, and what is published to it.
 
-    Modes: `corrupt-…` change a byte of the body but neither its size nor its ETag; `other-etag` announces
-    another SHA-256; those in `ERRORS`, and the `50…`s, answer with an error; `silent` accepts a connection
-    and never answers, `stalled` stops in the middle of a body; `cut` closes the connection there; `short`
-    sends less than `HEAD` had announced; `slow` takes `SLOW_S` seconds over a body.
+    Modes: ``corrupt-…`` change a byte of the body but neither its size nor its ETag; ``other-etag`` announces
+    another SHA-256; those in ``ERRORS``, and the ``50…``s, answer with an error; ``silent`` accepts a connection
+    and never answers, ``stalled`` stops in the middle of a body; ``cut`` closes the connection there; ``short``
+    sends less than ``HEAD`` had announced; ``slow`` takes ``SLOW_S`` seconds over it; ``endless`` goes on after it,
+    ``gzip`` packs it, and ``drip`` sends a byte now and then.
 
-    Of its attributes, `tokens` may write, and read what is `private`; `elsewhere` answers for a large file
-    with a redirection to another host, as the Hub does to its storage; `fails_at` is a part of the path of
-    requests that are answered with status 400; `spoils_uploads` keeps another large file than was sent.
+    Of its attributes, ``tokens`` may write, and read what is ``private``; ``elsewhere`` answers for a large file
+    with a redirection to another host, as the Hub does to its storage; ``fails_at`` is a part of the path of
+    requests that are answered with status 400; ``spoils_uploads`` keeps another large file than was sent; ``lies`` are
+    headers that replace the right ones in answers about a file, None for none.
     """
 
     def __init__(self, files: dict[tuple[str, str, str], bytes], mode: Mode = "ok") -> None:
@@ -105,6 +109,8 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.fails_at = ""
         self.spoils_uploads = False
+        self.sent = 0  # bytes of bodies without a length
+        self.lies: dict[str, str | None] = {}
         self._large: dict[str, bytes] = {}
         self._spent: set[str] = set()
         self._lock = threading.Lock()
@@ -127,7 +133,7 @@ class HubServer:
             return hit
 
     def body(self, content: bytes) -> bytes:
-        """What a `GET` of `content` delivers in the present mode."""
+        """What a ``GET`` of ``content`` delivers in the present mode."""
         corrupt = self.mode == "corrupt-always" or self.once("corrupt-once")
         return content[:-1] + bytes([content[-1] ^ 1]) if corrupt else content
 
@@ -136,8 +142,10 @@ class HubServer:
         if repository in self.repositories:
             found = self.repositories[repository].tree(revision)
             return (found[0], found[1][file]) if found and file in found[1] else None
-        content = self.files.get((repository, revision, file))
-        return None if content is None else (revision, content)
+        for (own, branch, name), content in self.files.items():
+            if (own, name) == (repository, file) and revision in (branch, commit_of(branch)):
+                return commit_of(branch), content
+        return None
 
     def count(self, method: str) -> int:
         """How many requests of a method there were for files."""
@@ -146,7 +154,7 @@ class HubServer:
 
 @contextmanager
 def serve(files: dict[tuple[str, str, str], bytes], mode: Mode = "ok") -> Iterator[HubServer]:
-    """A `HubServer` that runs for the length of a `with` block."""
+    """A ``HubServer`` that runs for the length of a ``with`` block."""
     server = HubServer(files, mode)
     threading.Thread(target=server.http.serve_forever, args=(0.05,), daemon=True).start()
     try:
@@ -155,6 +163,11 @@ def serve(files: dict[tuple[str, str, str], bytes], mode: Mode = "ok") -> Iterat
         server.closing.set()
         server.http.shutdown()
         server.http.server_close()
+
+
+def commit_of(revision: str) -> str:
+    """The commit that a branch of ``files`` is at; a commit is its own."""
+    return revision if re.fullmatch("[0-9a-f]{40}", revision) else _hash(revision)
 
 
 def is_large(file: str) -> bool:
@@ -239,8 +252,13 @@ def _handler_for(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             self.send_body(headers, content)
 
         def send_body(self, headers: dict[str, str], content: bytes) -> None:
+            headers |= {name: value for name, value in hub.lies.items() if value is not None}
+            headers = {name: value for name, value in headers.items() if hub.lies.get(name, "") is not None}
             if self.command == "GET" and hub.mode == "short":
                 content = content[:-7]
+            if self.command == "GET" and hub.mode in ("endless", "gzip", "drip"):
+                self.unbounded(headers, content)
+                return
             self.headers_only(200, headers, len(content))
             if self.command != "GET":
                 return
@@ -258,6 +276,29 @@ def _handler_for(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     time.sleep(SLOW_S / 20)
             else:
                 self.wfile.write(body)
+
+        def unbounded(self, headers: dict[str, str], content: bytes) -> None:
+            """A body in chunks, without a length."""
+            packed = {"Content-Encoding": "gzip"} if hub.mode == "gzip" else {}
+            self.protocol_version = "HTTP/1.1"
+            self.close_connection = True
+            self.send_response(200)
+            for name, value in (headers | packed | {"Transfer-Encoding": "chunked", "Connection": "close"}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            chunk = content if hub.mode == "endless" else b"\0"
+            if hub.mode == "gzip":
+                chunk = gzip.compress(content + bytes(100 << 20))
+            while not hub.closing.is_set():
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+                self.wfile.flush()
+                hub.sent += len(chunk)
+                if hub.mode == "gzip":
+                    self.wfile.write(b"0\r\n\r\n")
+                    return
+                if hub.mode == "drip":
+                    hub.closing.wait(0.5)
+                chunk = bytes(1 << 16) if hub.mode == "endless" else chunk
 
         def storage(self, etag: str) -> None:
             if self.command == "PUT":

@@ -1,7 +1,6 @@
-"""Every fault of `faults.py`, caused on a machine of its own: the right weights, or one sentence within ten seconds."""
+"""Every fault of ``faults.py``, on a machine of its own: the right weights, or one sentence within ten seconds."""
 
-from __future__ import annotations
-
+import fcntl
 import hashlib
 import json
 import os
@@ -79,10 +78,11 @@ class Scene:
         self.hub.private.clear()
         self.hub.tokens.clear()
         self.hub.requests.clear()
+        self.hub.lies.clear()
         self.hub.set_mode("ok")
 
     def offer(self, data: bytes) -> None:
-        """Publish `data`: the Hub delivers it, and the manifest describes it."""
+        """Publish ``data``: the Hub delivers it, and the manifest describes it."""
         self.hub.files.clear()
         self.hub.files[HUB_ID, REVISION, "model.safetensors"] = data
         for revision in (REVISION, "main"):
@@ -154,7 +154,98 @@ def test_load(fault: Fault, make_scene: Callable[[Fault], Scene]) -> None:
     scene.hub.set_mode(cast(Mode, fault.mode))
     token = {"HF_TOKEN": TOKEN} if fault.mode in ("expired-token", "gated") else {}
     scene.judge(scene.find(environment=token))
+    assert not list(scene.cache.rglob("*.incomplete"))
     scene.recover()
+
+
+LIES = [
+    {"ETag": value}
+    for value in (
+        '"../../../victim.txt"',
+        "/tmp/conam_victim.txt",
+        '""',
+        'W/"../../../victim.txt"',
+        '"' + "0" * 39 + '"',
+        '"' + "g" * 64 + '"',
+        '"' + "0" * 40 + '/../../victim.txt"',
+    )
+] + [
+    {"X-Linked-Etag": '"../../../victim.txt"'},
+    {"X-Repo-Commit": "../../../victim.txt"},
+    {"X-Repo-Commit": "/tmp/conam_victim"},
+    {"X-Repo-Commit": None},
+]
+
+
+def tell_lies(scene: Scene, load: Callable[[], dict[str, Any]], asked: str) -> None:
+    """Every lie about where a file belongs ends in a sentence, before a byte is asked for, and leaves nothing."""
+    victim = scene.folder / "victim.txt"
+    victim.write_text("precious")
+    for lies in LIES:
+        before = {path: path.read_bytes() for path in scene.folder.rglob("*") if path.is_file()}
+        scene.hub.lies = dict(lies)
+        scene.hub.requests.clear()
+        scene.judge(load())
+        assert scene.hub.requests, lies
+        assert all(line.startswith("HEAD") and asked in line for line in scene.hub.requests)
+        scene.hub.lies.clear()
+        assert {path: path.read_bytes() for path in scene.folder.rglob("*") if path.is_file()} == before
+    assert load()["sums"] == SUMS
+    assert victim.read_text() == "precious"
+
+
+def test_lies(scene: Scene) -> None:
+    tell_lies(scene, scene.find, "model.safetensors")
+
+
+def test_a_hash_in_upper_case_and_a_weak_one_are_hashes(make_scene: Callable[[Fault], Scene]) -> None:
+    scene = make_scene(scene_of("lies"))
+    scene.hub.lies = {"ETag": 'W/"' + hashlib.sha256(DATA).hexdigest().upper() + '"'}
+    assert scene.find()["sums"] == SUMS
+
+
+def test_a_file_where_the_blobs_should_be_is_no_end(make_scene: Callable[[Fault], Scene]) -> None:
+    """An empty ETag left one there."""
+    scene = make_scene(scene_of("lies"))
+    repository = scene.cache / f"models--{NAMESPACE}--{NAME}"
+    repository.mkdir(parents=True)
+    (repository / "blobs").write_bytes(DATA)
+    assert scene.find()["sums"] == SUMS
+
+
+def test_a_link_in_the_cache_leads_nowhere_else(make_scene: Callable[[Fault], Scene]) -> None:
+    scene = make_scene(scene_of("lies"))
+    elsewhere = scene.folder / "elsewhere"
+    elsewhere.mkdir()
+    repository = scene.cache / f"models--{NAMESPACE}--{NAME}"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "blobs").symlink_to(elsewhere)
+    assert "leads out of the cache" in scene.find()["message"]
+    assert not list(elsewhere.iterdir())
+
+
+def test_the_token_does_not_travel_to_storage(make_scene: Callable[[Fault], Scene]) -> None:
+    scene = make_scene(scene_of("lies"))
+    scene.hub.elsewhere = True
+    scene.hub.with_token.clear()
+    try:
+        assert scene.find(environment={"HF_TOKEN": TOKEN})["sums"] == SUMS
+    finally:
+        scene.hub.elsewhere = False
+    assert scene.hub.with_token
+    assert not any("/storage/" in path for path in scene.hub.with_token)
+
+
+def test_stopped_process(scene: Scene) -> None:
+    lock = scene.cache / ".locks" / "conam_zoo" / f"{NAME}.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        answer = scene.find(lock_timeout_s=2.5)
+    assert 2.5 < answer["seconds"] < 10
+    scene.judge(answer)
+    assert "Waiting for another process that fetches" in answer["log"]
+    assert str(lock) in answer["log"]
 
 
 @pytest.mark.parametrize("kind", ["refused", "unresolved", "offline"])
@@ -366,10 +457,20 @@ def test_hub_folder(fault: Fault, make_scene: Callable[[Fault], Scene]) -> None:
         assert scene.client("hub").do(**task)["sums"] == SUMS
         (blob,) = scene.cache.glob(f"*/blobs/{hashlib.sha256(DATA).hexdigest()}")
         blob.write_bytes(SPOILT)
+    if fault.scene == "corrupt config":
+        assert scene.client("hub").do(**task)["sums"] == SUMS
+        (config,) = scene.cache.glob("*/snapshots/*/config.json")
+        config.write_bytes(CONFIG.replace(b"sha256", b"sha257"))
+    if fault.scene == "lies":
+        tell_lies(scene, lambda: scene.client("hub").do(**task), "config.json")
+        return
     scene.hub.set_mode(cast(Mode, fault.mode))
     scene.judge(scene.client("refused" if fault.scene == "refused" else "hub").do(**task))
     scene.hub.set_mode("ok")
     assert scene.client("hub").do(**task)["sums"] == SUMS
+    if fault.scene == "corrupt config":
+        assert config.read_bytes() == CONFIG
+    assert not list(scene.cache.rglob("*.incomplete"))
 
 
 # --- the list itself ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from small_entry import entry_for
 from conam_zoo import weights
 from conam_zoo.weights import Manifest, WeightsError, dump_manifest, find_verified, load_manifest, manifest
 from conam_zoo.weights import resolve as hub
-from conam_zoo.weights.mirror import fill_mirror
+from conam_zoo.weights.resolve import fill_mirror
 
 NAMES = ("resnet20_conam.cifar10", "resnet56_conam.cifar10", "resnet20_conam.cifar100")
 

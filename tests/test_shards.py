@@ -21,8 +21,8 @@ import conam_zoo  # noqa: F401
 from conam_zoo.models.export import INDEX_FILE, export_model
 from conam_zoo.weights import Manifest, WeightEntry, WeightsError, WrongWeightsError, dump_manifest, read_verified
 from conam_zoo.weights.folder import read_folder
-from conam_zoo.weights.mirror import fill_mirror
-from conam_zoo.weights.shards import Shard, make_index, read_index
+from conam_zoo.weights.resolve import fill_mirror
+from conam_zoo.weights.verify import Shard, make_index, read_index
 
 pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(300)]
 

@@ -1,11 +1,9 @@
 """From a manifest entry to a verified state dict, against a Hub on the loopback interface.
 
-huggingface_hub reads its `HF_…` variables when it is imported, so whatever asks the Hub runs in a process of
-its own, on a copy of `conam_zoo/weights` alone: that it needs nothing else of conam_zoo is tested along the
+huggingface_hub reads its ``HF_…`` variables when it is imported, so whatever asks the Hub runs in a process of
+its own, on a copy of ``conam_zoo/weights`` alone: that it needs nothing else of conam_zoo is tested along the
 way.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -39,7 +37,7 @@ from conam_zoo.weights import (
     find_verified,
     read_safetensors,
     read_verified,
-    verified_file,
+    verify,
 )
 from conam_zoo.weights import (
     resolve as hub,
@@ -175,7 +173,7 @@ class Client:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=self.folder,  # `python -c` imports from the current folder first
+            cwd=self.folder,  # ``python -c`` imports from the current folder first
             env=kept
             | {
                 "PYTHONPATH": str(self.folder / "installed"),
@@ -248,7 +246,7 @@ def test_the_hash_is_compared_before_anything_is_parsed(
     def never(*_: object) -> None:
         raise AssertionError("parsed before it was verified")
 
-    monkeypatch.setattr(verified_file, "parse_safetensors", never)
+    monkeypatch.setattr(verify, "parse_safetensors", never)
     garbage = put(tmp_path / "model.safetensors", b"\xff" * len(data))
     with pytest.raises(WrongWeightsError, match="expected SHA-256"):
         read_verified(garbage, entry)
@@ -258,13 +256,13 @@ def test_what_was_checked_is_what_is_used(
     tmp_path: Path, entry: WeightEntry, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = put(tmp_path / "model.safetensors", data)
-    parse = verified_file.parse_safetensors
+    parse = verify.parse_safetensors
 
     def swap_then_parse(checked: bytes, name: Path) -> dict[str, torch.Tensor]:
         path.write_bytes(damaged(data))  # between the check and the use
         return parse(checked, name)
 
-    monkeypatch.setattr(verified_file, "parse_safetensors", swap_then_parse)
+    monkeypatch.setattr(verify, "parse_safetensors", swap_then_parse)
     assert torch.equal(read_verified(path, entry)["fc.bias"], torch.ones(4))
 
 
@@ -568,7 +566,7 @@ def test_a_hub_that_is_not_even_found_in_time_is_given_up(
 
     done = threading.Event()
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: done.wait(30))
-    monkeypatch.setattr(client, "_CONTACT_DEADLINE_S", 0.2)
+    monkeypatch.setattr(client, "CONTACT_DEADLINE_S", 0.2)
     monkeypatch.setattr(hub, "find_checkout", lambda: None)
     start = time.monotonic()
     with pytest.raises(WeightsError, match="no answer within") as refused:

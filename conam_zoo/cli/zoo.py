@@ -157,7 +157,7 @@ def mirror(
     from fnmatch import fnmatch
 
     from conam_zoo.weights import load_manifest
-    from conam_zoo.weights.mirror import fill_mirror
+    from conam_zoo.weights.resolve import fill_mirror
 
     manifest = load_manifest()
     chosen = [entry for name, entry in sorted(manifest.entries.items()) if fnmatch(name, pattern)]

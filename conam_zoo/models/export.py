@@ -13,7 +13,7 @@ from torch import Tensor
 from conam_zoo.files import write_atomically, write_text
 from conam_zoo.models import StagedClassifier
 from conam_zoo.weights.folder import WEIGHTS_FILE
-from conam_zoo.weights.shards import INDEX_SUFFIX, Shard, make_index
+from conam_zoo.weights.verify import INDEX_SUFFIX, Shard, make_index
 
 __all__ = ["export_model"]
 

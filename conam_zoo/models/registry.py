@@ -51,8 +51,12 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
             raise UserError(f"{folder} is not a model folder: it has no config.json.")
         check_model_name(_architecture(folder / "config.json"))
     elif name.startswith("hf-hub:"):
-        # timm would wait half a minute for a Hub that is away, and read a net of its own in its own ways.
-        check_model_name(_architecture(fetch_config(name.removeprefix("hf-hub:"), kwargs.get("cache_dir"))))
+        # timm would wait half a minute for a Hub that is away, believe what it says, and read a net of its own in its
+        # own ways. Of a pinned commit that is in the cache it asks nothing.
+        hub_id = name.removeprefix("hf-hub:")
+        config = fetch_config(hub_id, kwargs.get("cache_dir"))
+        check_model_name(_architecture(config))
+        name = f"hf-hub:{hub_id.partition('@')[0]}@{config.parent.name}"
     else:
         check_model_name(name)
     model: StagedClassifier = timm.create_model(name, pretrained=pretrained, **kwargs).eval()

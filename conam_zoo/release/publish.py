@@ -4,8 +4,6 @@ Everything goes through huggingface_hub's own client. A second run finds everyth
 that fails leaves the manifest as it was, says what is up already, and can simply be repeated.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -16,12 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conam_zoo.weights.client import refuse_open_token, underlying
+from conam_zoo.weights.client import ask_hub, download
+from conam_zoo.weights.credentials import check_endpoint, redact, tells_secrets, token_in_use
 from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, in_brief
 from conam_zoo.weights.manifest import HUB_NAME_PATTERN, Manifest, WeightEntry, dump_manifest, load_manifest
-from conam_zoo.weights.redact import redact, tells_secrets
-from conam_zoo.weights.shards import Described, is_index, read_index
-from conam_zoo.weights.verify import read_verified
+from conam_zoo.weights.verify import Described, is_index, read_index, read_verified
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -90,14 +87,17 @@ def publish(
     if dry_run:
         return [upload.publication(tag, None, changed=False) for upload in uploads]
 
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    if get_token() is None:
+    token = token_in_use()
+    if token is None:
         raise WeightsError(
             f"Publishing to {namespace} takes a token that may write there: run 'hf auth login', or set HF_TOKEN."
         )
     up: list[str] = []
-    done = [_publish_one(HfApi(library_name="conam_zoo"), upload, tag, private, up) for upload in uploads]
+    with _step("looking at HF_ENDPOINT", uploads[0], up):
+        check_endpoint()
+    done = [_publish_one(HfApi(library_name="conam_zoo", token=token), upload, tag, private, up) for upload in uploads]
     revisions = {publication.name: publication.revision for publication in done}
     with _step("writing the manifest", uploads[-1], up):
         latest = load_manifest(manifest_path)
@@ -151,12 +151,11 @@ def _prepare(entry: WeightEntry, namespace: str, card: str, manifest_path: Path)
     return _Upload(entry, entry.hub_id(namespace), contents | {CARD: card.encode()}, tensors)
 
 
-def _publish_one(api: HfApi, upload: _Upload, tag: str, private: bool, up: list[str]) -> Publication:
+def _publish_one(api: "HfApi", upload: _Upload, tag: str, private: bool, up: list[str]) -> Publication:
     from huggingface_hub import CommitOperationAdd, ModelCard
 
     entry, hub_id = upload.entry, upload.hub_id
     with _step("the check of its model card", upload, up):
-        refuse_open_token()
         ModelCard(upload.contents[CARD].decode()).validate()
     with _step("creating its repository", upload, up):
         api.create_repo(hub_id, private=private, exist_ok=True)
@@ -184,7 +183,7 @@ def _publish_one(api: HfApi, upload: _Upload, tag: str, private: bool, up: list[
     return upload.publication(tag, revision, changed)
 
 
-def _exists(api: HfApi, hub_id: str, revision: str | None) -> bool:
+def _exists(api: "HfApi", hub_id: str, revision: str | None) -> bool:
     from huggingface_hub.errors import RevisionNotFoundError
 
     if revision is None:
@@ -195,14 +194,12 @@ def _exists(api: HfApi, hub_id: str, revision: str | None) -> bool:
         return False
 
 
-def _is_tagged(api: HfApi, upload: _Upload, tag: str) -> bool:
+def _is_tagged(api: "HfApi", upload: _Upload, tag: str) -> bool:
     """Whether the release has its tag already; refuses one that marks other weights."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
     if tag not in {ref.name for ref in api.list_repo_refs(upload.hub_id).tags}:
         return False
     for described in upload.tensors:
-        found = get_hf_file_metadata(hf_hub_url(upload.hub_id, described.file, revision=tag)).etag
+        found = ask_hub(upload.hub_id, described.file, tag).digest
         if found != described.sha256:
             raise WeightsError(f"it marks other weights, SHA-256 {found}, so raise the version of conam_zoo first")
     return True
@@ -210,12 +207,10 @@ def _is_tagged(api: HfApi, upload: _Upload, tag: str) -> bool:
 
 def _read_back(upload: _Upload, revision: str) -> None:
     """Download every file of a commit afresh and compare it with what was sent."""
-    from huggingface_hub import hf_hub_download
-
     with tempfile.TemporaryDirectory(prefix="conam-publish-") as scratch:
         for name, content in upload.contents.items():
-            path = hf_hub_download(upload.hub_id, name, revision=revision, cache_dir=scratch, etag_timeout=10)
-            got, sent = (hashlib.sha256(data).hexdigest() for data in (Path(path).read_bytes(), content))
+            path = download(ask_hub(upload.hub_id, name, revision), scratch, limit_bytes=len(content))
+            got, sent = (hashlib.sha256(data).hexdigest() for data in (path.read_bytes(), content))
             if got != sent:
                 raise WrongWeightsError(f"the Hub has another {name}, expected SHA-256 {sent}, found {got}")
 
@@ -227,8 +222,7 @@ def _step(doing: str, upload: _Upload, up: list[str]) -> Iterator[None]:
 
     try:
         yield
-    except Exception as raised:  # the client, its HTTP library and its transport have no common base
-        error = underlying(raised)
+    except Exception as error:  # the client, its HTTP library and its transport have no common base
         reason = redact(str(error) if isinstance(error, WeightsError | HubError) else in_brief(error))
         if isinstance(error, errors.HfHubHTTPError):
             status = error.response.status_code
@@ -239,4 +233,4 @@ def _step(doing: str, upload: _Upload, up: list[str]) -> Iterator[None]:
         raise WeightsError(
             f"Publishing {upload.entry.name} stopped at {doing} ({reason.rstrip('.')}), {state}, and the manifest is "
             "as it was: run the command again when that is mended."
-        ) from (None if tells_secrets(raised) else raised)
+        ) from (None if tells_secrets(error) else error)

@@ -3,8 +3,8 @@
 Light to import: torch, safetensors and huggingface_hub are imported when a file is first read or fetched.
 """
 
-from .errors import WeightsError, WrongWeightsError
-from .manifest import (
+from conam_zoo.weights.errors import WeightsError, WrongWeightsError
+from conam_zoo.weights.manifest import (
     Manifest,
     ManifestError,
     Metrics,
@@ -15,8 +15,8 @@ from .manifest import (
     load_manifest,
     parse_manifest,
 )
-from .resolve import VerifiedWeights, check_copies, find_verified
-from .verify import CopyStatus, read_safetensors, read_verified
+from conam_zoo.weights.resolve import VerifiedWeights, check_copies, find_verified
+from conam_zoo.weights.verify import CopyStatus, read_safetensors, read_verified
 
 __all__ = [
     "CopyStatus",

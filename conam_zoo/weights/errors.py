@@ -1,8 +1,8 @@
 """What can go wrong with weights, in sentences."""
 
-from __future__ import annotations
-
 import re
+
+__all__ = ["HubError", "WeightsError", "WrongWeightsError", "in_brief"]
 
 
 class WeightsError(RuntimeError):
@@ -10,7 +10,7 @@ class WeightsError(RuntimeError):
 
 
 class WrongWeightsError(WeightsError):
-    """A file is not the one that the manifest describes."""
+    """A file is not the one that it should be."""
 
 
 class HubError(Exception):

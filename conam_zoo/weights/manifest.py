@@ -1,13 +1,11 @@
 """The weights manifest: every fact about every published weight file, read strictly and typed.
 
-`weights_manifest.json` lies at the top level of the repository and is packaged into the wheel beside this
-package. `schema.json` in this folder describes the same layout for other tools; the checks here are written
+``weights_manifest.json`` lies at the top level of the repository and is packaged into the wheel beside this
+package. ``schema.json`` in this folder describes the same layout for other tools; the checks here are written
 by hand so that reading a manifest needs the standard library alone, and they are the stricter of the two:
-they also hold what a JSON Schema cannot say (as many class names as classes, top-5 at least top-1, no `10.0`
+they also hold what a JSON Schema cannot say (as many class names as classes, top-5 at least top-1, no ``10.0``
 for an integer).
 """
-
-from __future__ import annotations
 
 import functools
 import json
@@ -46,7 +44,7 @@ class ManifestError(ValueError):
 class Metrics:
     """What the published file scores on the test split of its data set.
 
-    `nll` is in nats per image, `ece` a fraction (15 equal-width bins).
+    ``nll`` is in nats per image, ``ece`` a fraction (15 equal-width bins).
     """
 
     top1_percent: float
@@ -57,9 +55,9 @@ class Metrics:
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """Published weights: one safetensors file, or the index of several; see `shards.py`.
+    """Published weights: one safetensors file, or the index of several.
 
-    `name` is the entry's key in the manifest, `"<arch>.<tag>"`; `sha256` and `size_bytes` are those of `file`.
+    ``name`` is the entry's key, ``"<arch>.<tag>"``; ``sha256`` and ``size_bytes`` are those of ``file``.
     """
 
     name: str
@@ -70,7 +68,7 @@ class WeightEntry:
     size_bytes: int
     dtype: str
     params: int
-    macs: int  # multiply-accumulates of one image of `input_size`
+    macs: int  # multiply-accumulates of one image of ``input_size``
     model_args: Mapping[str, JsonScalar | list[JsonScalar]] = field(hash=False)
     dataset: str
     num_classes: int
@@ -93,16 +91,16 @@ class WeightEntry:
 
     @property
     def arch(self) -> str:
-        """The model's registered name, as `resnet20_conam` in `resnet20_conam.cifar10`."""
+        """The model's registered name, as ``resnet20_conam`` in ``resnet20_conam.cifar10``."""
         return self.name.partition(".")[0]
 
     @property
     def tag(self) -> str:
-        """The part after the dot, as `cifar10` in `resnet20_conam.cifar10`."""
+        """The part after the dot, as ``cifar10`` in ``resnet20_conam.cifar10``."""
         return self.name.partition(".")[2]
 
     def hub_id(self, namespace: str) -> str:
-        """The id of the Hub repository that holds the file, below the publisher's `namespace`."""
+        """The id of the Hub repository that holds the file, below the publisher's ``namespace``."""
         return f"{namespace}/{self.repository}"
 
 
@@ -110,8 +108,8 @@ class WeightEntry:
 class Manifest:
     """A whole manifest.
 
-    `hub_namespace` is the one place where the publisher's Hub account is set, `code_repository`
-    (`"owner/name"`, as torch.hub wants it) the one for the source code; None: not set yet. `path` is the file
+    ``hub_namespace`` is the one place where the publisher's Hub account is set, ``code_repository``
+    (``"owner/name"``, as torch.hub wants it) the one for the source code; None: not set yet. ``path`` is the file
     it was read from, if any, and takes no part in comparisons.
     """
 
@@ -121,7 +119,7 @@ class Manifest:
     path: Path | None = field(default=None, compare=False)
 
     def entry(self, name: str) -> WeightEntry:
-        """The entry called `name`.
+        """The entry called ``name``.
 
         Raises:
             ManifestError: There is none; the message lists those there are.
@@ -192,7 +190,7 @@ def dump_manifest(manifest: Manifest, path: Path) -> None:
     Keys are sorted and the form is fixed: reading a file written here and writing it again changes no byte.
 
     Raises:
-        ManifestError: `manifest` would not be accepted when read; nothing is written.
+        ManifestError: ``manifest`` would not be accepted when read; nothing is written.
     """
     document = _as_document(manifest)
     parse_manifest(document)
@@ -229,7 +227,7 @@ def _as_document(manifest: Manifest) -> dict[str, object]:
 
 
 def parse_manifest(document: object) -> Manifest:
-    """Check a parsed JSON document and turn it into a `Manifest`.
+    """Check a parsed JSON document and turn it into a ``Manifest``.
 
     Raises:
         ManifestError: Names the field, the value found and what it must be.

@@ -4,43 +4,56 @@ Four places are asked in turn: a mirror directory of the user's, the checkout, t
 only if its bytes are those that the manifest describes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .client import ask_hub, cache_folder, download
-from .errors import HubError, WeightsError, WrongWeightsError, in_brief
-from .manifest import WeightEntry, find_checkout
-from .redact import tells_secrets
-from .shards import Described, is_index, read_index
-from .verify import CopyStatus, Part, Source, examine, examine_copy, parse_parts
+from conam_zoo.weights.client import Announced, ask_hub, cache_folder, cached_file, download
+from conam_zoo.weights.credentials import tells_secrets
+from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, in_brief
+from conam_zoo.weights.manifest import WeightEntry, find_checkout
+from conam_zoo.weights.verify import (
+    CopyStatus,
+    Described,
+    Part,
+    Source,
+    examine,
+    examine_copy,
+    is_index,
+    parse_parts,
+    read_index,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = ["VerifiedWeights", "check_copies", "fill_mirror", "find_verified"]
 
 MIRROR_VARIABLE = "CONAM_ZOO_MIRROR"
 
 _logger = logging.getLogger(__name__)
 
-_LOCK_TIMEOUT_S = 600.0
+# The lock spares bandwidth, and correctness does not hang on it; its holder may have been stopped.
+LOCK_QUIET_S = 2.0
+LOCK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class VerifiedWeights:
     """A state dict whose bytes were compared with the manifest, and where they came from.
 
-    `path` is that of the entry's own file; `files` are all, with the shards that an index names behind it.
+    ``path`` is that of the entry's own file; ``files`` are all, with the shards that an index names behind it.
     """
 
     path: Path
     source: Source
-    state_dict: dict[str, Tensor]
+    state_dict: dict[str, "Tensor"]
     files: tuple[tuple[Described, Path], ...] = ()
 
 
@@ -52,19 +65,18 @@ def _verified(parts: Sequence[Part], source: Source) -> VerifiedWeights:
 def find_verified(
     entry: WeightEntry, *, cache_dir: str | Path | None = None, namespace: str | None = None
 ) -> VerifiedWeights:
-    """Find the file of `entry`, download it if need be, and read it once verified.
+    """Find the file of ``entry``, download it if need be, and read it once verified.
 
-    In this order: `$CONAM_ZOO_MIRROR/<name>/<file>`; `weights/<name>/<file>` of the checkout; the Hub cache;
+    In this order: ``$CONAM_ZOO_MIRROR/<name>/<file>``; ``weights/<name>/<file>`` of the checkout; the Hub cache;
     the Hub, at the pinned revision. A wrong copy in the first two is passed over with a warning; a wrong one
-    in the cache or from the Hub is fetched once more and then refused. `HF_ENDPOINT`, `HF_HOME`,
-    `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and the user's token are honoured. A Hub that does not answer, or stalls, is
-    given up within ten seconds; for a file above 1 MB a stall is borne as long as 100 kB/s would need for the next
-    10 MiB.
+    in the cache or from the Hub is fetched once more and then refused. ``HF_ENDPOINT``, ``HF_HOME``,
+    ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE`` and the user's token are honoured. A Hub that does not answer, or stalls, is
+    given up within ten seconds.
 
     Args:
         entry: What to find.
         cache_dir: The Hub cache to use instead of the default one.
-        namespace: The manifest's `hub_namespace`. None: not published; neither Hub nor cache is asked.
+        namespace: The manifest's ``hub_namespace``. None: not published; neither Hub nor cache is asked.
 
     Raises:
         WrongWeightsError: The Hub itself offers another file than the manifest describes.
@@ -94,13 +106,13 @@ def check_copies(
     namespace: str | None = None,
     mirror: Path | None = None,
 ) -> list[CopyStatus]:
-    """Compare each local copy of `entry` with the manifest: mirror, checkout, Hub cache; no network.
+    """Compare each local copy of ``entry`` with the manifest: mirror, checkout, Hub cache; no network.
 
     Args:
         entry: What to check.
         cache_dir: The Hub cache to look into instead of the default one.
-        namespace: The manifest's `hub_namespace`.
-        mirror: The mirror to look into instead of the one in `CONAM_ZOO_MIRROR`.
+        namespace: The manifest's ``hub_namespace``.
+        mirror: The mirror to look into instead of the one in ``CONAM_ZOO_MIRROR``.
     """
     return [found for found, _ in _examine_places(entry, cache_dir, namespace, mirror)]
 
@@ -147,16 +159,14 @@ def _examine_cache(
 
 def _cached_path(part: Described, hub_id: str, revision: str, cache_dir: str | Path | None) -> Path | CopyStatus:
     """Where the Hub cache has a file, or why it has none."""
-    from huggingface_hub import try_to_load_from_cache
-
     folder = cache_folder(cache_dir)
     try:
-        path = try_to_load_from_cache(hub_id, part.file, cache_dir=folder, revision=revision)
-    except OSError as error:
+        path = cached_file(hub_id, part.file, revision, cache_dir)
+    except (OSError, ValueError) as error:
         return CopyStatus("cache", None, "missing", f"the Hub cache {folder} cannot be read ({in_brief(error)})")
-    if not isinstance(path, str):  # None, or the mark of a file known not to exist
+    if path is None:
         return CopyStatus("cache", None, "missing", f"the Hub cache {folder} has no copy of it")
-    return Path(path)
+    return path
 
 
 def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None) -> VerifiedWeights:
@@ -167,96 +177,135 @@ def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path
         HubError: The Hub delivers none.
     """
     # Before the lock: processes that start together each learn within the deadline that the Hub is away.
-    _announced_is_right(entry, hub_id, revision)
+    announced = _ask_for(entry, hub_id, revision)
     with _one_process_at_a_time(entry, cache_dir):
         # While this process waited for the lock, another may have brought the files.
         found, parts = _examine_cache(entry, hub_id, revision, cache_dir)
         if parts is not None:
             return _verified(parts, found.place)
-        first = _fetch_file(entry, hub_id, revision, cache_dir)
+        first = _fetch_file(entry, announced, cache_dir)
         fetched = [first]
         for shard in read_index(first.data, first.path).shards if is_index(entry.file) else ():
-            fetched.append(_fetch_file(shard, hub_id, revision, cache_dir, ask_first=True))
+            fetched.append(_fetch_file(shard, _ask_for(shard, hub_id, revision), cache_dir))
     return _verified(fetched, "hub")
 
 
-def _fetch_file(
-    part: Described, hub_id: str, revision: str, cache_dir: str | Path | None, *, ask_first: bool = False
-) -> Part:
-    """One file from the cache or, verified, from the Hub; downloaded a second time if the first download is wrong.
-
-    Args:
-        part: The file.
-        hub_id: Repository.
-        revision: Commit.
-        cache_dir: The Hub cache to use instead of the default one.
-        ask_first: Ask the Hub what it has before a download.
-    """
-    cached = _cached_path(part, hub_id, revision, cache_dir)
-    wrong: CopyStatus | None = None
-    if isinstance(cached, Path):
-        found, data = examine("cache", cached, part)
-        if data is not None:
-            return Part(part, cached, data)
-        wrong = found if found.status == "wrong" else None
-    if ask_first:
-        _announced_is_right(part, hub_id, revision)
-    for afresh in (True,) if wrong else (False, True):
-        if afresh and wrong is not None and wrong.path is not None:
-            # A forced download renews the blob that the cached name points to; where the name is a file
-            # of its own, as it is without symbolic links, it would leave that as it is.
-            with contextlib.suppress(OSError):
-                wrong.path.unlink()
-        path = download(hub_id, part.file, revision, cache_dir, size_bytes=part.size_bytes, afresh=afresh)
-        found, data = examine("hub", path, part)
-        if data is not None:
-            return Part(part, path, data)
-        wrong = found
-    detail = wrong.detail if wrong else ""
-    raise WrongWeightsError(
-        f"The Hub repository {hub_id} at {revision} delivered another file than the manifest describes, "
-        f"also when asked again ({detail}): upgrade conam_zoo, report it, or use pretrained=False."
-    )
-
-
-def _announced_is_right(entry: Described, hub_id: str, revision: str) -> None:
+def _ask_for(part: Described, hub_id: str, revision: str) -> Announced:
     """Ask the Hub for the file's size and hash, briefly; refuse before downloading what cannot be right."""
-    answer = ask_hub(hub_id, entry.file, revision)
-    if answer.etag is None:
-        raise HubError(f"what answered for {hub_id} is not a Hub (no ETag), so look for a proxy or login page")
-    # The etag of a large file is its SHA-256, that of a small one a git hash, which says nothing here.
-    announces_sha256 = len(answer.etag) == 64
-    if (announces_sha256 and answer.etag != entry.sha256) or answer.size not in (None, entry.size_bytes):
-        found = answer.etag if announces_sha256 else "an unknown one"
+    answer = ask_hub(hub_id, part.file, revision)
+    # The ETag of a large file is its SHA-256, that of a small one a git hash, which says nothing here.
+    announces_sha256 = len(answer.digest) == 64
+    if (announces_sha256 and answer.digest != part.sha256) or answer.size_bytes not in (None, part.size_bytes):
+        found = answer.digest if announces_sha256 else "an unknown one"
         raise WrongWeightsError(
-            f"The Hub repository {hub_id} at {revision} offers another {entry.file} than the manifest "
-            f"describes, expected SHA-256 {entry.sha256} of {entry.size_bytes} bytes, "
-            f"found {found} of {answer.size} bytes: "
+            f"The Hub repository {hub_id} at {revision} offers another {part.file} than the manifest "
+            f"describes, expected SHA-256 {part.sha256} of {part.size_bytes} bytes, "
+            f"found {found} of {answer.size_bytes} bytes: "
             "upgrade conam_zoo, report it, or use pretrained=False."
         )
+    return answer
+
+
+def _fetch_file(part: Described, announced: Announced, cache_dir: str | Path | None) -> Part:
+    """One file of the Hub, brought into the cache and verified where it lies there."""
+    path = download(announced, cache_dir, limit_bytes=part.size_bytes, sha256=part.sha256)
+    found, data = examine("hub", path, part)
+    if data is None:
+        raise WrongWeightsError(f"{found.detail}; it was changed in the cache meanwhile, so run the command again.")
+    return Part(part, path, data)
 
 
 @contextlib.contextmanager
 def _one_process_at_a_time(entry: WeightEntry, cache_dir: str | Path | None) -> Iterator[None]:
     """Hold the lock on an entry, as far as one can be had.
 
-    It spares bandwidth, and correctness does not hang on it: every process verifies the bytes it reads, and
-    the Hub client renames whole files into place. So a cache that takes no lock (read-only, or a file system
-    without locks) and one that stays locked for ten minutes are used without it.
+    Every process verifies the bytes it reads, and files appear in the cache whole. So a cache that takes no lock
+    (read-only, or a file system without locks) and one that stays locked are used without it.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     folder = cache_folder(cache_dir) / ".locks" / "conam_zoo"
-    lock: FileLock | None = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{entry.name}.lock", mode=0o664)  # group-writable, for shared caches
-        lock.acquire(timeout=_LOCK_TIMEOUT_S)
-    except (OSError, NotImplementedError) as error:
-        _logger.info("Fetching %s without a lock: %s", entry.name, error)
-        lock = None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / f"{entry.name}.lock", mode=0o664)  # group-writable, for shared caches
+            try:
+                stack.enter_context(lock.acquire(timeout=LOCK_QUIET_S))
+            except Timeout:
+                _logger.warning(
+                    "Waiting for another process that fetches %s, for %.0f seconds at most; the lock is %s.",
+                    entry.name,
+                    LOCK_TIMEOUT_S,
+                    lock.lock_file,
+                )
+                stack.enter_context(lock.acquire(timeout=LOCK_TIMEOUT_S - LOCK_QUIET_S))
+        except (OSError, NotImplementedError) as error:  # a Timeout among them
+            _logger.info("Fetching %s without a lock: %s", entry.name, error)
         yield
+
+
+# --- mirrors -----------------------------------------------------------------------------------------------
+
+
+def fill_mirror(
+    entry: WeightEntry, directory: Path, *, cache_dir: str | Path | None = None, namespace: str | None = None
+) -> tuple[Path, bool]:
+    """Put a verified copy of ``entry`` into a mirror, unless a good one is there.
+
+    A wrong copy is replaced. The copy appears under its name only when it is whole and verified.
+
+    Args:
+        entry: What to copy.
+        directory: The mirror; it is made if need be.
+        cache_dir: The Hub cache to use instead of the default one.
+        namespace: The manifest's ``hub_namespace``.
+
+    Returns:
+        The path of the copy, and whether it was written now.
+
+    Raises:
+        WeightsError: There is no verified copy to be had, or the directory cannot be written.
+    """
+    path = _place(entry, directory)
+    _, parts = examine_copy("mirror", path, entry)
+    if parts is not None and not any(part.path.is_symlink() for part in parts):
+        return path, False
+    # The index last: a mirror is whole when its copy appears by name.
+    for described, source in reversed(find_verified(entry, cache_dir=cache_dir, namespace=namespace).files):
+        _copy(described, source, path.with_name(described.file), directory)
+    return path, True
+
+
+def _copy(described: Described, source: Path, path: Path, directory: Path) -> None:
+    """Put one file into its place, verified again where it lies, unless a good one is there."""
+    if examine("mirror", path, described)[0].status == "good" and not path.is_symlink():
+        return
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as copy, source.open("rb") as file:
+            shutil.copyfileobj(file, copy)
+        found = examine("mirror", temporary, described)[0]
+        if found.status != "good":
+            raise WrongWeightsError(f"{found.detail}; {source} was changed meanwhile, so run the command again.")
+        temporary.chmod(0o644)  # mkstemp made it private, and a mirror is for others
+        os.replace(temporary, path)
+    except OSError as error:
+        raise WeightsError(
+            f"The mirror {directory} cannot be written ({in_brief(error)}): choose a directory with space and rights."
+        ) from error
     finally:
-        if lock is not None:
-            lock.release()
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _place(entry: WeightEntry, directory: Path) -> Path:
+    """Where a mirror has its copy; refuses one that a link leads out of it."""
+    folder = directory / entry.name
+    if folder.is_symlink():
+        raise WeightsError(
+            f"{folder} is a symbolic link, and a mirror is not written through links: put a directory in its place."
+        )
+    return folder / entry.file

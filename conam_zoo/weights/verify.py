@@ -1,32 +1,82 @@
-"""Weight files: their bytes are read once, compared with the manifest, and only then parsed.
+"""Weight files: their bytes are read once, compared with their description, and only then parsed.
 
-What was checked is what is used, and nothing is ever unpickled.
+What was checked is what is used, and nothing is ever unpickled. Weights may be several files, the shards, in the layout
+of huggingface_hub's ``save_torch_state_dict``: ``model.safetensors.index.json`` maps every tensor to its file. The
+metadata of our indices state size and SHA-256 of each file too, so that whoever has verified the index can verify
+everything by it.
 """
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Sequence
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from .errors import WeightsError, WrongWeightsError, in_brief
-from .manifest import WeightEntry
-from .shards import Described, is_index, read_index
+from conam_zoo.weights.errors import WeightsError, WrongWeightsError, in_brief
+from conam_zoo.weights.manifest import FILE_PATTERN, SHA256_PATTERN, WeightEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = [
+    "INDEX_SUFFIX",
+    "CopyStatus",
+    "Described",
+    "Index",
+    "Part",
+    "Shard",
+    "Source",
+    "examine",
+    "examine_copy",
+    "is_index",
+    "make_index",
+    "parse_parts",
+    "parse_safetensors",
+    "read_file",
+    "read_index",
+    "read_safetensors",
+    "read_verified",
+]
+
+INDEX_SUFFIX = ".safetensors.index.json"
+LARGEST_WEIGHTS_BYTES = 2 << 30  # the largest net of the zoo has 0.15 GB
+LARGEST_TEXT_BYTES = 4 << 20  # of a config.json or an index
+
 Source = Literal["mirror", "checkout", "cache", "hub"]
 
-_LARGEST_HEADER_BYTES = 100_000_000  # the bound that safetensors itself sets
+_LARGEST_HEADER_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+class Described(Protocol):
+    """A file of which name, SHA-256 and size are known."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file out of several that hold the tensors of a model."""
+
+    file: str
+    sha256: str
+    size_bytes: int
 
 
 @dataclass(frozen=True)
 class CopyStatus:
-    """What was found at one place; `path` is None where there is no such place or it holds no copy."""
+    """What was found at one place; ``path`` is None where there is no such place or it holds no copy."""
 
     place: Source
     path: Path | None
@@ -43,8 +93,23 @@ class Part:
     data: bytes
 
 
-def read_verified(path: Path, entry: WeightEntry) -> dict[str, Tensor]:
-    """Read a weight file, or an index and the files beside it, provided that they are those `entry` describes.
+def read_file(path: Path, largest_bytes: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        OSError: It is none, is larger than that, or cannot be read.
+    """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise OSError(f"{path.name} is not a file")
+    with path.open("rb") as file:
+        data = file.read(min(os.fstat(file.fileno()).st_size, largest_bytes) + 1)
+    if len(data) > largest_bytes:
+        raise OSError(f"{path.name} has more than {largest_bytes} bytes")
+    return data
+
+
+def read_verified(path: Path, entry: WeightEntry) -> dict[str, "Tensor"]:
+    """Read a weight file, or an index and the files beside it, provided that they are those ``entry`` describes.
 
     Raises:
         WrongWeightsError: Its size or SHA-256 differ from the manifest; nothing of it was parsed.
@@ -58,7 +123,7 @@ def read_verified(path: Path, entry: WeightEntry) -> dict[str, Tensor]:
     return parse_parts(parts)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, "Tensor"]:
     """Read a safetensors file of the caller's own, of which no manifest knows.
 
     Raises:
@@ -70,7 +135,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             "convert other formats with safetensors.torch.save_file first."
         )
     try:
-        data = path.read_bytes()
+        data = read_file(path, LARGEST_WEIGHTS_BYTES)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({in_brief(error)}); check the path.") from error
     return parse_safetensors(data, path)
@@ -99,19 +164,6 @@ def examine_copy(place: Source, path: Path, described: Described) -> tuple[CopyS
     return found, tuple(parts)
 
 
-def parse_parts(parts: Sequence[Part]) -> dict[str, Tensor]:
-    """The tensors of a verified copy, as `examine_copy` gives it.
-
-    Raises:
-        WeightsError: It is damaged, or the files are not those of the index.
-    """
-    first, *shards = parts
-    if not is_index(first.described.file):
-        return parse_safetensors(first.data, first.path)
-    tensors = {part.described.file: parse_safetensors(part.data, part.path) for part in shards}
-    return read_index(first.data, first.path).join(tensors, first.path)
-
-
 def examine(place: Source, path: Path, entry: Described) -> tuple[CopyStatus, bytes | None]:
     """Compare one file with its description; its bytes come along if, and only if, they are the right ones."""
     try:
@@ -120,8 +172,10 @@ def examine(place: Source, path: Path, entry: Described) -> tuple[CopyStatus, by
         if not path.is_file():  # opening a pipe would wait for ever
             return CopyStatus(place, path, "wrong", f"{path} is not a file"), None
         with path.open("rb") as file:
-            # One byte more than the right file has: a huge wrong one is hashed without being held in memory.
-            data = file.read(entry.size_bytes + 1)
+            # One byte more than the right file has, if there are so many: a wrong one is hashed without being held in
+            # memory, and no size in a manifest is allocated.
+            size_there = os.fstat(file.fileno()).st_size
+            data = file.read(entry.size_bytes + 1) if size_there == entry.size_bytes else b""
             digest, size = hashlib.sha256(data), len(data)
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
@@ -137,7 +191,25 @@ def examine(place: Source, path: Path, entry: Described) -> tuple[CopyStatus, by
     return CopyStatus(place, path, "good", f"{path} is the published file"), data
 
 
-def parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
+def parse_parts(parts: Sequence[Part]) -> dict[str, "Tensor"]:
+    """The tensors of a verified copy, as ``examine_copy`` gives it.
+
+    Raises:
+        WeightsError: It is damaged, or the files are not those of the index.
+    """
+    first, *shards = parts
+    if not is_index(first.described.file):
+        return parse_safetensors(first.data, first.path)
+    tensors = {part.described.file: parse_safetensors(part.data, part.path) for part in shards}
+    return read_index(first.data, first.path).join(tensors, first.path)
+
+
+def parse_safetensors(data: bytes, path: Path) -> dict[str, "Tensor"]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        WeightsError: It is none, or holds what no trained weights are: NaN, infinity, or a type other than a float.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -150,9 +222,104 @@ def parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
             "write one with safetensors.torch.save_file."
         )
     try:
-        return load(data)
-    except (SafetensorError, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        header = json.loads(data[8 : 8 + header_bytes], object_pairs_hook=_without_duplicates)
+        for name, facts in header.items():
+            count = name.endswith("num_batches_tracked")
+            if name != "__metadata__" and facts["dtype"] not in (*_FLOATS, *(("I64",) if count else ())):
+                raise ValueError(f"its tensor {name} is of type {facts['dtype']}, which no weights have")
+        tensors = load(data)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"its tensor {name} holds NaN or infinity")
+    except (
+        SafetensorError, AssertionError, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError
+    ) as error:  # fmt: skip
         raise WeightsError(
             f"{path} is a damaged safetensors file ({in_brief(error)}); write it again with "
             "safetensors.torch.save_file."
         ) from error
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"its header names {name} twice")
+        found[name] = value
+    return found
+
+
+# --- indices --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Index:
+    """Which tensor is in which file."""
+
+    shards: tuple[Shard, ...]
+    weight_map: Mapping[str, str]  # tensor -> file
+
+    def join(self, tensors: Mapping[str, Mapping[str, "Tensor"]], path: Path) -> dict[str, "Tensor"]:
+        """One state dict from the tensors of each file.
+
+        Raises:
+            WeightsError: A file holds other tensors than the index, which is at ``path``, says.
+        """
+        for file, held in tensors.items():
+            stated = {name for name, place in self.weight_map.items() if place == file}
+            if stated != held.keys():
+                name = min(stated ^ held.keys())
+                raise WeightsError(f"{path} and {file} disagree about the tensor {name}; write the weights again.")
+        return {name: tensors[file][name] for name, file in self.weight_map.items()}
+
+
+def is_index(file: str) -> bool:
+    """Whether a file name is that of an index."""
+    return file.endswith(INDEX_SUFFIX)
+
+
+def make_index(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> str:
+    """The text of an index file."""
+    facts = {shard.file: {"sha256": shard.sha256, "size_bytes": shard.size_bytes} for shard in shards}
+    total = sum(shard.size_bytes for shard in shards)
+    document = {"metadata": {"total_size": total, "shards": facts}, "weight_map": dict(weight_map)}
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+
+def read_index(data: bytes, path: Path) -> Index:
+    """Read an index file.
+
+    Raises:
+        WeightsError: It is none, or does not state size and SHA-256 of its files.
+    """
+    try:
+        document = json.loads(data)
+        weight_map, facts = document["weight_map"], document["metadata"]["shards"]
+        shards = tuple(Shard(file, facts[file]["sha256"], facts[file]["size_bytes"]) for file in sorted(facts))
+        good = (
+            len(shards) > 0
+            and all(isinstance(name, str) for name in weight_map)
+            and set(weight_map.values()) == set(facts)
+            and all(_is_good(shard) for shard in shards)
+            and sum(shard.size_bytes for shard in shards) <= LARGEST_WEIGHTS_BYTES
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(
+            f"{path} is not an index of weights that states size and SHA-256 of each file ({type(error).__name__}); "
+            "use weights that conam_zoo wrote, or join them into one safetensors file."
+        ) from error
+    if not good:
+        raise WeightsError(f"{path} is an index of weights that contradicts itself; write the weights again.")
+    return Index(shards, weight_map)
+
+
+def _is_good(shard: Shard) -> bool:
+    return (
+        re.fullmatch(FILE_PATTERN, shard.file) is not None
+        and not is_index(shard.file)
+        and isinstance(shard.sha256, str)
+        and re.fullmatch(SHA256_PATTERN, shard.sha256) is not None
+        and type(shard.size_bytes) is int
+        and shard.size_bytes > 0
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from conam_zoo.weights.patience import call_with_timeout
+from conam_zoo.weights.client import call_with_timeout
 
 
 def test_results_and_errors_come_through() -> None:
