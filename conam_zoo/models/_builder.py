@@ -16,6 +16,7 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from torch import Tensor, nn
 
 from conam_zoo.datasets import DATASETS
+from conam_zoo.models.config_schema import load_config
 from conam_zoo.weights import (
     WeightEntry,
     WeightsError,
@@ -24,7 +25,7 @@ from conam_zoo.weights import (
     read_safetensors,
     read_verified,
 )
-from conam_zoo.weights.folder import read_folder, read_hub_folder
+from conam_zoo.weights.folder import fetch_config, read_folder, read_hub_folder
 
 __all__ = ["build", "dataset_cfgs"]
 
@@ -108,6 +109,7 @@ def build(
         WeightsError: If no verified weights can be had.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    _check_config(cfg, pretrained, kwargs.get("pretrained_model_args") or {}, pretrained_cfg_overlay or {}, cache_dir)
     entry = load_manifest().entries.get(f"{variant}.{cfg.tag}") if pretrained else None
     for key, value in (entry.model_args if entry else {}).items():
         kwargs.setdefault(key, value)
@@ -122,7 +124,7 @@ def build(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         feature_cfg={"out_indices": (0, 1, 2, 3)},
-        pretrained_filter_fn=partial(_fitting, variant=variant, num_classes=cfg.num_classes),
+        pretrained_filter_fn=partial(_fitting, variant=variant, cfg=cfg),
         cache_dir=cache_dir,
         **kwargs,
     )
@@ -132,16 +134,50 @@ def build(
     return model
 
 
-def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, num_classes: int) -> dict[str, Tensor]:
+def _check_config(
+    cfg: PretrainedCfg,
+    pretrained: bool,
+    read_args: Mapping[str, Any],
+    overlay: Mapping[str, Any],
+    cache_dir: str | Path | None,
+) -> None:
+    """Check the config.json that timm has read, as it read it.
+
+    timm takes the one in the Hub cache as it is. Here a damaged one is fetched anew, and what was read from it is not
+    used.
+
+    Raises:
+        WeightsError: It is no good, or timm has read another one.
+    """
+    if cfg.source == "local-dir" and cfg.file:
+        load_config(Path(cfg.file))
+    elif cfg.source == "hf-hub" and cfg.hf_hub_id and pretrained:
+        config = load_config(fetch_config(cfg.hf_hub_id, cache_dir).parent)
+        stated = config["pretrained_cfg"] | {k: config[k] for k in ("num_classes", "label_names") if k in config}
+        keys = {"num_classes", "label_names", "input_size", "mean", "std"} & stated.keys() - overlay.keys()
+        same = all(_plain(getattr(cfg, key)) == _plain(stated[key]) for key in keys)
+        if not same or dict(read_args) != config.get("model_args", {}):
+            raise WeightsError(
+                f"The config.json of {cfg.hf_hub_id} in the Hub cache was damaged, and is fetched anew now: open the "
+                "model again."
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg: PretrainedCfg) -> dict[str, Tensor]:
     """The tensors as they are, if the body of the model has exactly those.
 
     timm drops the head of another class count and then loads without strictness; this keeps a file of another net from
     passing as one of this.
 
     Raises:
-        WeightsError: If a tensor is missing, is too many, or has another shape, or if the head has not the number of
-            classes that the configuration states, ``num_classes``.
+        WeightsError: If a tensor is missing, is too many, or has another shape, or if stem and head have not the
+            channels and classes that the configuration states.
     """
+    num_classes, in_chans = cfg.num_classes, cfg.input_size[0]
     own = model.state_dict()
     head, stem = ("fc.weight", "fc.bias"), "conv1.weight"
     for name in sorted(set(own) ^ set(state_dict)):
@@ -157,6 +193,12 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, num_
                 f"These weights do not fit {variant} as asked for, their {name} has shape {tuple(tensor.shape)} "
                 f"and not {tuple(own[name].shape)}: ask for the net and the attn arguments that they were trained with."
             )
+    channels = state_dict[stem].shape[1] if stem in state_dict and state_dict[stem].ndim == 4 else in_chans
+    if channels != in_chans:
+        raise WeightsError(
+            f"These weights do not fit {variant} as asked for, they take {channels} channels and its configuration "
+            f"says {in_chans}: give the input_size that they were trained with in pretrained_cfg_overlay."
+        )
     found = len(state_dict[head[0]]) if head[0] in state_dict else num_classes
     if found != num_classes:
         raise WeightsError(

@@ -1,6 +1,7 @@
 """A model as a folder in timm's Hub layout, with the hash of its weights beside them."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from conam_zoo.models import StagedClassifier
 from conam_zoo.weights.folder import WEIGHTS_FILE
 from conam_zoo.weights.verify import INDEX_SUFFIX, Shard, make_index
 
-__all__ = ["export_model"]
+__all__ = ["export_model", "for_transformers"]
 
 INDEX_FILE = WEIGHTS_FILE.replace(".safetensors", INDEX_SUFFIX)
 
@@ -58,10 +59,26 @@ def export_model(
     model_args = model.attention_arguments()
     config_path = folder / "config.json"
     own |= {"sha256": sha256, "pretrained_cfg": {"tag": tag}}
-    write_atomically(
-        config_path, lambda path: save_config_for_hf(model, str(path), model_config=own, model_args=model_args)
-    )
+
+    def write_config(path: Path) -> None:
+        save_config_for_hf(model, str(path), model_config=own, model_args=model_args)
+        path.write_text(for_transformers(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+    write_atomically(config_path, write_config)
     return sha256
+
+
+def for_transformers(text: str) -> str:
+    """The text of timm's ``config.json`` as transformers reads it, too.
+
+    transformers passes ``num_classes`` beside ``model_args``, so it must not stand in them as well, and takes its
+    ``id2label`` from the ``label_names`` at the root. timm reads both from the root.
+    """
+    config = json.loads(text)
+    config.get("model_args", {}).pop("num_classes", None)
+    if names := config["pretrained_cfg"].get("label_names"):
+        config["label_names"] = names
+    return json.dumps(config, indent=2) + "\n"
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> str:

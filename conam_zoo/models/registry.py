@@ -1,7 +1,6 @@
 """From what a person typed to a model: known names, near misses, and counts."""
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models._base import StagedClassifier
+from conam_zoo.models.config_schema import load_config
 from conam_zoo.weights.folder import fetch_config
 
 __all__ = ["check_model_name", "count_params_and_macs", "model_names", "open_model"]
@@ -46,33 +46,34 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
         WeightsError: If no verified weights can be had.
     """
     if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
+        folder = _expanded(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a model folder: it has no config.json.")
-        check_model_name(_architecture(folder / "config.json"))
+        check_model_name(load_config(folder)["architecture"])
+        name = f"local-dir:{folder}"
     elif name.startswith("hf-hub:"):
         # timm would wait half a minute for a Hub that is away, believe what it says, and read a net of its own in its
         # own ways. Of a pinned commit that is in the cache it asks nothing.
         hub_id = name.removeprefix("hf-hub:")
         config = fetch_config(hub_id, kwargs.get("cache_dir"))
-        check_model_name(_architecture(config))
+        check_model_name(load_config(config.parent)["architecture"])
         name = f"hf-hub:{hub_id.partition('@')[0]}@{config.parent.name}"
     else:
         check_model_name(name)
-    model: StagedClassifier = timm.create_model(name, pretrained=pretrained, **kwargs).eval()
+    try:
+        model: StagedClassifier = timm.create_model(name, pretrained=pretrained, **kwargs).eval()
+    except (TypeError, ValueError) as error:
+        if ":" not in name or isinstance(error, UserError) or kwargs.keys() - {"cache_dir", "device"}:
+            raise
+        raise UserError(f"The config.json of {name} describes a net that cannot be built: {error}") from error
     return model
 
 
-def _architecture(config: Path) -> str:
-    """The architecture that a config.json names.
-
-    Raises:
-        UserError: It names none.
-    """
+def _expanded(folder: str) -> Path:
     try:
-        return str(json.loads(config.read_text())["architecture"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config} does not name an architecture: copy the folder again.") from error
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"There is no folder {folder}: {error}") from error
 
 
 def count_params_and_macs(name: str, **kwargs: Any) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
+from conam_zoo.models.export import for_transformers
 from conam_zoo.release.card import even_sites, model_card
 from conam_zoo.release.peers import best_peer, like_for_like
 from conam_zoo.weights import Manifest, find_checkout, load_manifest
@@ -23,6 +24,9 @@ def generated_files(checkout: Path) -> dict[Path, str]:
     files = {readme: fill_table(text, "results", result_table(manifest), readme)}
     for name, entry in manifest.entries.items():
         files[checkout / "weights" / name / "README.md"] = model_card(entry, manifest)
+        config = checkout / "weights" / name / "config.json"
+        if config.is_file():
+            files[config] = for_transformers(config.read_text(encoding="utf-8"))
     for path in sorted((checkout / "conam_zoo" / "training" / "recipes").glob("*.toml")):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         body = "".join(line for line in lines if not line.startswith("#"))

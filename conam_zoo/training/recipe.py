@@ -191,6 +191,8 @@ def _parse(value: str) -> Any:
 
 
 def _checked(values: dict[str, Any], name: str) -> Recipe:
+    from conam_zoo.models.config_schema import check_model_args
+
     types = {field.name: field.type for field in fields(Recipe)}
     known = ", ".join(types)
     if unknown := sorted(set(values) - set(types)):
@@ -209,6 +211,7 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
             raise UserError(f"The setting {key} is {value!r}, but it must be {kind}.")
         elif key == "model_args" and not isinstance(value, dict):
             raise UserError(f"The setting model_args is {value!r}, but it must be a table such as {{drop_rate = 0.1}}.")
+    check_model_args(values.get("model_args", {}), "The setting model_args")
     recipe = Recipe(**values)
     ranges = {
         "epochs": recipe.epochs >= 1,

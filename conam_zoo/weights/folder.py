@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from conam_zoo.weights.client import ask_hub, cached_file, download, is_intact
 from conam_zoo.weights.credentials import redact, tells_secrets
@@ -43,12 +43,16 @@ def read_config(path: Path) -> dict[str, Any]:
         WeightsError: It is none.
     """
     try:
-        config = json.loads(read_file(path, LARGEST_TEXT_BYTES).decode("utf-8"))
+        config = json.loads(read_file(path, LARGEST_TEXT_BYTES).decode("utf-8"), parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is no readable config.json ({in_brief(error)}): check the path.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} holds no JSON object: copy the folder again.")
     return config
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def read_folder(folder: Path) -> dict[str, "Tensor"]:

@@ -1,0 +1,179 @@
+"""``config.json`` of a model folder, which is input from outside: checked as a whole before anything is built.
+
+The layout is timm's (``timm.models.save_for_hf``), with ``sha256`` and ``weights_file`` beside it. What would read
+other files, choose a device or change what is built is no part of it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conam_zoo.errors import UserError
+from conam_zoo.weights import WeightsError
+from conam_zoo.weights.folder import read_config
+from conam_zoo.weights.manifest import FILE_PATTERN, SHA256_PATTERN
+
+__all__ = ["check_model_args", "load_config"]
+
+LARGEST_SIDE = 1024  # pixels
+LARGEST_COUNT = 1 << 16  # classes
+
+_TEXT = {"type": "string", "maxLength": 2000}
+_SHORT = {"type": "string", "pattern": r"^[A-Za-z0-9_]{0,40}\Z"}
+_CLASSES = {"type": "integer", "minimum": 0, "maximum": LARGEST_COUNT}
+_CHANNELS = {"type": "integer", "minimum": 1, "maximum": 64}
+_RATE = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
+_SIDE = {"type": "integer", "minimum": 1, "maximum": LARGEST_SIDE}
+_CROP = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_SIZE = {"type": "array", "prefixItems": [_CHANNELS, _SIDE, _SIDE], "minItems": 3, "maxItems": 3}
+_LABELS = {"type": "array", "items": _TEXT, "maxItems": LARGEST_COUNT}
+_POOL = {"enum": ["", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"]}
+_NUMBER = {"type": "number", "minimum": -4096, "maximum": 4096}
+_STATISTICS = {"type": "array", "minItems": 1, "maxItems": 64}
+
+
+def _object(properties: Mapping[str, Any], required: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+MODEL_ARGS = _object(
+    {
+        "num_classes": _CLASSES,
+        "in_chans": _CHANNELS,
+        "global_pool": _POOL,
+        "drop_rate": _RATE,
+        "block_drop_rate": _RATE,
+        "attn_layer": _SHORT,
+        "attn_placement": _SHORT,
+        "attn_site": _SHORT,
+        "patch_sizes": {"type": "array", "items": _SIDE, "minItems": 1, "maxItems": 8},
+        "attn_args": _or_null(
+            {
+                "type": "object",
+                "propertyNames": {"pattern": r"^[A-Za-z]\w{0,40}\Z"},
+                "additionalProperties": {"anyOf": [_NUMBER, _SHORT, {"type": ["boolean", "null"]}]},
+            }
+        ),
+    }
+)
+
+PRETRAINED_CFG = _object(
+    {
+        "architecture": _SHORT,
+        "tag": _or_null(_TEXT),
+        "custom_load": {"const": False},
+        "input_size": _SIZE,
+        "test_input_size": _or_null(_SIZE),
+        "min_input_size": _or_null(_SIZE),
+        "fixed_input_size": {"type": "boolean"},
+        "interpolation": {"enum": ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]},
+        "crop_pct": _CROP,
+        "test_crop_pct": _or_null(_CROP),
+        "crop_mode": {"enum": ["center", "squash", "border"]},
+        "mean": _STATISTICS | {"items": {"type": "number", "minimum": 0, "maximum": 1}},
+        "std": _STATISTICS | {"items": {"type": "number", "minimum": 1e-6, "maximum": 1}},
+        "num_classes": _CLASSES,
+        "label_names": _or_null(_LABELS),
+        "label_descriptions": _or_null({"type": "object", "additionalProperties": _TEXT}),
+        "pool_size": _or_null({"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}),
+        "test_pool_size": _or_null({"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}),
+        "first_conv": {"const": "conv1"},
+        "classifier": {"const": "fc"},
+        **{key: _or_null(_TEXT) for key in ("license", "description", "origin_url", "paper_name")},
+        "paper_ids": _or_null({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}),
+        "notes": _or_null({"type": "array", "items": _TEXT}),
+    }
+)
+
+CONFIG = _object(
+    {
+        "architecture": _SHORT,
+        "num_classes": _CLASSES,
+        "num_features": {"type": "integer", "minimum": 1},
+        "global_pool": _POOL,
+        "label_names": _LABELS,
+        "label_descriptions": {"type": "object", "additionalProperties": _TEXT},
+        "model_args": MODEL_ARGS,
+        "pretrained_cfg": PRETRAINED_CFG,
+        "sha256": {"type": "string", "pattern": f"^{SHA256_PATTERN}\\Z"},
+        "weights_file": {"type": "string", "pattern": f"^{FILE_PATTERN}\\Z"},
+        # What transformers writes beside it (TimmWrapperConfig), and nothing here reads.
+        **dict.fromkeys(("model_type", "transformers_version", "torch_dtype", "dtype"), _TEXT),
+        **dict.fromkeys(("architectures", "initializer_range", "do_pooling", "problem_type"), True),
+    },
+    ("architecture", "pretrained_cfg"),
+)
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """The checked ``config.json`` of a model folder.
+
+    Raises:
+        WeightsError: It is absent, or not such a file; the message says where and what.
+    """
+    path = folder / "config.json"
+    config = read_config(path)
+    said = _first_error(config, CONFIG) or _contradiction(config)
+    if said:
+        raise WeightsError(f"{path} is refused, {said}: copy the folder again, or mend it there.")
+    return config
+
+
+def check_model_args(arguments: Mapping[str, Any], what: str) -> None:
+    """Refuse arguments that are none of a builder of this package, or are beyond all reason.
+
+    Raises:
+        UserError: With the argument and its value.
+    """
+    if said := _first_error(dict(arguments), MODEL_ARGS):
+        raise UserError(f"{what} is refused, {said}: it knows {', '.join(MODEL_ARGS['properties'])}.")
+
+
+def _first_error(value: Any, schema: Mapping[str, Any]) -> str:
+    """What is wrong with a value, as a clause; empty if nothing is."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    plain = _as_json(value)
+    error = best_match(Draft202012Validator(schema).iter_errors(plain))
+    if error is None:
+        return ""
+    where = ".".join(str(step) for step in error.absolute_path)
+    message = error.message if len(error.message) <= 160 else f"...{error.message[-157:]}"
+    if error.validator in ("type", "enum", "const", "pattern", "minimum", "maximum", "anyOf"):
+        shown = repr(error.instance)
+        rule = {
+            k: v for k, v in error.schema.items() if k in ("type", "enum", "const", "pattern", "minimum", "maximum")
+        }
+        wants = ", ".join(f"{k} {v}" for k, v in rule.items()) or "another kind of value"
+        message = f"is {shown if len(shown) <= 60 else shown[:57] + '...'}, expected {wants}"
+    return " ".join(f"{where} {message}".split())
+
+
+def _as_json(value: Any) -> Any:
+    """Tuples as the lists that JSON has."""
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _contradiction(config: Mapping[str, Any]) -> str:
+    """What two of its facts disagree about."""
+    cfg, args = config["pretrained_cfg"], config.get("model_args", {})
+    counts = {place["num_classes"] for place in (config, cfg, args) if "num_classes" in place}
+    if len(counts) > 1:
+        return f"num_classes is {' and '.join(map(str, sorted(counts)))} in it"
+    for names in (config.get("label_names"), cfg.get("label_names")):
+        if names is not None and counts and len(names) not in (0, *counts):
+            return f"label_names has {len(names)} names for {min(counts)} classes"
+    channels = args.get("in_chans", cfg.get("input_size", (3,))[0])
+    for key in ("mean", "std"):
+        if key in cfg and len(cfg[key]) != channels:
+            return f"{key} has {len(cfg[key])} numbers for {channels} channels"
+    if "input_size" in cfg and cfg["input_size"][0] != channels:
+        return f"input_size has {cfg['input_size'][0]} channels and in_chans is {channels}"
+    return ""

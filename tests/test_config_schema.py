@@ -1,0 +1,184 @@
+"""``config.json`` of a model folder: read by timm and transformers, and refused as a whole where anything is wrong."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_client import assert_one_sentence
+from safetensors.torch import save
+
+import conam_zoo  # noqa: F401
+from conam_zoo.datasets import DATASETS
+from conam_zoo.errors import UserError
+from conam_zoo.models.config_schema import check_model_args, load_config
+from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import open_model
+from conam_zoo.weights import WeightsError
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("exported")
+    export_model(timm.create_model("resnet20_conam.cifar10", patch_sizes=(8, 8, 8)), folder, tag=None)
+    return folder
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "model"))
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_timm_and_transformers_read_the_same_net(exported: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    own = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
+    other = AutoModelForImageClassification.from_pretrained(exported).eval()
+    with torch.no_grad():
+        assert torch.equal(other(image).logits, own(image))
+    assert list(other.config.id2label.values()) == list(DATASETS["cifar10"].classes)
+    assert other.timm_model.patch_sizes == own.patch_sizes == (8, 8, 8)
+
+
+def test_the_pipeline_of_transformers_names_the_classes(checkout: Path) -> None:
+    from PIL import Image
+    from transformers import pipeline
+
+    classify = pipeline("image-classification", model=str(checkout / "weights" / "resnet20_conam.cifar10"))
+    answer = classify(Image.new("RGB", (32, 32), (120, 160, 220)), top_k=1)
+    assert answer[0]["label"] in DATASETS["cifar10"].classes
+
+
+def test_a_config_of_the_first_release_still_loads(folder: Path) -> None:
+    def as_before(config: dict[str, Any]) -> None:
+        config["model_args"]["num_classes"] = 10
+        del config["label_names"]
+
+    change(folder, as_before)
+    assert open_model(f"local-dir:{folder}").num_classes == 10
+
+
+def test_every_published_config_passes(checkout: Path) -> None:
+    for path in (checkout / "weights").glob("*/config.json"):
+        load_config(path.parent)
+
+
+def into(place: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: (config[place] if place else config).update(values)
+
+
+WRONG = {
+    "device": into("model_args", device="cuda:7"),
+    "features_only": into("model_args", features_only=True),
+    "pretrained_cfg": into("model_args", pretrained_cfg={"file": "/etc/passwd"}),
+    "checkpoint_path": into("model_args", checkpoint_path="/tmp/x.pth"),
+    "layers": into("model_args", layers=[9, 9, 9]),
+    "file": into("pretrained_cfg", file="/etc/passwd"),
+    "url": into("pretrained_cfg", url="http://x/y.pth"),
+    "custom_load": into("pretrained_cfg", custom_load=True),
+    "unknown key": into("", novelty=1),
+    "std 0": into("pretrained_cfg", std=[0.0, 0.2, 0.2]),
+    "std below 0": into("pretrained_cfg", std=[-0.2, 0.2, 0.2]),
+    "mean NaN": into("pretrained_cfg", mean=[float("nan"), 0.5, 0.5]),
+    "one mean": into("pretrained_cfg", mean=[0.5]),
+    "one channel": into("model_args", in_chans=1),
+    "crop_pct 0": into("pretrained_cfg", crop_pct=0),
+    "crop_pct infinite": into("pretrained_cfg", crop_pct=float("inf")),
+    "interpolation": into("pretrained_cfg", interpolation="wobbly"),
+    "classes as text": into("", num_classes="10"),
+    "classes beyond reason": into("", num_classes=10**9),
+    "classes disagree": into("", num_classes=3),
+    "too few labels": into("", label_names=["a", "b"]),
+    "labels as object": into("", label_names={"0": "a"}),
+    "huge input": into("pretrained_cfg", input_size=[3, 10**6, 10**6]),
+    "input of two": into("pretrained_cfg", input_size=[32, 32]),
+    "patches 0": into("model_args", patch_sizes=[0, 8, 4]),
+    "patches as text": into("model_args", patch_sizes="848"),
+    "attention": into("model_args", attn_layer="../x"),
+    "no such attention": into("model_args", attn_layer="telepathy"),
+    "attn_args": into("model_args", attn_args={"reduction": 10**9}),
+    "drop_rate": into("model_args", drop_rate=2),
+    "drop_rate as text": into("model_args", drop_rate="a lot"),
+    "architecture": into("", architecture="resnet18"),
+    "architecture as list": into("", architecture=["resnet20_conam"]),
+    "no pretrained_cfg": lambda config: config.pop("pretrained_cfg"),
+    "sha256": into("", sha256="abc"),
+    "weights_file": into("", weights_file="../model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("edit", WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_is_one_sentence(edit: Callable[[dict[str, Any]], Any], folder: Path) -> None:
+    change(folder, edit)
+    with pytest.raises((WeightsError, UserError)) as refused:
+        open_model(f"local-dir:{folder}")
+    assert_one_sentence(str(refused.value))
+    assert len(str(refused.value)) < 700
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"a": ' * 5000, "\x00", "null"])
+def test_what_is_no_config_is_one_sentence(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=r"config\.json") as refused:
+        open_model(f"local-dir:{folder}")
+    assert_one_sentence(str(refused.value))
+
+
+def test_timm_itself_is_held_to_it(folder: Path) -> None:
+    change(folder, into("model_args", device="cuda:7"))
+    with pytest.raises(WeightsError, match="device"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+@pytest.mark.parametrize("arguments", [{"checkpoint_path": "x.pth"}, {"device": "cuda"}, {"cache_dir": "/"}])
+def test_arguments_of_a_recipe_name_no_file_and_no_device(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(arguments))):
+        check_model_args(arguments, "The setting model_args")
+
+
+def test_a_folder_below_the_home_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert open_model("local-dir:~/model").num_classes == 10
+
+
+@pytest.mark.parametrize("kind", ["nan", "infinity", "bool", "int8", "complex"])
+def test_tensors_that_are_no_weights_are_refused(kind: str, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    bias = tensors["fc.bias"]
+    dtypes = {"bool": torch.bool, "int8": torch.int8, "complex": torch.complex64}
+    tensors["fc.bias"] = bias.to(dtypes[kind]) if kind in dtypes else bias / (bias * 0 if kind == "nan" else 0)
+    if kind == "infinity":
+        tensors["fc.bias"] = torch.full_like(bias, torch.inf)
+    data = save(tensors)
+    (folder / "model.safetensors").write_bytes(data)
+    change(folder, into("", sha256=hashlib.sha256(data).hexdigest()))
+    with pytest.raises(WeightsError, match=r"tensor fc\.bias"):
+        open_model(f"local-dir:{folder}")
+
+
+def test_a_tensor_that_is_named_twice_is_refused(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip()
+    inner = json.loads(header)
+    twice = header[:-1] + b',"fc.bias":' + json.dumps(inner["fc.bias"]).encode() + b"}"
+    data = len(twice).to_bytes(8, "little") + twice + data[8 + size :]
+    (folder / "model.safetensors").write_bytes(data)
+    change(folder, into("", sha256=hashlib.sha256(data).hexdigest()))
+    with pytest.raises(WeightsError, match=r"names fc\.bias twice"):
+        open_model(f"local-dir:{folder}")
