@@ -141,6 +141,16 @@ def test_logits_are_written_in_the_order_of_the_split(run, conam: Conam, tmp_pat
     assert "end in .npz" in err
 
 
+def test_the_data_is_not_written_over(run, conam: Conam, tmp_path: Path) -> None:
+    data = tmp_path / "data.npz"
+    np.savez(data, images=np.zeros((4, 32, 32, 3), np.uint8), labels=np.arange(4) % 2, classes=np.array(["cat", "dog"]))
+    before = data.read_bytes()
+    for option in ("--logits", "--json"):
+        code, _, err = conam("evaluate", f"local-dir:{run[1] / 'final'}", "--data", data, option, data)
+        assert (code, err.count("\n")) == (2, 1)
+        assert data.read_bytes() == before
+
+
 def test_a_run_folder_inside_of_the_data_is_refused(tmp_path: Path) -> None:
     data = write_pictures(tmp_path / "data", ("a", "b"), 2)
     with pytest.raises(UserError, match="lies in the data"):
