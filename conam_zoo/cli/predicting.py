@@ -206,3 +206,40 @@ def _sentence(e: "Explanation") -> str:
     most, least = (percent(float(p.probabilities[e.predicted])) for p in (last.most, last.least))
     change = f"{most} with the most confident patch of {site} blurred, {least} with the least confident"
     return f"{name} {percent(before)}; {change}"
+
+
+@app.command(epilog="Example: conam features resnet20_conam.cifar10 my_pictures --output features.npz")
+def features(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    images: Annotated[
+        list[Path], typer.Argument(help="Pictures, and folders, of which all pictures at any depth are taken.")
+    ],
+    output: Annotated[Path, typer.Option(help="The .npz file: features (N, channels) as float32, and names (N,).")],
+) -> None:
+    """Write the pooled features of pictures: the vectors that the classifier sees.
+
+    A picture that cannot be read is told and left out; the exit code is 1 then.
+    """
+    import numpy as np
+
+    from conam_zoo.data.images import PICTURE_SUFFIXES
+    from conam_zoo.files import write_atomically
+    from conam_zoo.inputs import expand_path
+    from conam_zoo.models.registry import open_model
+    from conam_zoo.training.evaluate import check_npz
+    from conam_zoo.visualize.features import pooled_features
+
+    check_npz(output)
+    paths: list[Path] = []
+    for path in map(expand_path, images):
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"The folder {path} holds no pictures: name one that does.")
+        paths += inside
+    _check_outputs(model, paths, None, output)
+    failures = _Failures(len(paths))
+    vectors, kept = pooled_features(open_model(model), _with_progress(paths), skip=failures)
+    names = np.array([str(path) for path in kept], dtype=str)
+    write_atomically(output, lambda temporary: np.savez(temporary, features=vectors.numpy(), names=names))
+    console().print(f"written: {output}, {len(vectors):,} pictures, {vectors.shape[1]} features each")
+    failures.exit()
