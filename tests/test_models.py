@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from conam_zoo import ConAM
+from conam_zoo.layers.registry import attention_names
 from conam_zoo.models.export import export_model
 from conam_zoo.weights import WeightsError
 
 NAMES = timm.list_models("*_conam")
 TAGGED = timm.list_models("*_conam", include_tags=True)
 SMALL = ["resnet20_conam", "wide_resnet16_4_conam", "densenet40_12_conam"]  # one of each family
-LAYERS = ["conam", "none", "se", "eca", "cbam", "gc", "coord"]
+LAYERS = [name for name in attention_names() if name not in ("simam", "conam_variant")]  # they have tests of their own
 
 # Parameters of the nets without attention, with 10 classes. Sources: pytorch-cifar-models and pytorchcv (their tables),
 # kuangliu/pytorch-cifar (the ImageNet nets with a 3x3 stem), the WideResNet and DenseNet papers.

@@ -16,9 +16,9 @@ from oracles.variant_oracle import conam_variant
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-import conam_zoo.layers.conam_variant
+import experiments.accuracy.forms
 from conam_zoo import ConAM
-from conam_zoo.layers.conam_variant import ConAMVariantConfig, ConfidenceAttentionVariant
+from experiments.accuracy.forms import ConfidenceAttentionVariant, ConfidenceForm
 
 DIVIDED, UNDIVIDED = (2, 6, 8, 12), (2, 6, 7, 10)
 FORMS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def variant(dtype: torch.dtype = torch.float32, **switches: Any) -> ConfidenceAttentionVariant:
     """A module of 6 channels with weights that make its confidences uneven, t and s among them."""
-    module = ConfidenceAttentionVariant(6, 4, ConAMVariantConfig(**switches), dtype=dtype)
+    module = ConfidenceAttentionVariant(6, 4, ConfidenceForm(**switches), dtype=dtype)
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters(), start=1):
             parameter.copy_(noise(*parameter.shape, seed=seed) * 2 / math.sqrt(6))
@@ -109,7 +109,7 @@ def test_every_form_equals_its_equations(name: str, shape: tuple[int, ...]) -> N
     ones = torch.zeros(6, dtype=torch.float64)
     temperature = (module.log_temperature if module.log_temperature is not None else ones).exp().detach().numpy()
     gain = (module.gain if module.gain is not None else ones).detach().numpy()
-    expected = conam_variant(x.numpy(), 4, *arrays, asdict(ConAMVariantConfig(**FORMS[name])), temperature, gain)
+    expected = conam_variant(x.numpy(), 4, *arrays, asdict(ConfidenceForm(**FORMS[name])), temperature, gain)
     np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -148,7 +148,7 @@ def test_a_global_context_alone_is_a_constant_behind_a_softmax() -> None:
 @pytest.mark.parametrize("scaling", ["none", "mean_one", "mean_zero"])
 def test_identity_start(scaling: str) -> None:
     torch.manual_seed(0)
-    module = ConfidenceAttentionVariant(16, 4, ConAMVariantConfig(scaling=scaling, identity_start=True, heads=2))
+    module = ConfidenceAttentionVariant(16, 4, ConfidenceForm(scaling=scaling, identity_start=True, heads=2))
     x = noise(2, 16, 7, 10)
     output = module(x)
     assert torch.equal(output, x)
@@ -161,11 +161,11 @@ def test_identity_start(scaling: str) -> None:
 def test_unit_start() -> None:
     torch.manual_seed(0)
     module = ConfidenceAttentionVariant(
-        16, 4, ConAMVariantConfig(gate="sigmoid", heads=0, second_relu=False, unit_start=True)
+        16, 4, ConfidenceForm(gate="sigmoid", heads=0, second_relu=False, unit_start=True)
     )
     assert torch.equal(module.fc2.bias, torch.ones(16))
     torch.manual_seed(0)
-    plain = ConfidenceAttentionVariant(16, 4, ConAMVariantConfig(gate="sigmoid", heads=0, second_relu=False))
+    plain = ConfidenceAttentionVariant(16, 4, ConfidenceForm(gate="sigmoid", heads=0, second_relu=False))
     assert torch.equal(module.fc1.weight, plain.fc1.weight)
     assert torch.equal(module.fc2.weight, plain.fc2.weight)
     x = noise(2, 16, 8, 8)
@@ -356,7 +356,7 @@ def test_a_net_with_the_other_site_is_scripted(name: str) -> None:
 
 
 def test_meta_device_and_dtype() -> None:
-    form = ConAMVariantConfig(identity_start=True, agreement="cosine")
+    form = ConfidenceForm(identity_start=True, agreement="cosine")
     module = ConfidenceAttentionVariant(6, 4, form, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
     x = torch.empty(UNDIVIDED, device="meta", dtype=torch.bfloat16)
@@ -364,6 +364,6 @@ def test_meta_device_and_dtype() -> None:
 
 
 def test_docstring_examples() -> None:
-    results = doctest.testmod(conam_zoo.layers.conam_variant)
+    results = doctest.testmod(experiments.accuracy.forms)
     assert results.attempted >= 2
     assert results.failed == 0

@@ -58,8 +58,7 @@ def info(
     """Show what a model is: size, input, where its attention stands, and its weights."""
     from timm.models import split_model_name_tag
 
-    from conam_zoo.layers.conam import ConAM
-    from conam_zoo.layers.conam_variant import ConfidenceAttentionVariant
+    from conam_zoo.layers.confidence import has_confidence
     from conam_zoo.models.registry import count_params_and_macs, open_model
     from conam_zoo.weights import load_manifest
 
@@ -80,7 +79,7 @@ def info(
         "sites": {
             n: f"{m.channels} channels, patch side {m.patch_size}"
             for n, m in net.named_modules()
-            if isinstance(m, ConAM | ConfidenceAttentionVariant)
+            if has_confidence(m) and hasattr(m, "patch_size")
         },
         "features": [f"{f['module']}: {f['num_chs']} channels, 1/{f['reduction']}" for f in net.feature_info],
     }

@@ -5,12 +5,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from conam_zoo.layers.conam import ConAM
-from conam_zoo.layers.conam_variant import ConfidenceAttentionVariant
-
-__all__ = ["EVEN", "confidence_maps", "liveness"]
+__all__ = ["EVEN", "confidence_maps", "has_confidence", "liveness"]
 
 EVEN = 0.02  # a site of less liveness hands all patches the same confidence, for any practical purpose
+
+
+def has_confidence(module: nn.Module) -> bool:
+    """Whether it is ConAM, or another attention that tells its confidence in every patch."""
+    return callable(getattr(module, "confidence", None))
 
 
 @torch.inference_mode()
@@ -27,13 +29,13 @@ def confidence_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str,
     """
     maps: dict[str, Tensor] = {}
 
-    def keep(site: str, module: ConAM | ConfidenceAttentionVariant, inputs: tuple[Tensor]) -> None:
-        maps[site] = module.confidence(inputs[0])
+    def keep(site: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        maps[site] = module.confidence(inputs[0])  # type: ignore[operator]
 
     hooks = [
         module.register_forward_pre_hook(partial(keep, name))
         for name, module in model.named_modules()
-        if isinstance(module, ConAM | ConfidenceAttentionVariant)
+        if has_confidence(module)
     ]
     try:
         logits = model(images)

@@ -1,5 +1,6 @@
 """The part of timm's model contract that does not depend on the family: head, intermediates, pruning."""
 
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,54 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from conam_zoo.layers.placement import AttentionSites
+from conam_zoo.layers.conam_recompute import recompute_rescaled
+from conam_zoo.layers.registry import check_attention, create_attention
 
-__all__ = ["StagedClassifier"]
+__all__ = ["AttendedBlock", "StagedClassifier"]
+
+ATTENTION_PLACEMENTS = ("stage", "block")
+ATTENTION_SITES = ("before_first_conv", "after_last_norm")
+
+
+class AttendedBlock(nn.Module):
+    """A block whose first convolution, ``conv1``, may stand behind its attention, ``attn``.
+
+    A family sets ``attn`` in its place among the layers: their order is that of the parameters in optimisers' states.
+    """
+
+    if TYPE_CHECKING:
+        attn: nn.Module
+        conv1: nn.Conv2d
+    attn_last = False  # whether it stands after the last norm instead; the block calls it there
+
+    def first_conv(self, x: Tensor) -> Tensor:
+        """The attention, if it stands here, and the convolution, which need not keep the rescaled map."""
+        if not self.attn_last:
+            x = self.attn(x)
+        if torch.jit.is_scripting():
+            x = self.conv1(x)
+        else:
+            with recompute_rescaled(x):
+                x = self.conv1(x)
+        return x
 
 
 class StagedClassifier(nn.Module):
     """An image classifier made of a stem and stages, with a pooled linear head called ``fc``.
+
+    Args:
+        num_stages: Stages of the net.
+        patch_sizes: ConAM's patch side on the input of the first block of each stage, in pixels; 0 for a stage without
+            attention, whichever it is.
+        num_classes: Classes; 0 for no classifier.
+        in_chans: Channels of the images.
+        attn_layer: Name of a registered attention, see ``conam_zoo.layers.registry``; ``"none"`` for the plain twin.
+        attn_placement: ``"stage"`` for the first block of every stage, ``"block"`` for every block.
+        attn_args: Arguments of the attention's factory, such as ConAM's ``hidden_channels``.
+        attn_site: ``"before_first_conv"`` or ``"after_last_norm"``: where on the residual branch the attention stands.
+
+    Raises:
+        ValueError: If an argument is none of those, or does not fit the stages.
 
     A family sets, after ``super().__init__()`` and before ``init_head``:
 
@@ -32,19 +74,60 @@ class StagedClassifier(nn.Module):
         feature_info: list[dict[str, Any]]
         num_features: int
 
-    def __init__(self, sites: AttentionSites, num_classes: int, in_chans: int) -> None:
+    def __init__(
+        self,
+        num_stages: int,
+        patch_sizes: Sequence[int],
+        num_classes: int = 10,
+        in_chans: int = 3,
+        attn_layer: str = "conam",
+        attn_placement: str = "stage",
+        attn_args: Mapping[str, Any] | None = None,
+        attn_site: str = "before_first_conv",
+    ) -> None:
         super().__init__()
         given: object = num_classes
         if not isinstance(given, Integral) or isinstance(given, bool) or num_classes < 0:
             raise ValueError(f"num_classes is {num_classes!r}, but it must be a whole number, 0 for no classifier.")
-        self.attn_layer = sites.attn_layer
-        self.attn_placement = sites.attn_placement
-        self.patch_sizes = sites.patch_sizes
-        self.attn_args = sites.attn_args
-        self.attn_site = sites.attn_site
+        check_attention(attn_layer)
+        _check_choice("attn_placement", attn_placement, ATTENTION_PLACEMENTS)
+        _check_choice("attn_site", attn_site, ATTENTION_SITES)
+        sizes = tuple(patch_sizes)
+        if len(sizes) != num_stages or any(not isinstance(size, int) or size < 0 for size in sizes):
+            raise ValueError(
+                f"patch_sizes is {sizes!r}, but it must hold one patch side in pixels (0 for none) "
+                f"for each of the {num_stages} stages."
+            )
+        self.attn_layer = attn_layer
+        self.attn_placement = attn_placement
+        self.patch_sizes = sizes
+        self.attn_args = dict(attn_args or {})
+        self.attn_site = attn_site
         self.num_classes = int(num_classes)  # NumPy's whole numbers are such, too
         self.in_chans = in_chans
         self.grad_checkpointing = False
+        if attn_layer == "none":
+            create_attention("none", 1, 1, **self.attn_args)  # refuses arguments
+
+    @torch.jit.ignore
+    def make_attention(
+        self, channels: int, stage: int, *, first: bool, shrink: int = 1, **factory_kwargs: Any
+    ) -> nn.Module | None:
+        """The attention for one block, or None where there is none.
+
+        Args:
+            channels: Channels of the map at the site.
+            stage: Index of the stage.
+            first: Whether the block is the first of its stage.
+            shrink: How much smaller the map is than at the stage's first site; the patch side shrinks with it, so
+                that the number of patches stays.
+            **factory_kwargs: ``device`` and ``dtype`` of the parameters.
+        """
+        patch_size = self.patch_sizes[stage]
+        if self.attn_layer == "none" or patch_size == 0 or (self.attn_placement == "stage" and not first):
+            return None
+        patch_size = max(1, patch_size // shrink)
+        return create_attention(self.attn_layer, channels, patch_size, **factory_kwargs, **self.attn_args)
 
     @torch.jit.ignore
     def attention_arguments(self) -> dict[str, Any]:
@@ -60,12 +143,10 @@ class StagedClassifier(nn.Module):
             arguments["attn_site"] = self.attn_site
         return arguments
 
-    def init_head(
-        self, global_pool: str, drop_rate: float, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def init_head(self, global_pool: str, drop_rate: float, **factory_kwargs: Any) -> None:
         """Make the head and initialise all convolutions: normal, variance 2 / fan-out (He et al., 2015)."""
         self.global_pool, self.fc = create_classifier(
-            self.num_features, self.num_classes, pool_type=global_pool, device=device, dtype=dtype
+            self.num_features, self.num_classes, pool_type=global_pool, **factory_kwargs
         )
         self.head_drop = nn.Dropout(drop_rate)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -100,12 +181,12 @@ class StagedClassifier(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head: ``num_classes`` 0 removes it; the pooling is kept if ``global_pool`` is None."""
-        placement = get_device_dtype(self)
+        factory_kwargs = get_device_dtype(self)
         self.num_classes = num_classes = int(num_classes)
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, **placement
+            self.num_features, num_classes, pool_type=global_pool, **factory_kwargs
         )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.global_pool.train(self.training)
@@ -177,3 +258,8 @@ class StagedClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits: (N, C, H, W) -> (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument} is {value!r}, but it must be one of {', '.join(choices)}.")

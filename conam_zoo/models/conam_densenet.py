@@ -7,7 +7,7 @@ project's own decision: on the input of each dense block, or, for ``attn_placeme
 convolution of every dense layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +15,13 @@ from timm.models import checkpoint, register_model
 from torch import Tensor, nn
 
 from conam_zoo.layers.conam_recompute import recompute_rescaled
-from conam_zoo.layers.placement import AttentionSites
-from conam_zoo.models._base import StagedClassifier
+from conam_zoo.models._base import AttendedBlock, StagedClassifier
 from conam_zoo.models._builder import build, dataset_cfgs
 
 __all__ = ["ConAMDenseNet"]
 
 
-class DenseLayer(nn.Module):
+class DenseLayer(AttendedBlock):
     """One layer: its input with ``growth`` new channels behind. Shape: (N, C, H, W) -> (N, C + growth, H, W)."""
 
     def __init__(
@@ -32,31 +31,26 @@ class DenseLayer(nn.Module):
         bottleneck: bool,
         drop_rate: float,
         attn: nn.Module | None,
-        **placement: Any,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels, **placement)
+        self.bn1 = nn.BatchNorm2d(in_channels, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
         self.attn = attn if attn is not None else nn.Identity()
         if bottleneck:
-            self.conv1 = nn.Conv2d(in_channels, 4 * growth, 1, bias=False, **placement)
-            self.bn2: nn.Module = nn.BatchNorm2d(4 * growth, **placement)
+            self.conv1 = nn.Conv2d(in_channels, 4 * growth, 1, bias=False, **factory_kwargs)
+            self.bn2: nn.Module = nn.BatchNorm2d(4 * growth, **factory_kwargs)
             self.act2: nn.Module = nn.ReLU(inplace=True)
-            self.conv2: nn.Module = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False, **placement)
+            self.conv2: nn.Module = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False, **factory_kwargs)
         else:
-            self.conv1 = nn.Conv2d(in_channels, growth, 3, padding=1, bias=False, **placement)
+            self.conv1 = nn.Conv2d(in_channels, growth, 3, padding=1, bias=False, **factory_kwargs)
             self.bn2 = self.act2 = self.conv2 = nn.Identity()
         self.drop = nn.Dropout(drop_rate)
         self.grad_checkpointing = False
 
     def new_features(self, x: Tensor) -> Tensor:
         """The new channels alone: (N, C, H, W) -> (N, growth, H, W)."""
-        x = self.attn(self.act1(self.bn1(x)))
-        if torch.jit.is_scripting():
-            x = self.conv1(x)
-        else:
-            with recompute_rescaled(x):
-                x = self.conv1(x)
+        x = self.first_conv(self.act1(self.bn1(x)))
         return self.drop(self.conv2(self.act2(self.bn2(x))))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,11 +62,11 @@ class DenseLayer(nn.Module):
 class Transition(nn.Sequential):
     """Norm, activation, 1x1 convolution, 2x2 average pooling. Shape: (N, C, H, W) -> (N, out, H / 2, W / 2)."""
 
-    def __init__(self, in_channels: int, out_channels: int, **placement: Any) -> None:
+    def __init__(self, in_channels: int, out_channels: int, **factory_kwargs: Any) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm2d(in_channels, **placement)
+        self.bn = nn.BatchNorm2d(in_channels, **factory_kwargs)
         self.act = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, **placement)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory_kwargs)
         self.pool = nn.AvgPool2d(2)
 
 
@@ -104,19 +98,13 @@ class ConAMDenseNet(StagedClassifier):
         depth: 3n + 4 layers (basic) or 6n + 4 (bottleneck), n dense layers in each block.
         growth: Growth rate k: channels that each dense layer adds.
         bottleneck: The BC form instead of the basic one.
-        num_classes: Classes; 0 for no classifier.
-        in_chans: Channels of the images.
         global_pool: timm's pooling name; ``""`` for none.
         drop_rate: Dropout before the classifier.
         block_drop_rate: Dropout behind each dense layer (the paper's dropout).
-        attn_layer: ``"conam"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``,
-            ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
-        attn_placement: ``"stage"`` (input of each dense block) or ``"block"`` (every dense layer).
         patch_sizes: ConAM's patch side in each dense block, in pixels; 0 for no attention there.
-        attn_args: Switches of ``conam_zoo.layers.conam_variant.ConAMVariantConfig`` by name, for ``"conam_variant"``.
-        attn_site: Only ``"before_first_conv"``: a dense layer ends in a convolution.
         device: Where the parameters are made.
         dtype: Their floating-point type.
+        **options: Classes, channels of the images and the attention, see ``StagedClassifier``.
 
     Raises:
         ValueError: If an attention argument is unknown or does not fit the blocks.
@@ -134,29 +122,23 @@ class ConAMDenseNet(StagedClassifier):
         depth: int = 40,
         growth: int = 12,
         bottleneck: bool = False,
-        num_classes: int = 10,
-        in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         block_drop_rate: float = 0.0,
-        attn_layer: str = "conam",
-        attn_placement: str = "stage",
         patch_sizes: Sequence[int] = (8, 4, 2),
-        attn_args: Mapping[str, Any] | None = None,
-        attn_site: str = "before_first_conv",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        placement: dict[str, Any] = {"device": device, "dtype": dtype}
-        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, 3, attn_args, attn_site)
-        if attn_site != "before_first_conv":
-            raise ValueError(f"attn_site is {attn_site!r}, but it must be before_first_conv in a DenseNet.")
-        super().__init__(sites, num_classes, in_chans)
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(3, patch_sizes, **options)
+        if self.attn_site != "before_first_conv":
+            raise ValueError(f"attn_site is {self.attn_site!r}, but it must be before_first_conv in a DenseNet.")
         layers_per_block = (depth - 4) // (6 if bottleneck else 3)
-        per_layer = attn_placement == "block"
+        per_layer = self.attn_placement == "block"
 
         channels = 2 * growth if bottleneck else 16
-        self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False, **placement)
+        self.conv1 = nn.Conv2d(self.in_chans, channels, 3, padding=1, bias=False, **factory_kwargs)
         self.levels = [["conv1"]]
         self.feature_info = [{"num_chs": channels, "reduction": 1, "module": "conv1"}]
 
@@ -165,25 +147,25 @@ class ConAMDenseNet(StagedClassifier):
             if stage > 0:
                 out_channels = channels // 2 if bottleneck else channels
                 lead = [f"transition{stage}"]
-                self.add_module(lead[0], Transition(channels, out_channels, **placement))
+                self.add_module(lead[0], Transition(channels, out_channels, **factory_kwargs))
                 channels = out_channels
-            attn = None if per_layer else sites.build(channels, stage, first=True, **placement)
+            attn = None if per_layer else self.make_attention(channels, stage, first=True, **factory_kwargs)
             layers = []
             for index in range(layers_per_block):
-                inner = sites.build(channels, stage, first=index == 0, **placement) if per_layer else None
-                layers.append(DenseLayer(channels, growth, bottleneck, block_drop_rate, inner, **placement))
+                inner = self.make_attention(channels, stage, first=index == 0, **factory_kwargs) if per_layer else None
+                layers.append(DenseLayer(channels, growth, bottleneck, block_drop_rate, inner, **factory_kwargs))
                 channels += growth
             name = f"block{stage + 1}"
             self.add_module(name, DenseBlock(attn, layers))
             self.levels.append([*lead, name])
             self.feature_info.append({"num_chs": channels, "reduction": 2**stage, "module": name})
-        self.bn1 = nn.BatchNorm2d(channels, **placement)
+        self.bn1 = nn.BatchNorm2d(channels, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
         self.levels[-1] += ["bn1", "act1"]  # the last level ends behind the final norm
         self.feature_info[-1]["module"] = "act1"
 
         self.num_features = channels
-        self.init_head(global_pool, drop_rate, device, dtype)
+        self.init_head(global_pool, drop_rate, **factory_kwargs)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

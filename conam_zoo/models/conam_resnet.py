@@ -6,22 +6,20 @@ four-stage nets are the ImageNet ResNets with a 3x3 stride-1 stem and without ma
 (arXiv 2110.14369v1). The attention stands on the input of the residual branch, the identity path keeps the raw map.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import checkpoint_seq, register_model
 from torch import Tensor, nn
 
-from conam_zoo.layers.conam_recompute import recompute_rescaled
-from conam_zoo.layers.placement import AttentionSites
-from conam_zoo.models._base import StagedClassifier
+from conam_zoo.models._base import AttendedBlock, StagedClassifier
 from conam_zoo.models._builder import build, dataset_cfgs
 
 __all__ = ["ConAMResNet"]
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(AttendedBlock):
     """Two 3x3 convolutions and a shortcut. Shape: (N, C, H, W) -> (N, width, H / stride, W / stride)."""
 
     expansion = 1
@@ -32,35 +30,29 @@ class BasicBlock(nn.Module):
         width: int,
         stride: int,
         attn: nn.Module | None,
-        attn_site: str,
-        **placement: Any,
+        attn_last: bool,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.attn_last = attn_site == "after_last_norm"
+        self.attn_last = attn_last
         self.attn = attn if attn is not None else nn.Identity()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False, **placement)
-        self.bn1 = nn.BatchNorm2d(width, **placement)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False, **factory_kwargs)
+        self.bn1 = nn.BatchNorm2d(width, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **placement)
-        self.bn2 = nn.BatchNorm2d(width, **placement)
-        self.downsample = _projection(in_channels, width, stride, **placement)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **factory_kwargs)
+        self.bn2 = nn.BatchNorm2d(width, **factory_kwargs)
+        self.downsample = _projection(in_channels, width, stride, **factory_kwargs)
         self.act2 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.attn_last else self.attn(x)
-        if torch.jit.is_scripting():
-            residual = self.conv1(residual)
-        else:
-            with recompute_rescaled(residual):
-                residual = self.conv1(residual)
-        residual = self.act1(self.bn1(residual))
+        residual = self.act1(self.bn1(self.first_conv(x)))
         residual = self.bn2(self.conv2(residual))
         if self.attn_last:
             residual = self.attn(residual)
         return self.act2(residual + self.downsample(x))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(AttendedBlock):
     """1x1, 3x3 and 1x1 convolutions and a shortcut; the 3x3 one strides.
 
     Shape: (N, C, H, W) -> (N, 4 * width, H / stride, W / stride).
@@ -74,32 +66,26 @@ class Bottleneck(nn.Module):
         width: int,
         stride: int,
         attn: nn.Module | None,
-        attn_site: str,
-        **placement: Any,
+        attn_last: bool,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
-        out_channels = width * self.expansion
-        self.attn_last = attn_site == "after_last_norm"
+        self.attn_last = attn_last
         self.attn = attn if attn is not None else nn.Identity()
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False, **placement)
-        self.bn1 = nn.BatchNorm2d(width, **placement)
+        out_channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False, **factory_kwargs)
+        self.bn1 = nn.BatchNorm2d(width, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False, **placement)
-        self.bn2 = nn.BatchNorm2d(width, **placement)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False, **factory_kwargs)
+        self.bn2 = nn.BatchNorm2d(width, **factory_kwargs)
         self.act2 = nn.ReLU(inplace=True)
-        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False, **placement)
-        self.bn3 = nn.BatchNorm2d(out_channels, **placement)
-        self.downsample = _projection(in_channels, out_channels, stride, **placement)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False, **factory_kwargs)
+        self.bn3 = nn.BatchNorm2d(out_channels, **factory_kwargs)
+        self.downsample = _projection(in_channels, out_channels, stride, **factory_kwargs)
         self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.attn_last else self.attn(x)
-        if torch.jit.is_scripting():
-            residual = self.conv1(residual)
-        else:
-            with recompute_rescaled(residual):
-                residual = self.conv1(residual)
-        residual = self.act1(self.bn1(residual))
+        residual = self.act1(self.bn1(self.first_conv(x)))
         residual = self.act2(self.bn2(self.conv2(residual)))
         residual = self.bn3(self.conv3(residual))
         if self.attn_last:
@@ -107,13 +93,13 @@ class Bottleneck(nn.Module):
         return self.act3(residual + self.downsample(x))
 
 
-def _projection(in_channels: int, out_channels: int, stride: int, **placement: Any) -> nn.Module:
+def _projection(in_channels: int, out_channels: int, stride: int, **factory_kwargs: Any) -> nn.Module:
     """The shortcut: a 1x1 convolution with batch norm where the shape changes (He et al., option B)."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False, **placement),
-        nn.BatchNorm2d(out_channels, **placement),
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False, **factory_kwargs),
+        nn.BatchNorm2d(out_channels, **factory_kwargs),
     )
 
 
@@ -124,18 +110,12 @@ class ConAMResNet(StagedClassifier):
         block: ``"basic"`` or ``"bottleneck"``.
         layers: Blocks of each stage; every stage but the first halves the map.
         widths: Width of each stage (of its 3x3 convolutions).
-        num_classes: Classes; 0 for no classifier.
-        in_chans: Channels of the images.
         global_pool: timm's pooling name; ``""`` for none.
         drop_rate: Dropout before the classifier.
-        attn_layer: ``"conam"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``,
-            ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
-        attn_placement: ``"stage"`` (first block of each stage) or ``"block"`` (every block).
         patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
-        attn_args: Switches of ``conam_zoo.layers.conam_variant.ConAMVariantConfig`` by name, for ``"conam_variant"``.
-        attn_site: ``"before_first_conv"`` or ``"after_last_norm"``: where on the residual branch it stands.
         device: Where the parameters are made.
         dtype: Their floating-point type.
+        **options: Classes, channels of the images and the attention, see ``StagedClassifier``.
 
     Raises:
         ValueError: If an attention argument is unknown or does not fit the stages.
@@ -152,29 +132,24 @@ class ConAMResNet(StagedClassifier):
         block: str = "basic",
         layers: Sequence[int] = (3, 3, 3),
         widths: Sequence[int] = (16, 32, 64),
-        num_classes: int = 10,
-        in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        attn_layer: str = "conam",
-        attn_placement: str = "stage",
         patch_sizes: Sequence[int] = (8, 8, 4),
-        attn_args: Mapping[str, Any] | None = None,
-        attn_site: str = "before_first_conv",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        placement: dict[str, Any] = {"device": device, "dtype": dtype}
-        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, len(layers), attn_args, attn_site)
-        super().__init__(sites, num_classes, in_chans)
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(len(layers), patch_sizes, **options)
         block_cls: type[BasicBlock | Bottleneck] = Bottleneck if block == "bottleneck" else BasicBlock
 
-        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False, **placement)
-        self.bn1 = nn.BatchNorm2d(widths[0], **placement)
+        self.conv1 = nn.Conv2d(self.in_chans, widths[0], 3, padding=1, bias=False, **factory_kwargs)
+        self.bn1 = nn.BatchNorm2d(widths[0], **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
         self.levels = [["conv1", "bn1", "act1"]]
         self.feature_info = [{"num_chs": widths[0], "reduction": 1, "module": "act1"}]
 
+        attn_last = self.attn_site == "after_last_norm"
         channels, reduction = widths[0], 1
         for stage, (depth, width) in enumerate(zip(layers, widths, strict=True)):
             stride = 1 if stage == 0 else 2
@@ -182,11 +157,10 @@ class ConAMResNet(StagedClassifier):
             for index in range(depth):
                 first = index == 0
                 out_channels = width * block_cls.expansion
-                last = attn_site == "after_last_norm"
-                at_site = out_channels if last else channels
-                shrink = stride if last or not first else 1  # the first block of a stage halves the map
-                attn = sites.build(at_site, stage, first=first, shrink=shrink, **placement)
-                blocks.append(block_cls(channels, width, stride if first else 1, attn, attn_site, **placement))
+                at_site = out_channels if attn_last else channels
+                shrink = stride if attn_last or not first else 1  # the first block of a stage halves the map
+                attn = self.make_attention(at_site, stage, first=first, shrink=shrink, **factory_kwargs)
+                blocks.append(block_cls(channels, width, stride if first else 1, attn, attn_last, **factory_kwargs))
                 channels = out_channels
             reduction *= stride
             name = f"layer{stage + 1}"
@@ -197,7 +171,7 @@ class ConAMResNet(StagedClassifier):
             self.layer4 = nn.Sequential()  # TorchScript needs the attribute; without children it is the identity
 
         self.num_features = channels
-        self.init_head(global_pool, drop_rate, device, dtype)
+        self.init_head(global_pool, drop_rate, **factory_kwargs)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

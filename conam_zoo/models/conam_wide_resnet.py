@@ -6,22 +6,20 @@ decision: directly before the first convolution of the residual branch, on the a
 without it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import checkpoint_seq, register_model
 from torch import Tensor, nn
 
-from conam_zoo.layers.conam_recompute import recompute_rescaled
-from conam_zoo.layers.placement import AttentionSites
-from conam_zoo.models._base import StagedClassifier
+from conam_zoo.models._base import AttendedBlock, StagedClassifier
 from conam_zoo.models._builder import build, dataset_cfgs
 
 __all__ = ["ConAMWideResNet"]
 
 
-class PreActBlock(nn.Module):
+class PreActBlock(AttendedBlock):
     """Norm, activation and 3x3 convolution, twice. Shape: (N, C, H, W) -> (N, width, H / stride, W / stride).
 
     Where the shape changes, the shortcut is a 1x1 convolution of the activated map; else it is the raw map.
@@ -34,34 +32,28 @@ class PreActBlock(nn.Module):
         stride: int,
         drop_rate: float,
         attn: nn.Module | None,
-        attn_site: str,
-        **placement: Any,
+        attn_last: bool,
+        **factory_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.attn_last = attn_site == "after_last_norm"
-        self.bn1 = nn.BatchNorm2d(in_channels, **placement)
+        self.attn_last = attn_last
+        self.bn1 = nn.BatchNorm2d(in_channels, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
         self.attn = attn if attn is not None else nn.Identity()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False, **placement)
-        self.bn2 = nn.BatchNorm2d(width, **placement)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False, **factory_kwargs)
+        self.bn2 = nn.BatchNorm2d(width, **factory_kwargs)
         self.act2 = nn.ReLU(inplace=True)
         self.drop = nn.Dropout(drop_rate)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **placement)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **factory_kwargs)
         self.projects = stride != 1 or in_channels != width
         self.downsample: nn.Module = nn.Identity()
         if self.projects:
-            self.downsample = nn.Conv2d(in_channels, width, 1, stride=stride, bias=False, **placement)
+            self.downsample = nn.Conv2d(in_channels, width, 1, stride=stride, bias=False, **factory_kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.act1(self.bn1(x))
         shortcut = self.downsample(activated) if self.projects else x
-        residual = activated if self.attn_last else self.attn(activated)
-        if torch.jit.is_scripting():
-            residual = self.conv1(residual)
-        else:
-            with recompute_rescaled(residual):
-                residual = self.conv1(residual)
-        residual = self.act2(self.bn2(residual))
+        residual = self.act2(self.bn2(self.first_conv(activated)))
         if self.attn_last:  # the last norm of a pre-activation block stands before its second convolution
             residual = self.attn(residual)
         return self.conv2(self.drop(residual)) + shortcut
@@ -73,19 +65,13 @@ class ConAMWideResNet(StagedClassifier):
     Args:
         depth: 6n + 4 layers, n blocks in each of the three stages.
         widen_factor: k of the paper; the stages have 16k, 32k and 64k channels.
-        num_classes: Classes; 0 for no classifier.
-        in_chans: Channels of the images.
         global_pool: timm's pooling name; ``""`` for none.
         drop_rate: Dropout before the classifier.
         block_drop_rate: Dropout between the two convolutions of a block (the paper's dropout).
-        attn_layer: ``"conam"``, ``"none"``, timm's ``"se"``, ``"eca"``, ``"cbam"``, ``"gc"``, ``"coord"``,
-            ``"simam"``, or ``"conam_variant"`` with ``attn_args``.
-        attn_placement: ``"stage"`` (first block of each stage) or ``"block"`` (every block).
         patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
-        attn_args: Switches of ``conam_zoo.layers.conam_variant.ConAMVariantConfig`` by name, for ``"conam_variant"``.
-        attn_site: ``"before_first_conv"`` or ``"after_last_norm"``: where on the residual branch it stands.
         device: Where the parameters are made.
         dtype: Their floating-point type.
+        **options: Classes, channels of the images and the attention, see ``StagedClassifier``.
 
     Raises:
         ValueError: If an attention argument is unknown or does not fit the stages.
@@ -100,27 +86,22 @@ class ConAMWideResNet(StagedClassifier):
         self,
         depth: int = 16,
         widen_factor: int = 4,
-        num_classes: int = 10,
-        in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         block_drop_rate: float = 0.0,
-        attn_layer: str = "conam",
-        attn_placement: str = "stage",
         patch_sizes: Sequence[int] = (8, 8, 4),
-        attn_args: Mapping[str, Any] | None = None,
-        attn_site: str = "before_first_conv",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        placement: dict[str, Any] = {"device": device, "dtype": dtype}
-        sites = AttentionSites(attn_layer, attn_placement, patch_sizes, 3, attn_args, attn_site)
-        super().__init__(sites, num_classes, in_chans)
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(3, patch_sizes, **options)
 
-        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **placement)
+        self.conv1 = nn.Conv2d(self.in_chans, 16, 3, padding=1, bias=False, **factory_kwargs)
         self.levels = [["conv1"]]
         self.feature_info = [{"num_chs": 16, "reduction": 1, "module": "conv1"}]
 
+        attn_last = self.attn_site == "after_last_norm"
         channels, reduction = 16, 1
         for stage in range(3):
             width = 16 * widen_factor * 2**stage
@@ -128,24 +109,27 @@ class ConAMWideResNet(StagedClassifier):
             blocks = []
             for index in range((depth - 4) // 6):
                 first = index == 0
-                last = attn_site == "after_last_norm"
-                shrink = stride if last or not first else 1  # the first block of a stage halves the map
-                attn = sites.build(width if last else channels, stage, first=first, shrink=shrink, **placement)
+                shrink = stride if attn_last or not first else 1  # the first block of a stage halves the map
+                attn = self.make_attention(
+                    width if attn_last else channels, stage, first=first, shrink=shrink, **factory_kwargs
+                )
                 block_stride = stride if first else 1
-                blocks.append(PreActBlock(channels, width, block_stride, block_drop_rate, attn, attn_site, **placement))
+                blocks.append(
+                    PreActBlock(channels, width, block_stride, block_drop_rate, attn, attn_last, **factory_kwargs)
+                )
                 channels = width
             reduction *= stride
             name = f"layer{stage + 1}"
             self.add_module(name, nn.Sequential(*blocks))
             self.levels.append([name])
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": name})
-        self.bn1 = nn.BatchNorm2d(channels, **placement)
+        self.bn1 = nn.BatchNorm2d(channels, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
         self.levels[-1] += ["bn1", "act1"]  # the last level ends behind the final norm
         self.feature_info[-1]["module"] = "act1"
 
         self.num_features = channels
-        self.init_head(global_pool, drop_rate, device, dtype)
+        self.init_head(global_pool, drop_rate, **factory_kwargs)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from conam_zoo.errors import UserError
-from conam_zoo.layers.placement import AttentionSites
+from conam_zoo.layers.registry import TIMM_LAYERS, create_attention
 from experiments.speed.rearrange import RearrangeConAM, with_rearrange
 
 __all__ = ["ATTENTIONS", "check_choice", "make_attention", "make_net", "memory_format"]
 
 # The rearrange-based formulation, then timm's layers, then the one without parameters.
-ATTENTIONS = ("conam", "rearrange", "se", "eca", "cbam", "gc", "coord", "simam")
+ATTENTIONS = ("conam", "rearrange", *TIMM_LAYERS, "simam")
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
 
@@ -29,9 +29,7 @@ def make_attention(name: str, channels: int, patch_size: int) -> nn.Module:
     """
     if name == "rearrange":
         return RearrangeConAM(channels, patch_size)
-    attention = AttentionSites(name, "stage", (patch_size,), num_stages=1).build(channels, 0, first=True)
-    assert attention is not None  # only "none" makes none
-    return attention
+    return create_attention(name, channels, patch_size)
 
 
 def make_net(model: str, attention: str, image_size: int = 32) -> nn.Module:

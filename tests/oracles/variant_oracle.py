@@ -1,6 +1,6 @@
 """The forms of ConAM straight from their equations: explicit loops in float64 NumPy, no deep-learning library.
 
-The equations stand in the docstring of ``conam_zoo.layers.conam_variant``. Slow and obvious on purpose.
+The equations stand in the docstring of ``experiments.accuracy.forms``. Slow and obvious on purpose.
 """
 
 from typing import Any

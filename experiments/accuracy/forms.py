@@ -1,8 +1,8 @@
 """ConAM with switches: the forms that the paper's ablation compares, and candidates for a better one.
 
 The paper's form is ``conam_zoo.layers.conam.ConAM``; this class equals it when every switch is at its default. It is
-written to be read and compared, not to be fast. With local contexts ``l_i``, the global context ``g`` and the
-perceptron ``e`` of ``conam_zoo.layers.conam``:
+written to be read and compared, not to be fast. Importing this module registers it as ``"conam_variant"``. With local
+contexts ``l_i``, the global context ``g`` and the perceptron ``e`` of ``conam_zoo.layers.conam``:
 
 1. agreement of patch i with the map:
    ``dot``         z_i = e(l_i) . e(g)
@@ -40,7 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConAMVariantConfig", "ConfidenceAttentionVariant"]
+from conam_zoo.layers.registry import register_attention
+
+__all__ = ["ConfidenceAttentionVariant", "ConfidenceForm"]
 
 CHOICES = {
     "context": ("both", "local", "global"),
@@ -52,7 +54,7 @@ FIRST_TEMPERATURE = {"scaled_dot": 1.0, "cosine": 10.0}
 
 
 @dataclass(frozen=True)
-class ConAMVariantConfig:
+class ConfidenceForm:
     """The switches. Their defaults are the paper's form.
 
     Attributes:
@@ -115,7 +117,7 @@ class ConAMVariantConfig:
             )
 
     @classmethod
-    def from_args(cls, switches: dict[str, Any]) -> "ConAMVariantConfig":
+    def from_args(cls, switches: dict[str, Any]) -> "ConfidenceForm":
         """The form that some switches describe; the others keep their defaults.
 
         Raises:
@@ -193,7 +195,7 @@ class ConfidenceAttentionVariant(nn.Module):
     Shape: (N, C, H, W) -> (N, C, H, W), any H and W. The keys of its state dict are those of ``ConAM``, and
     ``log_temperature``, (heads,), and ``gain``, one number for each gate, where the form learns them.
 
-    >>> attention = ConfidenceAttentionVariant(16, patch_size=8, form=ConAMVariantConfig(gate="sigmoid", heads=4))
+    >>> attention = ConfidenceAttentionVariant(16, patch_size=8, form=ConfidenceForm(gate="sigmoid", heads=4))
     >>> attention(torch.randn(2, 16, 32, 32)).shape
     torch.Size([2, 16, 32, 32])
     """
@@ -202,7 +204,7 @@ class ConfidenceAttentionVariant(nn.Module):
         self,
         channels: int,
         patch_size: int,
-        form: ConAMVariantConfig | None = None,
+        form: ConfidenceForm | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -218,7 +220,7 @@ class ConfidenceAttentionVariant(nn.Module):
             ValueError: If a size is not a positive integer, or the heads do not divide the channels.
         """
         super().__init__()
-        form = ConAMVariantConfig() if form is None else form
+        form = ConfidenceForm() if form is None else form
         for name, value in {"channels": channels, "patch_size": patch_size}.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"conam_variant: {name} is {value!r}, but it must be a positive integer.")
@@ -312,3 +314,12 @@ class ConfidenceAttentionVariant(nn.Module):
             f"scaling={self.scaling}, heads={self.heads}, unit_start={self.unit_start}, "
             f"channel_term={self.channel_term}"
         )
+
+
+def _make(channels: int, patch_size: int, *, device: Any = None, dtype: Any = None, **switches: Any) -> nn.Module:
+    """The factory of ``attn_layer="conam_variant"``; ``attn_args`` are the switches of ``ConfidenceForm``."""
+    form = ConfidenceForm.from_args(switches)
+    return ConfidenceAttentionVariant(channels, patch_size, form, device=device, dtype=dtype)
+
+
+register_attention("conam_variant", _make)

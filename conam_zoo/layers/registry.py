@@ -1,0 +1,143 @@
+"""The attentions by name: the one list of them, which ``register_attention`` adds to."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import create_attn
+from torch import nn
+
+from conam_zoo.layers.conam import ConAM
+from conam_zoo.layers.simam import SimAM
+
+__all__ = ["TIMM_LAYERS", "attention_names", "create_attention", "register_attention"]
+
+TIMM_LAYERS = ("se", "eca", "cbam", "gc", "coord")
+
+FACTORIES: dict[str, Callable[..., nn.Module]] = {}
+
+
+def attention_names() -> tuple[str, ...]:
+    """What ``attn_layer`` can be: ``"none"`` for the plain twin, and every registered attention."""
+    return ("none", *FACTORIES)
+
+
+def register_attention(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Make ``attn_layer=name`` work in every family, in ``config.json`` and in what ``local-dir:`` loads.
+
+    ``factory(channels, patch_size, *, device=None, dtype=None, **attn_args)`` returns a module that maps (N, C, H, W)
+    to the same shape; a class with such a constructor will do. ``patch_size`` is the side of ConAM's patches at the
+    site, which a factory may ignore; ``attn_args`` are those of the net's builder, and have to be JSON values if the
+    net is to be saved. A ``confidence`` method, (N, C, H, W) -> (N, rows, columns), shows in ``conam explain``.
+
+    The name has to be registered again, before the net is built or loaded, in every process. Registering a name twice
+    replaces the first.
+
+    Raises:
+        ValueError: If the name is not a string of letters, digits and underscores, or is taken by a built-in attention.
+        TypeError: If the factory cannot be called.
+
+    >>> class Twice(nn.Module):
+    ...     def __init__(self, channels, patch_size, *, device=None, dtype=None):
+    ...         super().__init__()
+    ...
+    ...     def forward(self, x):
+    ...         return 2 * x
+    >>> register_attention("twice", Twice)
+    >>> create_attention("twice", 16, 8)(torch.ones(1, 16, 8, 8)).mean()
+    tensor(2.)
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"The attention's name is {name!r}, but it must be made of letters, digits and underscores.")
+    if name in BUILT_IN:
+        raise ValueError(f"The attention's name is {name!r}, but that is a built-in attention: choose another name.")
+    if not callable(factory):
+        raise TypeError(f"The factory of attention {name!r} is {factory!r}, but it must be callable.")
+    FACTORIES[name] = factory
+
+
+def check_attention(name: str) -> None:
+    """Refuse a name that is not registered.
+
+    Raises:
+        ValueError: Naming those that are.
+    """
+    if name not in attention_names():
+        raise ValueError(
+            f"attn_layer is {name!r}, but it must be one of {', '.join(attention_names())}: register an attention of "
+            "your own with conam_zoo.register_attention before the net is made, and the forms of the ablation with "
+            "'import experiments'."
+        )
+
+
+def create_attention(
+    name: str,
+    channels: int,
+    patch_size: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **attn_args: Any,
+) -> nn.Module:
+    """The attention of that name for a map of ``channels`` channels.
+
+    Raises:
+        ValueError: If the name is not registered, or its factory does not take ``attn_args``.
+        TypeError: If the factory returns no module.
+    """
+    check_attention(name)
+    if name == "none":
+        _refuse_arguments(name, attn_args)
+        return nn.Identity()
+    factory = FACTORIES[name]
+    arguments: dict[str, Any] = {"device": device, "dtype": dtype, **attn_args}
+    try:
+        inspect.signature(factory).bind(channels, patch_size, **arguments)
+    except TypeError as error:
+        _refuse_arguments(name, attn_args)
+        raise ValueError(
+            f"The factory of attn_layer {name!r} cannot be called with (channels, patch_size, device=..., dtype=...), "
+            f"{error}: give it these parameters."
+        ) from error
+    except ValueError:  # a callable without a signature
+        pass
+    attention = factory(channels, patch_size, **arguments)
+    if not isinstance(attention, nn.Module):
+        raise TypeError(f"The factory of attn_layer {name!r} returned {attention!r}, but it must return a module.")
+    return attention
+
+
+def _refuse_arguments(name: str, attn_args: dict[str, Any]) -> None:
+    if attn_args:
+        taken = ", ".join(_argument_names(name))
+        remedy = f"hold no more than {taken}" if taken else "be empty"
+        raise ValueError(f"attn_args is {attn_args!r}, but it must {remedy} for attn_layer {name!r}.")
+
+
+def _argument_names(name: str) -> list[str]:
+    parameters = inspect.signature(FACTORIES[name]).parameters if name in FACTORIES else {}
+    named = (p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD)
+    return [name for name in named if name not in ("channels", "patch_size", "device", "dtype")]
+
+
+def _timm_layer(name: str) -> Callable[..., nn.Module]:
+    """timm's layer with timm's defaults; it has no patches."""
+
+    def make(channels: int, patch_size: int, *, device: Any = None, dtype: Any = None) -> nn.Module:
+        layer: nn.Module = create_attn(name, channels, device=device, dtype=dtype)
+        return layer
+
+    return make
+
+
+def _simam(
+    channels: int, patch_size: int, *, lambda_: float = 1e-4, device: Any = None, dtype: Any = None
+) -> nn.Module:
+    return SimAM(lambda_)  # without parameters
+
+
+FACTORIES["conam"] = ConAM
+FACTORIES.update((name, _timm_layer(name)) for name in TIMM_LAYERS)
+FACTORIES["simam"] = _simam
+BUILT_IN = attention_names()
