@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conam_zoo.release.documents import fill_table
-from experiments.accuracy.compare import evidence_tables
+from experiments.accuracy.compare import comparison_tables
 from experiments.accuracy.finetune import finetune_table
 from experiments.accuracy.knockout import knockout_table
 from experiments.accuracy.seeds import read_seeds, seed_table
-from experiments.speed.record import command_today, read_record
-from experiments.speed.tables import benchmark_tables
+from experiments.speed.record import benchmark_tables, command_today, read_record
 
 __all__ = ["RESULTS", "WRITTEN_BY", "generated_tables"]
 
@@ -61,7 +60,7 @@ def _benchmark(name: str) -> Callable[[Path], str]:
 
 
 def _evidence(name: str) -> Callable[[Path], str]:
-    return lambda results: evidence_tables(results)[name]
+    return lambda results: comparison_tables(results)[name]
 
 
 # Document, name between its markers, what stands there.

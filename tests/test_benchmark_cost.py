@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from conam_zoo import ConAM
-from experiments.speed.baselines import ATTENTIONS, make_attention, make_net
+from experiments.speed.baselines import ATTENTIONS, RearrangeConAM, make_attention, make_net
 from experiments.speed.cost import benchmark_cost
-from experiments.speed.cost_memory import kept_bytes
 from experiments.speed.cost_module import SITES, attention_calls
+from experiments.speed.cost_net import kept_bytes
 from experiments.speed.fresh_process import FreshProcesses
-from experiments.speed.memory import TrafficCounter, allocated_bytes, peak_growth_bytes
-from experiments.speed.rearrange import RearrangeConAM
+from experiments.speed.measure import TrafficCounter, allocated_bytes, peak_growth_bytes
 
 pytestmark = pytest.mark.slow
 

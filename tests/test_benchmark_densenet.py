@@ -18,9 +18,8 @@ from experiments.speed.densenet import (
     densenet_memory,
     torchvision_densenet,
 )
-from experiments.speed.operator_shares import operator_shares
+from experiments.speed.measure import benchmark_device, operator_shares
 from experiments.speed.record import read_record
-from experiments.speed.timing import benchmark_device
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,16 @@ import torch
 
 from conam_zoo.errors import UserError
 from conam_zoo.release.documents import fill_table
-from experiments.speed.record import BenchmarkRecord, Skipped, make_record, read_record, summarise
-from experiments.speed.tables import benchmark_tables, record_tables
-from experiments.speed.timing import time_in_turns
+from experiments.speed.measure import time_in_turns
+from experiments.speed.record import (
+    BenchmarkRecord,
+    Skipped,
+    benchmark_tables,
+    make_record,
+    read_record,
+    record_tables,
+    summarise,
+)
 from experiments.tables import WRITTEN_BY
 
 CPU = torch.device("cpu")

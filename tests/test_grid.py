@@ -28,7 +28,7 @@ from experiments.accuracy.compare import (
     attention_cells,
     attention_panels,
     attention_table,
-    evidence_tables,
+    comparison_tables,
 )
 from experiments.accuracy.compare_plot import _draw
 from experiments.accuracy.grid import Cell, Grid, grid_recipe, read_grid, run_grid
@@ -372,12 +372,12 @@ def test_the_ablation_states_the_arguments_of_its_forms() -> None:
 
 
 def test_the_document_s_tables(tmp_path: Path) -> None:
-    assert evidence_tables(tmp_path) == {"compare": "Not measured yet.", "ablation": "Not measured yet."}
+    assert comparison_tables(tmp_path) == {"compare": "Not measured yet.", "ablation": "Not measured yet."}
     (tmp_path / "compare.json").write_text(a_grid({"none": [90.0]}).to_json())
-    assert "| plain | 1 | 90.00 |" in evidence_tables(tmp_path)["compare"]
+    assert "| plain | 1 | 90.00 |" in comparison_tables(tmp_path)["compare"]
     (tmp_path / "ablation.json").write_text(a_grid({"none": [90.0]}).to_json())
     with pytest.raises(UserError, match=r"ablation.json is a grid of 'experiments compare': rename it"):
-        evidence_tables(tmp_path)
+        comparison_tables(tmp_path)
 
 
 def test_the_documents_have_a_place_for_both_tables(checkout: Path) -> None:

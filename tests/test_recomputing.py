@@ -16,8 +16,8 @@ from conam_zoo.models.conam_densenet import ConAMDenseNet
 from conam_zoo.models.conam_resnet import ConAMResNet
 from conam_zoo.models.conam_wide_resnet import ConAMWideResNet
 from experiments.speed.baselines import make_net
-from experiments.speed.cost_memory import kept_bytes, step_peak_bytes
-from experiments.speed.memory import allocated_bytes
+from experiments.speed.cost_net import kept_bytes, step_peak_bytes
+from experiments.speed.measure import allocated_bytes
 
 CPU = torch.device("cpu")
 NETS = {

@@ -164,7 +164,7 @@ def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, com
 
     from rich.markdown import Markdown
 
-    from experiments.accuracy.compare import ablation_table, attention_table, benchmark_evidence
+    from experiments.accuracy.compare import ablation_table, attention_table, run_comparison
 
     out = console()
     if dry_run:
@@ -172,7 +172,7 @@ def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, com
             out.print(cell.name, highlight=False)
         out.print(f"{len(cells)} cells of {cells[0].recipe.epochs} epochs", highlight=False)
         return
-    grid = benchmark_evidence(
+    grid = run_comparison(
         what,
         cells,
         data,

@@ -24,8 +24,8 @@ __all__ = [
     "ablation_table",
     "attention_cells",
     "attention_table",
-    "benchmark_evidence",
-    "evidence_tables",
+    "comparison_tables",
+    "run_comparison",
 ]
 
 LAYERS = ("none", "conam", "se", "eca", "cbam", "gc", "coord", "simam")
@@ -90,7 +90,7 @@ def _for_size(variants: Mapping[str, Arguments], image_size: int) -> dict[str, A
     return {name: partial(scaled, given) if image_size else given for name, given in variants.items()}
 
 
-def benchmark_evidence(
+def run_comparison(
     what: str,
     cells: Sequence[Cell],
     data: str | Path,
@@ -123,7 +123,7 @@ def benchmark_evidence(
     return grid
 
 
-def evidence_tables(folder: Path) -> dict[str, str]:
+def comparison_tables(folder: Path) -> dict[str, str]:
     """Markdown for ``attention`` and ``ablation`` from the JSON files in a folder, ratios from its cost records.
 
     Raises:

@@ -49,7 +49,7 @@ def typed_command() -> str:
 
 def _show(record: "BenchmarkRecord", json_file: Path | None) -> None:
     """Print the tables of a record, and write it where that was asked for."""
-    from experiments.speed.tables import record_tables
+    from experiments.speed.record import record_tables
 
     if json_only(record.to_dict(), json_file):
         return

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-from conam_zoo.errors import UserError
 from conam_zoo.models.registry import check_model_name
 from conam_zoo.training.precision import precision_on
-from experiments.speed.baselines import LAYOUTS, check_choice
-from experiments.speed.cost_memory import measure_memory
+from experiments.speed.baselines import LAYOUTS
 from experiments.speed.cost_module import SITES, measure_modules
-from experiments.speed.cost_net import NETS, measure_nets
+from experiments.speed.cost_net import NETS, measure_memory, measure_nets
+from experiments.speed.measure import benchmark_device, check_choice, check_least
 from experiments.speed.record import BenchmarkRecord, Row, make_record
-from experiments.speed.timing import benchmark_device
 
 __all__ = ["PARTS", "benchmark_cost"]
 
@@ -66,9 +64,7 @@ def benchmark_cost(
             check_choice(option, values, choices)
     for model in models:
         check_model_name(model)
-    for option, number in (("--batch-size", batch_size), ("--repeats", repeats)):
-        if number is not None and number < 1:
-            raise UserError(f"The option {option} is {number}, but it must be at least 1.")
+    check_least(batch_size=(batch_size, 1), repeats=(repeats, 1))
     device = benchmark_device()
     cuda = device.type == "cuda"
     compile = cuda if compile is None else compile

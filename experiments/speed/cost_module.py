@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.speed.baselines import ATTENTIONS, make_attention, memory_format
+from experiments.speed.measure import time_in_turns
 from experiments.speed.record import Row, summarise
-from experiments.speed.timing import time_in_turns
 
 __all__ = ["SITES", "attention_calls", "measure_modules"]
 

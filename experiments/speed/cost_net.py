@@ -1,4 +1,4 @@
-"""What an attention costs inside a net: a training step and an inference, as ratios to the plain twin."""
+"""What an attention costs inside a net: a training step and an inference in time, and a step in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,10 +8,19 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from experiments.speed.baselines import ATTENTIONS, make_net, memory_format
+from experiments.speed.measure import allocated_bytes, time_in_turns
 from experiments.speed.record import Row, summarise
-from experiments.speed.timing import time_in_turns
 
-__all__ = ["NETS", "image_batch", "inference_call", "measure_nets", "training_step"]
+__all__ = [
+    "NETS",
+    "image_batch",
+    "inference_call",
+    "kept_bytes",
+    "measure_memory",
+    "measure_nets",
+    "step_peak_bytes",
+    "training_step",
+]
 
 NETS = ("resnet56_conam", "wide_resnet16_4_conam", "densenet40_12_conam")
 PLAIN = "none"
@@ -111,3 +120,71 @@ def measure_nets(
 def _rows(times: dict[str, list[float]], group: dict[str, str]) -> list[Row]:
     milliseconds = {name: [1000 * t for t in values] for name, values in times.items()}
     return summarise(milliseconds, group=group, reference=PLAIN, unit="ms")
+
+
+MIB = 2**20
+
+
+def kept_bytes(net: nn.Module, images: Tensor, precision: str) -> int:
+    """Bytes that a forward pass with its loss leaves for the backward pass, without images and parameters."""
+    labels = torch.arange(len(images), device=images.device) % 10
+
+    def forward() -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = net(images)
+        return F.cross_entropy(logits.float(), labels)
+
+    forward()  # what is made once, such as the buffers of a library, does not count
+    return allocated_bytes(forward, images.device).left
+
+
+def step_peak_bytes(net: nn.Module, images: Tensor, precision: str) -> int:
+    """Bytes that the first two training steps take at their peak, with the optimiser's state."""
+    step = training_step(net, images, precision)
+
+    def work() -> None:
+        step()
+        step()
+
+    return allocated_bytes(work, images.device).peak
+
+
+def measure_memory(
+    *,
+    models: Sequence[str],
+    layouts: Sequence[str],
+    precisions: Sequence[str],
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """Memory of a training step on 32 x 32 images; ratios refer to the plain twin.
+
+    Args:
+        models: Builders of this package.
+        layouts: ``"channels_last"``, ``"nchw"``.
+        precisions: ``"fp32"``, ``"bf16"``.
+        batch_size: Images.
+        device: Where to compute.
+        progress: Told what is being measured.
+    """
+    for model in models:
+        for layout in layouts:
+            for precision in precisions:
+                group = {
+                    "part": "memory",
+                    "model": model,
+                    "images": f"{batch_size} x 32 x 32",
+                    "layout": layout,
+                    "precision": precision,
+                }
+                images = image_batch(batch_size, 32, layout, device)
+                kept, peaks = {}, {}
+                for attention in (PLAIN, *ATTENTIONS):
+                    progress(f"{model} with {attention}")
+                    torch.manual_seed(0)
+                    net = make_net(model, attention).to(device).to(memory_format=memory_format(layout)).train()
+                    kept[attention] = [kept_bytes(net, images, precision) / MIB]
+                    peaks[attention] = [step_peak_bytes(net, images, precision) / MIB]
+                for measured, bytes_of in (("kept for backward", kept), ("peak of a training step", peaks)):
+                    yield from summarise(bytes_of, group=group | {"measured": measured}, reference=PLAIN, unit="MiB")

@@ -12,13 +12,10 @@ from conam_zoo.errors import UserError
 from conam_zoo.models.conam_densenet import ConAMDenseNet
 from conam_zoo.training.precision import precision_on
 from experiments.speed.baselines import memory_format
-from experiments.speed.cost_memory import kept_bytes
-from experiments.speed.cost_net import image_batch, training_step
+from experiments.speed.cost_net import image_batch, kept_bytes, training_step
 from experiments.speed.fresh_process import FreshProcesses
-from experiments.speed.memory import peak_growth_bytes
-from experiments.speed.operator_shares import operator_shares
+from experiments.speed.measure import benchmark_device, check_least, operator_shares, peak_growth_bytes, time_in_turns
 from experiments.speed.record import BenchmarkRecord, make_record, summarise
-from experiments.speed.timing import benchmark_device, time_in_turns
 
 __all__ = ["CONFIGURATIONS", "benchmark_densenet", "densenet_memory", "torchvision_densenet"]
 
@@ -121,9 +118,7 @@ def benchmark_densenet(
         raise UserError(
             f"The option --model is {model}, but torchvision has nets only like {', '.join(CONFIGURATIONS)}."
         )
-    for option, number, least in (("--batch-size", batch_size, 2), ("--repeats", repeats, 1)):
-        if number < least:
-            raise UserError(f"The option {option} is {number}, but it must be at least {least}.")
+    check_least(batch_size=(batch_size, 2), repeats=(repeats, 1))
     depth, growth = CONFIGURATIONS[model]
     if quick:
         depth, growth, batch_size, repeats = 16, 4, 2, 1

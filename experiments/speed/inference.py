@@ -12,12 +12,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from conam_zoo.errors import UserError
 from conam_zoo.models.registry import check_model_name
 from conam_zoo.training.precision import precision_on
-from experiments.speed.baselines import check_choice
+from experiments.speed.measure import benchmark_device, check_choice, check_least, time_in_turns
 from experiments.speed.record import BenchmarkRecord, Row, Skipped, make_record, summarise
-from experiments.speed.timing import benchmark_device, time_in_turns
 
 __all__ = ["MODES", "ModeUnavailableError", "benchmark_inference", "mode_call"]
 
@@ -66,10 +64,7 @@ def benchmark_inference(
         slow = [mode for mode in MODES if mode.endswith("bf16") and precision_on(device) == "fp32"]
         modes = [mode for mode in MODES if mode not in slow]
     check_choice("--mode", modes, MODES)
-    if not batch or min(batch) < 1:
-        raise UserError(f"The option --batch is {', '.join(map(str, batch)) or 'empty'}, but it must be at least 1.")
-    if repeats < 1:
-        raise UserError(f"The option --repeats is {repeats}, but it must be at least 1.")
+    check_least(batch=(min(batch, default=0), 1), repeats=(repeats, 1))
     for model in models:
         check_model_name(model)
     if quick:

@@ -1,7 +1,7 @@
 """The training loops that the ``train`` benchmark compares, each as a function that runs some steps.
 
 All train the same net with the same initial weights on the same images, with SGD with Nesterov momentum, cross-entropy
-and the same batches per epoch, and all keep count of loss or hits as their originals do. Two further loops are ours
+and the same batches per epoch, and all keep count of loss or accuracy as their originals do. Two further loops are ours
 with a teacher: one that runs beside the net, and its logits from a bank.
 """
 
@@ -159,7 +159,7 @@ def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *,
 def plain_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) -> Steps:
     """The loop of the common CIFAR repositories: float32, NCHW, eager, a DataLoader over Pillow images.
 
-    Each image is padded, cropped, mirrored and normalised in a worker process; loss and hits are fetched every step.
+    Each image is padded, cropped, mirrored and normalised in a worker process; loss and accuracy are read each step.
     """
     images = PictureSet(split)
     images.transform = transforms.Compose(
@@ -184,7 +184,7 @@ def plain_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) 
 
     def run(steps: int | None = None) -> None:
         net.train()
-        loss_sum, hits = 0.0, 0
+        loss_sum, correct = 0.0, 0
         for inputs, targets in itertools.islice(loader, steps):
             inputs, targets = inputs.to(device), targets.to(device)
             optimizer.zero_grad()
@@ -193,7 +193,7 @@ def plain_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) 
             loss.backward()
             optimizer.step()
             loss_sum += loss.item()
-            hits += outputs.argmax(1).eq(targets).sum().item()
+            correct += outputs.argmax(1).eq(targets).sum().item()
 
     return run
 

@@ -17,10 +17,15 @@ from experiments.speed.baselines import make_net
 from experiments.speed.cost_net import image_batch, training_step
 from experiments.speed.fresh_process import FreshProcesses
 from experiments.speed.loops import LOOPS, TEACHER_LOOPS, LoopSettings, Steps, noise_images
-from experiments.speed.memory import TrafficCounter, peak_growth_bytes
+from experiments.speed.measure import (
+    TrafficCounter,
+    benchmark_device,
+    check_least,
+    device_roofline,
+    peak_growth_bytes,
+    time_in_turns,
+)
 from experiments.speed.record import BenchmarkRecord, Row, make_record, summarise
-from experiments.speed.roofline import device_ceilings
-from experiments.speed.timing import benchmark_device, time_in_turns
 
 __all__ = ["benchmark_train", "loop_memory"]
 
@@ -65,12 +70,7 @@ def benchmark_train(
         UserError: If an argument is out of range, or the data are not enough or of another size.
     """
     check_model_name(model)
-    lowest = {"batch_size": 2, "steps": 1, "repeats": 1, "workers": 0}
-    given = {"batch_size": batch_size, "steps": steps, "repeats": repeats, "workers": workers}
-    for name, least in lowest.items():
-        if given[name] < least:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"The option {option} is {given[name]}, but it must be at least {least}.")
+    check_least(batch_size=(batch_size, 2), steps=(steps, 1), repeats=(repeats, 1), workers=(workers, 0))
     if quick:
         batch_size, steps, repeats, workers = 4, 2, 2, min(workers, 1)
     device = benchmark_device()
@@ -191,7 +191,7 @@ def _shares(model: str, batch_size: int, device: torch.device) -> tuple[float, f
     The rate counts the multiply-adds of convolutions and matrix products, three times those of the forward pass. The
     bandwidth counts what the operators of an eager step read and write; a compiled step moves less.
     """
-    flops, bandwidth = device_ceilings(device)
+    flops, bandwidth = device_roofline(device)
     net = make_net(model, "conam").to(device).to(memory_format=torch.channels_last).train()
     step = training_step(net, image_batch(batch_size, 32, "channels_last", device), "bf16")
     step()
