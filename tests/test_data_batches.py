@@ -9,12 +9,12 @@ from conam_zoo.data import (
     BatchSettings,
     DeviceLoader,
     ImageSplit,
-    LoaderBatches,
+    WorkerLoader,
     create_loader,
     normalize,
 )
+from conam_zoo.data.dataset import source_of_split
 from conam_zoo.data.sampler import Shards, epoch_order
-from conam_zoo.data.sources import source_of_split
 from conam_zoo.data.transforms import MIXING, mix, random_stream
 from conam_zoo.errors import UserError
 
@@ -89,7 +89,7 @@ def test_early_epochs_show_smaller_crops(augmentation: dict) -> None:
     ):
         assert torch.equal(images, others)  # later epochs are those of a training without early ones
         assert torch.equal(labels, other_labels)
-    loader = LoaderBatches(source_of_split(split), 8, how(early), workers=0)
+    loader = WorkerLoader(source_of_split(split), 8, how(early), workers=0)
     for (images, _), (others, _) in zip(loader.epoch(0), batches(split, early).epoch(0), strict=True):
         assert torch.equal(images, others)
 
@@ -97,7 +97,7 @@ def test_early_epochs_show_smaller_crops(augmentation: dict) -> None:
 def test_drawing_leaves_the_generators_of_torch_and_numpy_alone() -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    loader = LoaderBatches(source_of_split(numbered(12)), 8, how(EVERYTHING, 4), workers=0)
+    loader = WorkerLoader(source_of_split(numbered(12)), 8, how(EVERYTHING, 4), workers=0)
     for _ in loader.epoch(0):
         pass
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -106,7 +106,7 @@ def test_drawing_leaves_the_generators_of_torch_and_numpy_alone() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_gives_the_bits_of_the_resident_batches(workers: int) -> None:
     split = numbered(22)
-    loader = LoaderBatches(source_of_split(split), 8, how(EVERYTHING, seed=5), workers=workers)
+    loader = WorkerLoader(source_of_split(split), 8, how(EVERYTHING, seed=5), workers=workers)
     resident = batches(split, EVERYTHING, seed=5)
     assert (loader.steps, loader.num_images, loader.classes) == (resident.steps, resident.num_images, resident.classes)
     for (images, targets), (expected, expected_targets) in zip(loader.epoch(1, 1), resident.epoch(1, 1), strict=True):
@@ -120,7 +120,7 @@ def test_the_loader_does_not_read_what_a_resumed_epoch_skips() -> None:
     read: list[int] = []
     original = source.read
     object.__setattr__(source, "read", lambda index: (read.append(index), original(index))[1])
-    loader = LoaderBatches(source, 8, how(), workers=0)
+    loader = WorkerLoader(source, 8, how(), workers=0)
     assert [numbers_of(images) for images, _ in loader.epoch(0, first_step=2)] == [read]
     assert len(read) == 8
 
@@ -248,7 +248,7 @@ def test_settings_that_do_not_fit_are_refused(settings: dict, sentence: str) -> 
 def test_the_path_is_chosen_by_size_and_said_in_a_line() -> None:
     split = numbered(16)
     made, line = create_loader(source_of_split(split), 8, how(batch_size=4), free=10**9, workers=0)
-    assert isinstance(made, LoaderBatches)
+    assert isinstance(made, WorkerLoader)
     assert "read by a loader" in line
     made, line = create_loader(split, 8, how(batch_size=4), free=1)
     assert isinstance(made, DeviceLoader)  # it is in this memory already

@@ -14,7 +14,8 @@ from conftest import write_arrays
 from PIL import Image
 
 from conam_zoo.data import ImageSplit, open_images, pixel_statistics, read_split
-from conam_zoo.data.load import find_sources, stratified_split
+from conam_zoo.data.dataset import stratified_split
+from conam_zoo.data.load import find_sources
 from conam_zoo.errors import UserError
 
 
@@ -231,7 +232,7 @@ def test_npz_files(tmp_path: Path, form: str, kind: str) -> None:
         ({"pictures": np.zeros(3)}, "holds no training images"),
         ({"images": np.zeros((4, 8, 8), np.uint8)}, "only one of"),
         ({"images": np.zeros((4, 8), np.uint8), "labels": np.arange(4)}, "must hold uint8"),
-        ({"images": np.zeros((4, 8, 8), np.int64), "labels": np.arange(4)}, "must hold uint8"),
+        ({"images": np.zeros((4, 8, 8), complex), "labels": np.arange(4)}, "must hold uint8"),
         ({"images": np.full((4, 8, 8), 16.0), "labels": np.arange(4)}, r"must lie in \[0, 1\]"),
         ({"images": np.zeros((4, 8, 8), np.uint8), "labels": np.arange(3)}, "must be as many"),
         ({"images": np.zeros((4, 8, 8), np.uint8), "labels": np.arange(4) - 1}, "number them from 0"),

@@ -1,13 +1,9 @@
 """Images for training: reading sets of any kind, splitting them, and handing out augmented batches."""
 
-from conam_zoo.data.batches import Batches, BatchSettings, DeviceLoader
-from conam_zoo.data.choosing import create_loader
-from conam_zoo.data.dataset import ImageSplit
-from conam_zoo.data.load import ImageData, open_images, pixel_statistics
-from conam_zoo.data.loader import LoaderBatches
-from conam_zoo.data.normalization import normalize
-from conam_zoo.data.reading import read_split
-from conam_zoo.data.transforms import AugmentationSettings
+from conam_zoo.data.dataset import ImageSplit, pixel_statistics
+from conam_zoo.data.load import ImageData, open_images, read_split
+from conam_zoo.data.loaders import Batches, BatchSettings, DeviceLoader, WorkerLoader, create_loader
+from conam_zoo.data.transforms import AugmentationSettings, normalize
 
 __all__ = [
     "AugmentationSettings",
@@ -16,7 +12,7 @@ __all__ = [
     "DeviceLoader",
     "ImageData",
     "ImageSplit",
-    "LoaderBatches",
+    "WorkerLoader",
     "create_loader",
     "normalize",
     "open_images",

@@ -4,8 +4,7 @@ from hashlib import blake2b, sha256
 
 import numpy as np
 
-from conam_zoo.data.dataset import ImageSplit
-from conam_zoo.data.sources import LazyImages
+from conam_zoo.data.dataset import ImageSplit, LazyImages
 
 __all__ = ["data_sha256", "image_hashes"]
 

@@ -1,31 +1,33 @@
-"""Opening a data set of any kind for fine-tuning: its splits, classes, image size and statistics."""
+"""Opening a data set of any kind: all of its splits for fine-tuning, or one of them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from conam_zoo.data.choosing import fits
-from conam_zoo.data.dataset import ImageSplit
-from conam_zoo.data.download import read_download
-from conam_zoo.data.readers.arrays import has_arrays, npy_sources, npz_sources
-from conam_zoo.data.readers.folders import folder_sources
-from conam_zoo.data.readers.timm_sets import NAME_PREFIXES, named_sources
-from conam_zoo.data.sources import (
+from conam_zoo.data.dataset import (
+    ArrayReader,
+    ImageSplit,
     LazyImages,
     Unreadable,
     find_unreadable,
     median_side,
     read_source,
     source_of_split,
+    stratified_split,
 )
-from conam_zoo.data.transforms import SPLITTING, random_stream
+from conam_zoo.data.memory import fits
+from conam_zoo.data.readers.arrays import has_arrays, npy_sources, npz_sources
+from conam_zoo.data.readers.folders import folder_sources
+from conam_zoo.data.readers.timm_sets import NAME_PREFIXES, named_sources
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
+from conam_zoo.inputs import expand_path, status
 
-__all__ = ["ImageData", "find_sources", "open_images", "pixel_statistics", "stratified_split"]
+__all__ = ["ImageData", "find_sources", "open_images", "read_split"]
 
 SMALL_SIDE = 48  # up to this median side, 32 px are taken: CIFAR's size, at which the weights were trained
 SIZES = (32, 64)
@@ -61,32 +63,129 @@ class ImageData:
     notes: tuple[str, ...] = ()
 
 
-def find_sources(data: str | Path, *, training: bool = True) -> dict[str, LazyImages]:
+def find_sources(
+    data: str | Path,
+    *,
+    training: bool = True,
+    splits: tuple[str, ...] = ("train", "test"),
+) -> dict[str, LazyImages]:
     """The splits of a data set of any kind, before anything of it is read: ``train``, perhaps ``val`` and ``test``.
 
     Args:
         data: An image folder, with splits or with class folders directly; a folder with ``.npy`` arrays; an ``.npz``
             file; a name that timm knows (``hfds/…``, ``torch/…``, ``wds/…``, ``tfds/…``); or ``cifar10``/``cifar100``.
-        training: Whether a folder or file has to have training images.
+        training: Whether there have to be training images.
+        splits: Those of ``cifar10`` and ``cifar100`` that are wanted.
 
     Raises:
         UserError: If it is none of these.
     """
-    path = Path(data).expanduser()
-    if path.is_dir():
-        return npy_sources(path, training=training) if has_arrays(path) else folder_sources(path, training=training)
-    if path.is_file():
-        if path.suffix == ".npz":
+    path = expand_path(data)
+    found = status(path) if not str(data).startswith(NAME_PREFIXES) or path.exists() else None
+    if found is not None and path.is_dir():
+        if has_arrays(path):
+            return npy_sources(path, training=training)
+        return folder_sources(path, training=training)
+    if found is not None:
+        if path.suffix.lower() == ".npz":
             return npz_sources(path, training=training)
         raise UserError(f"{path} is a file, but not an .npz one: pass a folder of images, or arrays.")
     if str(data) in DATASETS:
-        return {split: source_of_split(read_download(str(data), split)) for split in ("train", "test")}
+        return {split: source_of_split(_download(str(data), split)) for split in splits}
     if str(data).startswith(NAME_PREFIXES):
         return named_sources(str(data))
     raise UserError(
-        f"There is no data set {data}: pass a folder of images, arrays, or a name that begins with "
-        f"{', '.join(NAME_PREFIXES)}."
+        f"There is no data set {data}: the folder or file does not exist; pass a folder of images, arrays, or a name "
+        f"that begins with {', '.join(NAME_PREFIXES)}."
     )
+
+
+def _download(name: str, split: str) -> ImageSplit:
+    """A split of ``cifar10`` or ``cifar100`` from torchvision's cache folder ``data/``, downloaded if need be."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    try:
+        dataset = cls("data", train=split == "train", download=True)
+    except Exception as error:  # torchvision raises whatever urllib, tarfile or its own checks raise
+        raise UserError(
+            f"{name} could not be downloaded by torchvision ({error}): download it elsewhere and pass its folder."
+        ) from error
+    labels = torch.tensor(dataset.targets, dtype=torch.int64)
+    return ImageSplit(torch.from_numpy(dataset.data), labels, DATASETS[name].classes, f"torchvision {name}")
+
+
+def read_split(
+    data: str | Path,
+    split: str,
+    dataset: str | None = None,
+    *,
+    image_size: int | None = None,
+) -> ImageSplit:
+    """Read one split; no image of another split is opened.
+
+    Args:
+        data: What ``find_sources`` takes, or a folder that holds it under the name ``dataset``.
+        split: ``"train"`` or ``"test"``, in place of which ``val`` serves.
+        dataset: Name of the data set, for the sub-folder rule.
+        image_size: Resize every image to a square of this side, as fine-tuning does (short side resized, middle kept;
+            images of that size stay as they are). Then all images serve where there are no splits. None: the images
+            must be of one size, and stay as they are.
+
+    Raises:
+        UserError: If nothing of that kind is there, or images cannot be read.
+    """
+    root = expand_path(data)
+    if dataset and status(root / dataset) is not None and (root / dataset).is_dir():
+        data = root / dataset
+    if image_size is None and status(root) is None and str(data) not in DATASETS and ":" not in str(data):
+        raise UserError(
+            f"The data folder {root} does not exist: pass a folder of images or arrays, or cifar10/cifar100."
+        )
+    sources = find_sources(data, training=False, splits=(split,))
+    wanted = ("train",) if split == "train" else ("test", "val") if image_size is None else ("test", "val", "train")
+    source = next((sources[name] for name in wanted if name in sources), None)
+    if source is None:
+        raise UserError(
+            f"{data} has neither {split}_images.npy nor a folder {' or '.join(wanted)}, only {', '.join(sources)}: "
+            "point --data at the folder that holds them."
+        )
+    if split != "train" and source is sources.get("train"):
+        source = replace(source, source=f"{source.source} (all images, because there is no test split)")
+    size = image_size
+    if size is None:
+        source, size = _of_one_size(source)
+    result, unreadable = read_source(source, size)
+    if unreadable:
+        raise UserError(
+            f"{len(unreadable)} of {len(source)} images cannot be read as they are, such as {unreadable[0].name}. {unreadable[0].reason}"
+        )
+    if not len(result):
+        raise UserError(f"{source.source} holds no readable image: check the files.")
+    return result
+
+
+def _of_one_size(source: LazyImages) -> tuple[LazyImages, int]:
+    """A source that refuses images of another size than the first one that can be read, and that one's side."""
+    if isinstance(source.read, ArrayReader):
+        sizes = {source.read.images.shape[2:0:-1]}
+    else:
+        sizes = set()
+        for index in range(len(source)):
+            try:
+                sizes.add(source.picture(index).size)
+                break
+            except UserError:
+                continue  # told with all the others
+    width, height = next(iter(sizes), (1, 1))
+
+    def read(index: int) -> Image.Image:
+        picture = source.read(index)
+        if picture.size != (width, width):
+            raise UserError(f"It has {picture.height} x {picture.width} pixels, but all need {width} x {width}.")
+        return picture
+
+    return (source if isinstance(source.read, ArrayReader) and width == height else replace(source, read=read)), width
 
 
 def open_images(
@@ -135,6 +234,8 @@ def open_images(
             kept, broken = find_unreadable(source)
         else:
             splits[name], broken = read_source(source, size)
+        if name in splits:
+            notes += [note for note in splits[name].notes if note not in notes]
         unreadable += [replace(image, name=f"{source.source}: {image.name}") for image in broken]
         if name in splits and not len(splits[name]) and name != "train":
             del splits[name]
@@ -190,37 +291,3 @@ def _split_off(
         return train.select(torch.from_numpy(kept)), replace(val, source=f"{train.source}, split off for validation")
     val, _ = read_source(train.select(held), size)
     return train.select(kept), replace(val, source=f"{train.source}, split off for validation")
-
-
-def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split images class by class: the same share of each, at least one image, and never the only one.
-
-    Args:
-        labels: Label of each image, (N,).
-        share: Share of every class that is held out.
-        seed: Which images.
-
-    Returns:
-        Indices that are kept and indices that are held out, both sorted.
-    """
-    stream = random_stream(SPLITTING, seed)
-    held = []
-    for label in np.unique(labels):
-        members = stream.permutation(np.flatnonzero(labels == label))
-        if len(members) > 1:
-            held.append(members[: min(len(members) - 1, max(1, round(share * len(members))))])
-    chosen = np.sort(np.concatenate(held)) if held else np.array([], dtype=np.int64)
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
-
-
-def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, in [0, 1], over all pixels of uint8 images (N, H, W, 3)."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    means, deviations = [], []
-    for channel in images.unbind(-1):
-        shares = torch.bincount(channel.flatten().cpu(), minlength=256).double()
-        shares /= shares.sum()
-        mean = (shares * values).sum()
-        means.append(float(mean))
-        deviations.append(float((shares * (values - mean) ** 2).sum().sqrt()))
-    return tuple(means), tuple(deviations)

@@ -1,10 +1,12 @@
-"""How much memory is free for images."""
+"""How much memory is free for images, and whether they fit."""
 
 from pathlib import Path
 
 import torch
 
-__all__ = ["free_bytes"]
+__all__ = ["SHARE_OF_MEMORY", "fits", "free_bytes"]
+
+SHARE_OF_MEMORY = 0.5  # of what is free: the rest is for the training
 
 UNKNOWN = 4 * 2**30  # what is taken for free where the system does not tell
 
@@ -29,3 +31,16 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
+
+
+def fits(count: int, size: int, device: torch.device | str, *, free: int | None = None) -> bool:
+    """Whether images take at most half of the free memory of a device, as uint8.
+
+    Args:
+        count: How many images.
+        size: Side of an image, in pixels.
+        device: The device.
+        free: Its free bytes; None to ask it.
+    """
+    available = free_bytes(device) if free is None else free
+    return 3 * count * size * size <= SHARE_OF_MEMORY * available

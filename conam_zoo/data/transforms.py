@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the training device, every image for itself, without a loop over images.
+"""Augmentation and normalisation of whole batches on the training device, each image for itself, without a loop.
 
 Sources: random crop and flip as in He et al., "Deep Residual Learning", 2016, section 4.2; Cutout: DeVries and Taylor,
 arXiv 1708.04552, 2017; mixup: Zhang et al., arXiv 1710.09412, 2018; CutMix: Yun et al., arXiv 1905.04899, 2019; smaller
@@ -18,10 +18,12 @@ from conam_zoo.errors import UserError
 __all__ = [
     "AugmentationSettings",
     "ImageDraws",
+    "Normalizer",
     "alternating_flips",
     "crop_and_flip",
     "cut_out",
     "mix",
+    "normalize",
     "random_stream",
 ]
 
@@ -241,3 +243,33 @@ def check_fits(settings: AugmentationSettings, size: Sequence[int], source: str)
             f"The setting early_size is {settings.early_size}, but {source} have {size[0]} x {size[1]} pixels: "
             "set it to less, or to 0."
         )
+
+
+class Normalizer:
+    """uint8 images (B, H, W, 3) -> float32 (B, 3, H, W) in channels_last, channel-wise normalised.
+
+    The constants are laid out once for a whole row of pixels, so that a batch is one pass of one kernel over long rows.
+
+    Args:
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel.
+        width: Width W of the images, in pixels.
+        device: Where the images are.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], width: int, device: torch.device | str = "cpu"
+    ) -> None:
+        centre, spread = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self.scale = (1 / (255 * spread)).float().repeat(width).to(device)
+        self.offset = (-centre / spread).float().repeat(width).to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise a batch; see the class."""
+        rows = torch.addcmul(self.offset, images.flatten(2), self.scale)  # (B, H, W * 3)
+        return rows.unflatten(2, (-1, images.shape[3])).permute(0, 3, 1, 2)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 images (B, H, W, 3) -> float32 (B, 3, H, W) in channels_last, channel-wise normalised."""
+    return Normalizer(mean, std, images.shape[2], images.device)(images)

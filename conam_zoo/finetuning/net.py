@@ -15,7 +15,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from conam_zoo.data import ImageData, ImageSplit, create_loader, pixel_statistics
-from conam_zoo.data.sources import LazyImages, read_source
+from conam_zoo.data.dataset import LazyImages, read_source
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.export import export_model

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from conam_zoo.data import ImageSplit, open_images
+from conam_zoo.data.dataset import LazyImages, read_source
 from conam_zoo.data.fingerprint import image_hashes
 from conam_zoo.data.load import find_sources
-from conam_zoo.data.sources import LazyImages, read_source
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 from conam_zoo.models import StagedClassifier

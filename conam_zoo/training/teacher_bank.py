@@ -185,7 +185,7 @@ def _check_same(folder: Path, recorded: dict[str, Any], facts: dict[str, Any]) -
             )
 
 
-class BankedBatches:
+class BankedBatches(Batches):
     """Batches that carry the teacher's logits as a third tensor, float16 (B, classes).
 
     Args:

@@ -1,42 +1,48 @@
 """Arrays as image sets: ``.npy`` files in a folder, or one ``.npz`` file."""
 
+import unicodedata
 import zipfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
-from conam_zoo.data.images import to_rgb
-from conam_zoo.data.sources import LazyImages
+from conam_zoo.data.dataset import ArrayReader, LazyImages
+from conam_zoo.data.images import check_size, full_scale, value_range
+from conam_zoo.data.memory import free_bytes
 from conam_zoo.errors import UserError
+from conam_zoo.inputs import check_file, status
 
 __all__ = ["array_source", "has_arrays", "npy_sources", "npz_sources"]
 
 SPLITS = ("train", "val", "test")
+MOST_CLASSES = 100_000  # without names: a label beyond is no class
 
 
 def has_arrays(root: Path) -> bool:
     """Whether a folder holds ``<split>_images.npy`` for some split."""
-    return any((root / f"{split}_images.npy").is_file() for split in SPLITS)
+    return any(status(root / f"{split}_images.npy") is not None for split in SPLITS)
 
 
 def npy_sources(root: Path, *, training: bool = True) -> dict[str, LazyImages]:
     """The splits in a folder with ``<split>_images.npy``, ``<split>_labels.npy`` and perhaps ``classes.txt``.
 
-    ``training`` says whether there have to be training images.
+    Args:
+        root: The folder.
+        training: Whether there have to be training images.
 
     Raises:
         UserError: If a file is missing or its content does not fit; see ``npz_sources`` for what fits.
     """
     arrays: dict[str, np.ndarray] = {}
+    classes = None
     for split in SPLITS:
-        if (root / f"{split}_images.npy").is_file():
+        if status(root / f"{split}_images.npy") is not None:
             for kind in ("images", "labels"):
                 arrays[f"{split}_{kind}"] = _load(root / f"{split}_{kind}.npy")
-    classes_path = root / "classes.txt"
-    classes = tuple(classes_path.read_text(encoding="utf-8").split()) if classes_path.is_file() else None
+    if status(root / "classes.txt") is not None:
+        classes = _read_classes(root / "classes.txt")
     return _sources(arrays, classes, str(root), training)
 
 
@@ -45,73 +51,187 @@ def npz_sources(path: Path, *, training: bool = True) -> dict[str, LazyImages]:
 
     Its arrays are ``images`` and ``labels``, or ``{train,val,test}_images`` and ``{train,val,test}_labels`` (as in
     MedMNIST), or ``x_train``, ``y_train``, ``x_test``, ``y_test`` (as Keras has it); and ``classes``, if the names are
-    known. Images are (N, H, W), grey, or (N, H, W, C) with C of 1, 3 or 4: uint8, uint16 over its whole range, or
-    floating-point in [0, 1]. Labels are whole numbers from 0, or names. ``training`` says whether there have to be
-    training images.
+    known. Images are (N, H, W), grey, or (N, H, W, C) with C of 1, 3 or 4; their values are taken as
+    ``conam_zoo.data.images.full_scale`` says, all splits alike. Labels are whole numbers from 0 of any type, or names,
+    (N,) or (N, 1).
+
+    Args:
+        path: The file.
+        training: Whether there have to be training images.
 
     Raises:
         UserError: If the file cannot be read or its content does not fit.
     """
+    check_file(path, ".npz file")
+    names = {
+        f"{short}_{split}": f"{split}_{kind}" for short, kind in (("x", "images"), ("y", "labels")) for split in SPLITS
+    }
+    names |= {"images": "train_images", "labels": "train_labels", "classes": "classes"}
+    names |= {f"{split}_{kind}": f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")}
+    arrays: dict[str, np.ndarray] = {}
+    classes = None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an .npz file ({error}): write it again with numpy.savez.") from error
-    classes = tuple(str(name) for name in arrays.pop("classes")) if "classes" in arrays else None
-    for split in SPLITS:
-        for short, kind in (("x", "images"), ("y", "labels")):
-            if f"{short}_{split}" in arrays:
-                arrays[f"{split}_{kind}"] = arrays.pop(f"{short}_{split}")
-    for kind in ("images", "labels"):
-        if kind in arrays:
-            arrays[f"train_{kind}"] = arrays.pop(kind)
+        with zipfile.ZipFile(path) as archive:
+            members = {names.get(info.filename.removesuffix(".npy"), ""): info for info in archive.infolist()}
+            members.pop("", None)
+            need, free = sum(info.file_size for info in members.values()), free_bytes("cpu")
+            if need > free:
+                raise UserError(
+                    f"{path} unpacks to {need / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB of memory are free: save its "
+                    "arrays as .npy files in a folder, which are not read as a whole."
+                )
+            for name, info in members.items():
+                with archive.open(info) as file:
+                    _check_header(file, info.file_size, f"{info.filename} of {path}")
+                with archive.open(info) as file:
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise whatever they ran into; RuntimeError: it is encrypted
+        raise UserError(
+            f"{path} cannot be read as an .npz file ({_reason(error)}): write it again with numpy.savez."
+        ) from error
+    if "classes" in arrays:
+        stored = _names(np.atleast_1d(arrays.pop("classes")).ravel())
+        classes = _checked_names([str(name) for name in stored], f"classes of {path}")
     return _sources(arrays, classes, str(path), training)
 
 
+def _check_header(file: IO[bytes], size: int, what: str) -> None:
+    """Refuse an array that claims more than there is, before memory is asked for."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise UserError(f"{what} holds Python objects, which are not opened: save numbers or texts.")
+    claimed = int(np.prod([int(length) for length in shape], dtype=object)) * dtype.itemsize
+    if claimed > size:
+        raise UserError(f"{what} is damaged: it claims {claimed:,} bytes and holds {size:,}. Write it again.")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def _load(path: Path) -> np.ndarray:
-    if not path.is_file():
+    if status(path) is None:
         raise UserError(f"{path} is missing: images and labels belong beside each other.")
+    check_file(path, ".npy file")
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as an .npy file ({error}): write it again with numpy.save.") from error
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive")
+    except Exception as error:  # a damaged header raises whatever numpy's parser ran into
+        raise UserError(
+            f"{path} cannot be read as an .npy file ({_reason(error)}): write it again with numpy.save."
+        ) from error
     return array
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    """One name a line, in label order."""
+    check_file(path, "text file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 ({error}): save it so, one class name a line.") from error
+    return _checked_names(lines, str(path))
+
+
+def _checked_names(names: list[str], what: str) -> tuple[str, ...]:
+    """Class names, each of which stands for one class: accents composed, no spaces round them."""
+    clean = tuple(unicodedata.normalize("NFC", name.strip()) for name in names)
+    if "" in clean:
+        raise UserError(f"{what} has no name for class {clean.index('')}: write one name a line, without empty lines.")
+    if twice := sorted({name for name in clean if clean.count(name) > 1}):
+        raise UserError(f"{what} names {twice[0]} twice, but each class needs a name of its own: rename one.")
+    return clean
 
 
 def _sources(
     arrays: Mapping[str, np.ndarray], classes: tuple[str, ...] | None, source: str, training: bool
 ) -> dict[str, LazyImages]:
-    if not any(f"{split}_images" in arrays for split in SPLITS[: 1 if training else None]):
-        raise UserError(f"{source} holds no training images: name its arrays train_images and train_labels.")
     for split in SPLITS:
         if (f"{split}_images" in arrays) != (f"{split}_labels" in arrays):
             raise UserError(f"{source} has only one of {split}_images and {split}_labels: it needs both.")
     splits = [split for split in SPLITS if f"{split}_images" in arrays]
+    if not splits or (training and "train" not in splits):
+        raise UserError(f"{source} holds no training images: name its arrays train_images and train_labels.")
     labels = {split: _flat(arrays[f"{split}_labels"], f"{split}_labels of {source}") for split in splits}
+    first = labels[splits[0]]
     if classes is None:
-        classes = _class_names(labels.get("train", next(iter(labels.values()))))
-    return {split: array_source(arrays[f"{split}_images"], labels[split], classes, source, split) for split in splits}
+        classes = _class_names(first, source)
+    limits = _limits({split: arrays[f"{split}_images"] for split in splits}, source)
+    return {
+        split: array_source(arrays[f"{split}_images"], labels[split], classes, source, split, limits=limits)
+        for split in splits
+    }
 
 
 def _flat(labels: np.ndarray, what: str) -> np.ndarray:
-    """Labels as (N,): (N, 1) counts as the same."""
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "iuU":
+    """Labels as int64 or text, (N,): (N, 1) counts as the same, and so do whole numbers of any type."""
+    if labels.ndim > 1 and labels.size == len(labels):
+        labels = labels.reshape(len(labels))
+    labels = np.asarray(labels)
+    if labels.ndim == 1 and labels.dtype.kind in "US":
+        return _names(labels)
+    whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
+    if labels.ndim != 1 or not whole or not np.isfinite(labels).all():
         raise UserError(
-            f"{what} is {labels.dtype} of shape {labels.shape}, but it must hold one number or name for each image."
+            f"{what} is {labels.dtype} of shape {labels.shape}, but it must hold one number or name for each image, "
+            "the number whole."
         )
-    return np.asarray(labels)
+    if len(labels) and (float(labels.min()) < 0 or float(labels.max()) >= MOST_CLASSES):
+        raise UserError(f"{what} runs from {labels.min()} to {labels.max()}: number them from 0.")
+    return labels.astype(np.int64)
 
 
-def _class_names(labels: np.ndarray) -> tuple[str, ...]:
+def _names(values: np.ndarray) -> np.ndarray:
+    """Texts, also those stored as bytes in UTF-8, with accents composed."""
+    try:
+        texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"The class name {error.object!r} is no UTF-8: save the names as texts.") from error
+    return np.array([unicodedata.normalize("NFC", text.strip()) for text in texts], dtype=np.str_)
+
+
+def _class_names(labels: np.ndarray, source: str) -> tuple[str, ...]:
     if labels.dtype.kind == "U":
-        return tuple(str(name) for name in np.unique(labels))
-    return tuple(str(number) for number in range(int(labels.max(initial=-1)) + 1))
+        return _checked_names([str(name) for name in np.unique(labels)], f"labels of {source}")
+    return tuple(str(number) for number in range(int(labels.max()) + 1 if len(labels) else 0))
+
+
+def _limits(images: Mapping[str, np.ndarray], source: str) -> dict[Any, tuple[float, float]]:
+    """The range of the values of each type over all splits, so that white is the same in each."""
+    found: dict[Any, tuple[float, float]] = {}
+    for split, array in images.items():
+        _check_images(array, f"{split}_images of {source}")
+        if array.dtype in (np.uint8, np.bool_):
+            continue
+        if (limits := value_range(array)) is not None:
+            old = found.get(array.dtype, limits)
+            found[array.dtype] = (min(old[0], limits[0]), max(old[1], limits[1]))
+    return found
+
+
+def _check_images(images: np.ndarray, what: str) -> None:
+    fits = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
+    if not fits or 0 in images.shape[1:] or images.dtype.kind not in "uifb":
+        raise UserError(
+            f"{what} is {images.dtype} of shape {images.shape}, but it must hold uint8, other whole numbers or floats, "
+            "of shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels."
+        )
+    check_size(images.shape[2], images.shape[1], what)
 
 
 def array_source(
-    images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], source: str, split: str = "train"
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    source: str,
+    split: str = "train",
+    *,
+    limits: Mapping[Any, tuple[float, float]] | None = None,
 ) -> LazyImages:
     """Arrays in memory, or mapped into it, as a source.
 
@@ -121,50 +241,38 @@ def array_source(
         classes: Class names in label order.
         source: What to call the set in messages.
         split: What to call this part of it.
+        limits: The range of the values by type, where it is that of several splits; None for that of the images.
 
     Raises:
         UserError: If they do not fit together.
     """
     what = f"{split}_images of {source}"
-    fits = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
-    if not fits or 0 in images.shape[1:] or not (images.dtype in (np.uint8, np.uint16) or images.dtype.kind == "f"):
-        raise UserError(
-            f"{what} is {images.dtype} of shape {images.shape}, but it must hold uint8, uint16 or floats in [0, 1], "
-            "of shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels."
-        )
+    _check_images(images, what)
     if len(images) != len(labels):
-        raise UserError(f"{what} holds {len(images)} images, but there are {len(labels)} labels: they must be as many.")
+        raise UserError(
+            f"{split}_labels of {source} does not fit: there are {len(labels)} labels and {len(images)} images, but they "
+            "must be as many."
+        )
+    labels = _flat(labels, f"{split}_labels of {source}")
     if labels.dtype.kind == "U":
-        if unknown := sorted(set(labels.tolist()) - set(classes)):
+        places = {name: place for place, name in enumerate(classes)}
+        if unknown := sorted(set(labels.tolist()) - set(places)):
             raise UserError(f"{split}_labels of {source} has the class {unknown[0]}, which is not among the classes.")
-        labels = np.array([classes.index(str(name)) for name in labels])
-    elif len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+        labels = np.array([places[str(name)] for name in labels], dtype=np.int64)
+    elif len(labels) and int(labels.max()) >= len(classes):
         raise UserError(
-            f"{split}_labels of {source} runs from {labels.min()} to {labels.max()}, but there are {len(classes)} "
-            "classes: number them from 0."
+            f"{split}_labels of {source} does not fit: it runs from {labels.min()} to {labels.max()}, but there are "
+            f"{len(classes)} classes: number them from 0."
         )
-    if images.dtype.kind == "f" and images.size and not (images.min() >= 0 and images.max() <= 1):
-        raise UserError(
-            f"{what} runs from {images.min():g} to {images.max():g}, but floats must lie in [0, 1]: scale them."
-        )
+    if limits is None:
+        limits = {images.dtype: found} if (found := value_range(images)) is not None else {}
+    top, note = full_scale(images.dtype, limits.get(images.dtype), what) if len(images) else (255.0, "")
     return LazyImages(
-        labels=labels.astype(np.int64),
+        labels=labels,
         classes=classes,
         source=source,
         names=[f"{split} image {index}" for index in range(len(images))],
-        read=partial(_picture, images),
+        read=ArrayReader(images, top),
         members=np.arange(len(images)),
+        notes=(note,) if note else (),
     )
-
-
-def _picture(images: np.ndarray, index: int) -> Image.Image:
-    """One image of an array as RGB."""
-    pixels = images[index]
-    if pixels.dtype == np.uint16:
-        pixels = np.round(pixels / 257)
-    elif pixels.dtype.kind == "f":
-        pixels = np.round(np.asarray(pixels, dtype=np.float64) * 255)
-    pixels = np.ascontiguousarray(pixels, dtype=np.uint8)
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    return to_rgb(Image.fromarray(pixels))

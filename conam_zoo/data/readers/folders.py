@@ -1,79 +1,274 @@
 """Image folders: which splits there are, which classes, and which files."""
 
 import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from conam_zoo.data.dataset import LazyImages
 from conam_zoo.data.images import PICTURE_SUFFIXES, read_image
-from conam_zoo.data.sources import LazyImages
 from conam_zoo.errors import UserError
 
-__all__ = ["SPLIT_FOLDERS", "folder_sources"]
+__all__ = ["folder_sources"]
 
-SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_SET = r"(?:[ _-]?(?:set|data|images|split))?$"
+SPLIT_NAMES = {
+    "train": re.compile("(?:train|training)" + _SET, re.IGNORECASE),
+    "val": re.compile("(?:val|valid|validation|dev)" + _SET, re.IGNORECASE),
+    "test": re.compile("(?:test|testing|eval|evaluation)" + _SET, re.IGNORECASE),
+}
+# What systems and unpackers put beside pictures; what begins with a dot is left out, too.
+FOREIGN = frozenset(("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"))
+# A folder with one of these is the run folder of a training, which writes pictures of its own.
+RUN_FILES = ("run.json", "log.csv", "checkpoint.safetensors")
+
+Identity = tuple[int, int]
 
 
 def folder_sources(root: Path, *, training: bool = True) -> dict[str, LazyImages]:
     """The splits of an image-folder tree: ``train`` always, ``val`` and ``test`` where there are such folders.
 
     A class is a folder, and its images may lie at any depth below it; class names are sorted. ``root`` holds either
-    the folders of the splits, or those of the classes, or a single folder that holds one of these. Files that are no
-    pictures by their names' ending are left out, and so is what begins with a dot.
+    the folders of the splits, or those of the classes, or a single folder that holds one of these. Left out are files
+    that are no pictures by their names' ending, hidden files and folders, and run folders. Every folder is visited
+    once and every picture belongs to one class, wherever links lead.
 
     Args:
         root: The folder.
         training: Whether there have to be training images: without, a tree that has only a test split will do.
 
     Raises:
-        UserError: If there are no class folders with images, or a split has a class that ``train`` has not.
+        UserError: If there are no class folders with images, it cannot be told which folders are classes, a split has
+            a class that ``train`` has not, or a folder may not be read.
     """
-    root = _descend(root)
-    folders = {split: _split_folder(root, names) for split, names in SPLIT_FOLDERS.items()}
-    if folders["train"] is None:
-        others = {split: folder for split, folder in folders.items() if folder is not None}
-        if others and training:
-            name = next(iter(others.values())).name
-            raise UserError(f"{root} holds a folder {name} but none named train: name the training images' folder so.")
-        return {split: _scan(folder, None) for split, folder in others.items()} or {"train": _scan(root, None)}
-    train = _scan(folders["train"], None)
-    rest = {
-        split: _scan(folder, train.classes)
-        for split, folder in folders.items()
-        if folder is not None and split != "train"
-    }
-    return {"train": train, **rest}
+    root = _unwrapped(root)
+    folders, notes = _split_folders(root)
+    if not folders:
+        return _scan({"train": root}, notes, training=True)
+    if "train" not in folders and training:
+        name = next(iter(folders.values())).name
+        raise UserError(f"{root} holds a folder {name} but none named train: name the training images' folder so.")
+    return _scan(folders, notes, training=training)
 
 
-def _descend(root: Path) -> Path:
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted by name.
+
+    Raises:
+        UserError: If it may not be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be read ({error.strerror}): check its rights.") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
+
+
+def _reason_to_leave_out(entry: os.DirEntry[str]) -> str:
+    """Why a folder is no part of the set; an empty string if it is."""
+    if entry.name.startswith(".") or entry.name.lower() in FOREIGN:
+        return "hidden"
+    if any(os.path.lexists(os.path.join(entry.path, name)) for name in RUN_FILES):
+        return "run folder"
+    return ""
+
+
+def _sub_folders(folder: Path) -> list[Path]:
+    return [Path(e.path) for e in _entries(folder) if _is_folder(e) and not _reason_to_leave_out(e)]
+
+
+def _is_picture(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Whether pictures lie in the folder itself."""
+    return any(_is_picture(entry.name) and not _is_folder(entry) for entry in _entries(folder))
+
+
+def _split_of(name: str) -> str | None:
+    return next((split for split, pattern in SPLIT_NAMES.items() if pattern.match(name)), None)
+
+
+def _unwrapped(root: Path) -> Path:
     """What an unpacked archive wraps its folder in is taken off."""
-    split_names = {name for names in SPLIT_FOLDERS.values() for name in names}
+    seen = {root.resolve()}
     while True:
-        inside = [entry for entry in sorted(root.iterdir()) if not entry.name.startswith(".")]
-        if len(inside) != 1 or not inside[0].is_dir() or inside[0].name.lower() in split_names:
-            return root
-        if not any(entry.is_dir() for entry in inside[0].iterdir()):
+        inside = _sub_folders(root)
+        if len(inside) != 1 or _has_pictures(root) or _split_of(inside[0].name) or not _sub_folders(inside[0]):
             return root
         root = inside[0]
+        if root.resolve() in seen:
+            return root
+        seen.add(root.resolve())
 
 
-def _split_folder(root: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder of a split: one of that name which holds folders; one that holds images is a class of that name."""
-    for entry in sorted(root.iterdir()):
-        if entry.name.lower() in names and entry.is_dir() and any(below.is_dir() for below in entry.iterdir()):
-            return entry
-    return None
-
-
-def _scan(folder: Path, known: tuple[str, ...] | None) -> LazyImages:
-    found = {entry.name: _pictures(entry) for entry in sorted(folder.iterdir()) if _is_class(entry)}
-    names = tuple(name for name, (pictures, _) in found.items() if pictures)
-    if not names:
+def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folders of the splits, by split, if ``root`` holds such; and what a person should know."""
+    folders = _sub_folders(root)
+    named = [(split, folder) for folder in folders if (split := _split_of(folder.name)) is not None]
+    found = [(split, folder) for split, folder in named if _sub_folders(folder)]
+    flat = [folder for _, folder in named if not _sub_folders(folder) and _has_pictures(folder)]
+    others = [folder for folder in folders if _split_of(folder.name) is None]
+    if named and not found and not others:
+        names = " and ".join(folder.name for _, folder in named)
         raise UserError(
-            f"{folder} holds no class folders with images: put the images of each class into a folder named after it."
+            f"{root} holds {names}, which are names of splits, without class folders in them: put the images of each "
+            "class into a folder named after it."
         )
+    # Beside folders with pictures, a lone folder named like a split is a class: the train among other vehicles.
+    if not found or (len(found) == 1 and any(map(_has_pictures, others))):
+        return {}, []
+    splits: dict[str, Path] = {}
+    for split, folder in found:
+        if split in splits:
+            raise UserError(f"{root} holds both {splits[split].name} and {folder.name}: keep one of them.")
+        inner = _sub_folders(folder)
+        while len(inner) == 1 and _split_of(inner[0].name) == split:  # training_set/training_set/CLASS
+            folder, inner = inner[0], _sub_folders(inner[0])
+        splits[split] = folder
+    notes = [f"{root}: {folder.name} was left out, because it holds no class folders" for folder in flat]
+    if others:
+        names = ", ".join(folder.name for folder in others[:5]) + (", …" if len(others) > 5 else "")
+        notes.append(f"{root}: left out beside the splits: {names}")
+    order = [split for split in SPLIT_NAMES if split in splits]
+    return {split: splits[split] for split in order}, notes
+
+
+@dataclass
+class _Class:
+    """The pictures of a class folder, and what was left out of it."""
+
+    name: str
+    pictures: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+
+
+class _Walk:
+    """Goes through folders so that each is visited once, and each picture given once, by identity.
+
+    Real folders come before links: where a link leads into another class, its pictures stay with that class.
+    """
+
+    def __init__(self, roots: list[Path]) -> None:
+        self.left_out: dict[str, list[str]] = {}
+        self._pictures: set[Identity] = set()
+        self._folders: set[Identity] = set()
+        for root in roots:
+            for folder in self._real_folders(root):
+                self._folders.add(_identity(folder))
+
+    def _real_folders(self, folder: Path) -> Iterator[Path]:
+        yield folder
+        for entry in _entries(folder):
+            if entry.is_dir(follow_symlinks=False) and not _reason_to_leave_out(entry):
+                yield from self._real_folders(Path(entry.path))
+
+    def note(self, reason: str, path: str) -> None:
+        self.left_out.setdefault(reason, []).append(path)
+
+    def is_new(self, entry: os.DirEntry[str]) -> bool:
+        """Whether a folder is to be visited: a link only to where nothing was visited yet."""
+        if reason := _reason_to_leave_out(entry):
+            if reason != "hidden" or not entry.name.startswith("."):
+                self.note(f"{reason}s" if reason == "run folder" else "folders of the system", entry.path)
+            return False
+        if not entry.is_symlink():
+            return True
+        identity = _identity(Path(entry.path))
+        if identity in self._folders:
+            self.note("links to folders of the set", entry.path)
+            return False
+        self._folders.add(identity)
+        return True
+
+    def collect(self, folder: Path, found: _Class) -> None:
+        """Add what lies below a folder to its class."""
+        for entry in _entries(folder):
+            path = Path(entry.path)
+            if _is_folder(entry):
+                if self.is_new(entry):
+                    self.collect(path, found)
+            elif _is_picture(entry.name):
+                if self._is_first(entry):
+                    found.pictures.append(path)
+            elif not entry.name.startswith("."):
+                found.others.append(path)
+
+    def _is_first(self, entry: os.DirEntry[str]) -> bool:
+        try:
+            facts = entry.stat()
+        except OSError:
+            return True  # a broken link is told as a picture that cannot be read
+        identity = (facts.st_dev, facts.st_ino)
+        if identity in self._pictures:
+            self.note("further links to a picture", entry.path)
+            return False
+        self._pictures.add(identity)
+        return True
+
+
+def _identity(folder: Path) -> Identity:
+    facts = folder.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def _scan(folders: dict[str, Path], notes: list[str], *, training: bool) -> dict[str, LazyImages]:
+    """The class folders below each split's folder, as sources; the first one's classes are those of all."""
+    walk = _Walk(list(folders.values()))
+    sources: dict[str, LazyImages] = {}
+    known: tuple[str, ...] | None = None
+    for split, folder in folders.items():
+        found = _found_in(folder, walk)
+        if any(each.pictures for each in found.values()):
+            sources[split] = _source(folder, found, known)
+            known = sources[split].classes
+        elif split == "train" and training:
+            raise UserError(
+                f"{folder} holds no class folders with images: put the images of each class into a folder named after "
+                "it."
+            )
+        else:
+            notes = [*notes, f"{folder}: the split holds no images, so it counts as absent"]
+    if not sources:
+        raise UserError(f"{folder} holds no class folders with images, and no other split does.")
+    notes = notes + [
+        f"{len(paths)} {reason} left out, such as {os.path.relpath(paths[0], folders[next(iter(folders))].parent)}"
+        for reason, paths in walk.left_out.items()
+    ]
+    first = next(iter(sources))
+    sources[first] = replace(sources[first], notes=(*notes, *sources[first].notes))
+    return sources
+
+
+def _found_in(folder: Path, walk: _Walk) -> dict[str, _Class]:
+    """The class folders of a split, by name."""
+    found: dict[str, _Class] = {}
+    entries = _entries(folder)
+    # Links last: a class folder that is a link to another one adds nothing to it.
+    for entry in sorted(entries, key=lambda entry: entry.is_symlink()):
+        if _is_folder(entry) and walk.is_new(entry):
+            name = _class_name(entry)
+            walk.collect(Path(entry.path), found.setdefault(name, _Class(name)))
+    _check_classes(folder, [entry for entry in entries if _is_folder(entry)], found)
+    return found
+
+
+def _source(folder: Path, found: dict[str, _Class], known: tuple[str, ...] | None) -> LazyImages:
+    names = tuple(sorted(name for name, each in found.items() if each.pictures))
     classes = known or names
     if unknown := sorted(set(names) - set(classes)):
         raise UserError(
@@ -81,12 +276,13 @@ def _scan(folder: Path, known: tuple[str, ...] | None) -> LazyImages:
         )
     paths, labels = [], []
     for name in names:
-        paths += found[name][0]
-        labels += [classes.index(name)] * len(found[name][0])
-    left_out = [path for _, others in found.values() for path in others]
-    left_out += [entry for entry in sorted(folder.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
+        pictures = sorted(found[name].pictures)
+        paths += pictures
+        labels += [classes.index(name)] * len(pictures)
+    left_out = [path for each in found.values() for path in each.others]
+    left_out += [Path(e.path) for e in _entries(folder) if not _is_folder(e) and not e.name.startswith(".")]
     notes = [f"{folder}: {len(left_out)} other files left out, such as {left_out[0].name}"] if left_out else []
-    notes += [f"{folder}: the class folder {name} holds no images" for name in found if name not in names]
+    notes += [f"{folder}: the class folder {name} holds no images" for name in sorted(found) if name not in names]
     return LazyImages(
         labels=np.array(labels, dtype=np.int64),
         classes=classes,
@@ -98,21 +294,33 @@ def _scan(folder: Path, known: tuple[str, ...] | None) -> LazyImages:
     )
 
 
+def _class_name(entry: os.DirEntry[str]) -> str:
+    """The name of a class folder, with accents composed: systems differ in how they store them."""
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(entry.name)
+        raise UserError(f"The class folder {shown!r} has a name that is no UTF-8: rename it.") from error
+    return unicodedata.normalize("NFC", entry.name)
+
+
+def _check_classes(folder: Path, entries: list[os.DirEntry[str]], found: dict[str, _Class]) -> None:
+    """Refuse "classes" that hold the same sub-folders, and no pictures of their own: these are the classes.
+
+    Raises:
+        UserError: If they do.
+    """
+    used = [Path(entry.path) for entry in entries if unicodedata.normalize("NFC", entry.name) in found]
+    if len(used) < 2 or any(map(_has_pictures, used)):
+        return
+    inner = [frozenset(path.name for path in _sub_folders(each)) for each in used]
+    if len(inner[0]) > 1 and len(set(inner)) == 1:
+        classes, groups = sorted(inner[0]), [each.name for each in used]
+        raise UserError(
+            f"{folder} holds {', '.join(groups[:3])}, and each of them holds {', '.join(classes[:3])}: if those "
+            "are the classes, name the folders above them train, val and test, or point at one of them."
+        )
+
+
 def _read(paths: list[Path], index: int) -> Image.Image:
     return read_image(paths[index])
-
-
-def _is_class(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
-
-
-def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Pictures and other files below a folder, each sorted by path."""
-    files = sorted(
-        Path(place) / name
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    )
-    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
-    return pictures, [path for path in files if path.suffix.lower() not in PICTURE_SUFFIXES]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from conam_zoo.data.dataset import LazyImages
 from conam_zoo.data.images import decode_image, to_rgb
 from conam_zoo.data.memory import free_bytes
-from conam_zoo.data.sources import LazyImages
 from conam_zoo.errors import UserError
 
 __all__ = ["NAME_PREFIXES", "named_sources"]

@@ -6,22 +6,24 @@ share the epoch, changes nothing about crop, flip and Cutout. mixup and CutMix d
 device.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from conam_zoo.data.dataset import ImageSplit
-from conam_zoo.data.normalization import Normalizer
+from conam_zoo.data.dataset import ImageSplit, LazyImages, source_of_split
+from conam_zoo.data.memory import fits, free_bytes
 from conam_zoo.data.sampler import Shards, epoch_order
 from conam_zoo.data.transforms import (
     IMAGES,
     MIXING,
     AugmentationSettings,
     ImageDraws,
+    Normalizer,
     alternating_flips,
     check_fits,
     crop_and_flip,
@@ -30,7 +32,9 @@ from conam_zoo.data.transforms import (
     random_stream,
 )
 
-__all__ = ["AugmentationSettings", "AugmentedBatches", "BatchSettings", "Batches", "DeviceLoader"]
+__all__ = ["BatchSettings", "Batches", "DeviceLoader", "WorkerLoader", "create_loader"]
+
+MAX_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class BatchSettings:
     balance: bool = False
 
 
-class Batches(Protocol):
+class Batches(ABC):
     """Augmented training batches; everything drawn is a function of (seed, epoch, step) alone.
 
     Attributes:
@@ -73,6 +77,7 @@ class Batches(Protocol):
     num_images: int
     steps: int
 
+    @abstractmethod
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batches of an epoch from ``first_step`` on; the skipped ones cost nothing.
 
@@ -81,11 +86,10 @@ class Batches(Protocol):
             that is asked for; and targets: int64 (B,), or float32 (B, classes) for a batch that mixup or CutMix mixed.
             What follows is for the loss, such as a teacher's logits.
         """
-        ...
 
 
-class AugmentedBatches(ABC):
-    """What the two kinds of batches share: order, shards, augmentation, normalisation.
+class _AugmentedBatches(Batches):
+    """What the two loaders share: order, shards, augmentation, normalisation.
 
     Args:
         labels: Label of every training image, int64 (N,).
@@ -116,8 +120,8 @@ class AugmentedBatches(ABC):
         self._host_labels = labels.cpu().numpy()
         self._labels = labels.to(self._device)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch; see ``Batches.epoch``."""
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """See ``Batches.epoch``."""
         seed, augmentation = self._settings.seed, self._settings.augmentation
         order = epoch_order(self._host_labels, seed, epoch, balance=self._settings.balance)
         crop = augmentation.crop_size(epoch, self._size)
@@ -152,7 +156,7 @@ class AugmentedBatches(ABC):
         """The cropped and flipped uint8 images (B, h, w, 3) of every part of the order, on the device."""
 
 
-class DeviceLoader(AugmentedBatches):
+class DeviceLoader(_AugmentedBatches):
     """Batches of a split that lies on the training device as a whole, as uint8.
 
     Args:
@@ -173,3 +177,100 @@ class DeviceLoader(AugmentedBatches):
     ) -> Iterator[Tensor]:
         for part in parts:
             yield self._window(self._images, order_here[part], draws[part], crop)
+
+
+class _Pixels(Dataset[Tensor]):
+    """The images of a source at one size, for ``DataLoader``."""
+
+    def __init__(self, source: LazyImages, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.source.pixels(index, self.size)
+
+
+class WorkerLoader(_AugmentedBatches):
+    """The batches that ``DeviceLoader`` would give, bit for bit, with images read from their source every epoch.
+
+    The workers decode and resize, nothing else, so nothing is random in them. What is augmented is augmented on the
+    training device, as a whole batch.
+
+    Args:
+        source: The training images.
+        size: Side of the square that they are resized to, in pixels.
+        settings: How the batches are made.
+        device: Where they are wanted.
+        workers: Processes that decode; None for one less than there are cores, 0 for none beside this one.
+
+    Raises:
+        UserError: If the settings do not fit the images.
+    """
+
+    def __init__(
+        self,
+        source: LazyImages,
+        size: int,
+        settings: BatchSettings,
+        *,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+    ) -> None:
+        labels = torch.from_numpy(source.labels)
+        super().__init__(labels, source.classes, source.source, (size, size), settings, device)
+        self._pixels = _Pixels(source, size)
+        self.workers = min(MAX_WORKERS, (os.cpu_count() or 1) - 1) if workers is None else workers
+
+    def _windows(
+        self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice], crop: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        loader = DataLoader(
+            self._pixels,
+            batch_sampler=[order[part].tolist() for part in parts],
+            num_workers=self.workers,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # else the loader would take a number from torch's own stream
+        )
+        for part, images in zip(parts, loader, strict=True):
+            here = images.to(self._device, non_blocking=True)
+            yield self._window(here, torch.arange(len(here), device=self._device), draws[part], crop)
+
+
+def create_loader(
+    train: ImageSplit | LazyImages,
+    size: int,
+    settings: BatchSettings,
+    *,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    free: int | None = None,
+) -> tuple[Batches, str]:
+    """Batches that keep the whole set on the device if it takes at most half of what is free there, else from a loader.
+
+    Args:
+        train: The training images: in memory, or a source that did not fit there.
+        size: Side of the images, in pixels.
+        settings: How the batches are made.
+        device: The training device.
+        workers: Processes of the loader; see ``WorkerLoader``.
+        free: Free bytes of the device; None to ask it.
+
+    Returns:
+        The batches, and one line that says which kind and why.
+    """
+    device = torch.device(device)
+    free = free_bytes(device) if free is None else free
+    held = isinstance(train, ImageSplit) and (
+        train.images.device.type == device.type == "cpu" or fits(len(train), size, device, free=free)
+    )
+    need = f"{3 * len(train) * size * size / 1e6:,.1f} MB of images, {free / 1e6:,.0f} MB free on {device.type}"
+    if held and isinstance(train, ImageSplit):
+        batches = DeviceLoader(train.to(device), settings)
+        return batches, f"The whole training set stays on the {device.type} as uint8 ({need})."
+    source = source_of_split(train) if isinstance(train, ImageSplit) else train
+    if isinstance(train, ImageSplit):
+        workers = 0  # nothing to decode
+    loader = WorkerLoader(source, size, settings, device=device, workers=workers)
+    return loader, f"The training set is read by a loader with {loader.workers} workers as it is needed ({need})."
