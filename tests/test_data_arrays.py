@@ -149,7 +149,7 @@ def test_a_header_that_claims_too_much_asks_for_no_memory(tmp_path: Path, suffix
 def test_an_archive_that_unpacks_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch) -> None:
     np.savez_compressed(tmp_path / "set.npz", images=np.zeros((400, 64, 64), np.uint8), labels=np.arange(400) % 2)
     monkeypatch.setattr("conam_zoo.data.readers.arrays.free_bytes", lambda device: 10**6)
-    with pytest.raises(UserError, match="but 0.0 GB of memory are free"):
+    with pytest.raises(UserError, match=r"but 0\.0 GB of memory are free"):
         find_sources(tmp_path / "set.npz")
 
 
@@ -184,7 +184,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["~nobody-at-all/data", "x" * 300, "x/" * 3000])
 def test_paths_that_cannot_be_are_refused(path: str) -> None:
-    with pytest.raises(UserError, match="home folder that does not exist|the name is too long"):
+    with pytest.raises(UserError, match=r"home folder that does not exist|the name is too long"):
         open_images(path)
 
 

@@ -90,7 +90,9 @@ def test_links_that_lead_back_add_nothing(tmp_path: Path) -> None:
     source = find_sources(root)["train"]
     assert source.classes == ("cat", "cow", "dog")
     assert np.bincount(source.labels).tolist() == [6, 3, 6]
-    assert all(name.split("/")[0] == source.classes[label] for name, label in zip(source.names, source.labels))
+    assert all(
+        name.split("/")[0] == source.classes[label] for name, label in zip(source.names, source.labels, strict=True)
+    )
     assert any("links to folders of the set left out" in note for note in source.notes)
     assert any("further links to a picture left out" in note for note in source.notes)
 
@@ -124,6 +126,3 @@ def test_composed_and_decomposed_accents_are_one_class(tmp_path: Path) -> None:
     sources = find_sources(tmp_path)
     assert sources["train"].classes == ("caf\u00e9", "tea")
     assert sources["test"].labels.tolist() == [0, 0]
-    (tmp_path / "train" / "b\udcff").mkdir()
-    with pytest.raises(UserError, match="a name that is no UTF-8"):
-        find_sources(tmp_path)

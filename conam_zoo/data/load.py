@@ -157,8 +157,9 @@ def read_split(
         source, size = _of_one_size(source)
     result, unreadable = read_source(source, size)
     if unreadable:
+        one = unreadable[0]
         raise UserError(
-            f"{len(unreadable)} of {len(source)} images cannot be read as they are, such as {unreadable[0].name}. {unreadable[0].reason}"
+            f"{len(unreadable)} of {len(source)} images cannot be read as they are, such as {one.name}. {one.reason}"
         )
     if not len(result):
         raise UserError(f"{source.source} holds no readable image: check the files.")

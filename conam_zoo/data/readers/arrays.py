@@ -250,8 +250,8 @@ def array_source(
     _check_images(images, what)
     if len(images) != len(labels):
         raise UserError(
-            f"{split}_labels of {source} does not fit: there are {len(labels)} labels and {len(images)} images, but they "
-            "must be as many."
+            f"{split}_labels of {source} does not fit: there are {len(labels)} labels and {len(images)} images, "
+            "but they must be as many."
         )
     labels = _flat(labels, f"{split}_labels of {source}")
     if labels.dtype.kind == "U":

@@ -296,11 +296,6 @@ def _source(folder: Path, found: dict[str, _Class], known: tuple[str, ...] | Non
 
 def _class_name(entry: os.DirEntry[str]) -> str:
     """The name of a class folder, with accents composed: systems differ in how they store them."""
-    try:
-        entry.name.encode()
-    except UnicodeEncodeError as error:
-        shown = os.fsencode(entry.name)
-        raise UserError(f"The class folder {shown!r} has a name that is no UTF-8: rename it.") from error
     return unicodedata.normalize("NFC", entry.name)
 
 
@@ -310,7 +305,7 @@ def _check_classes(folder: Path, entries: list[os.DirEntry[str]], found: dict[st
     Raises:
         UserError: If they do.
     """
-    used = [Path(entry.path) for entry in entries if unicodedata.normalize("NFC", entry.name) in found]
+    used = [Path(entry.path) for entry in entries if _class_name(entry) in found]
     if len(used) < 2 or any(map(_has_pictures, used)):
         return
     inner = [frozenset(path.name for path in _sub_folders(each)) for each in used]
