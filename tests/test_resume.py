@@ -6,21 +6,23 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import conam_zoo.training.checkpoint as checkpoint_module
 from conam_zoo.errors import UserError
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, load_checkpoint, save_checkpoint
+from conam_zoo.training.checkpointer import TrainingStopped
 from conam_zoo.training.recipe import Recipe, load_recipe
-from conam_zoo.training.stopping import TrainingStopped
 from conam_zoo.training.train import train
 from conam_zoo.training.train_state import TrainState
 
@@ -129,7 +131,7 @@ def test_ten_kills_at_random_moments_change_nothing(recipe: Recipe, tiny_data: P
         torch.set_num_threads(threads)
     assert same_weights(whole, cut)
     assert log_without_times(whole) == log_without_times(cut)
-    assert [path.name for path in cut.iterdir() if path.name.startswith(".")] == []
+    assert {path.name for path in cut.iterdir() if path.name.startswith(".")} <= {".conam-lock", ".conam-holder"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -263,14 +265,150 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     else:
         newest.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"not a checkpoint"}[fault])
     if fault == "renamed only":
-        (cut / f".{CHECKPOINT}.abcd_123.safetensors").write_bytes(data[:100])
+        half = cut / ".conam-tmp-123-abcd_123~"
+        half.mkdir()
+        (half / "file.safetensors").write_bytes(data[:100])
     capsys.readouterr()
     resumed = train(recipe, root / "data", cut, resume=True)
     told = " ".join(capsys.readouterr().out.split())
     assert "the checkpoint before it is taken" in told
     assert "after step 2 of 6" in told
     assert resumed["sha256"] == sha256
-    assert not list(cut.glob(f".{CHECKPOINT}.*"))
+    assert not list(cut.glob(".conam-tmp*"))
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.99])
+def test_a_flipped_bit_is_told_and_the_checkpoint_before_is_taken(
+    place: float, interrupted: tuple[Path, Recipe, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, recipe, sha256 = interrupted
+    cut = tmp_path / "cut"
+    shutil.copytree(root / "run", cut)
+    data = bytearray((cut / CHECKPOINT).read_bytes())
+    data[int(place * len(data))] ^= 1
+    (cut / CHECKPOINT).write_bytes(data)
+    with pytest.raises(UserError, match="its bytes do not have the hash that it states"):
+        load_checkpoint(cut / CHECKPOINT)
+    assert train(recipe, root / "data", cut, resume=True)["sha256"] == sha256
+    assert "the checkpoint before it is taken" in " ".join(capsys.readouterr().out.split())
+
+
+def _rewrite(path: Path, change: Callable[[dict], None]) -> None:
+    """Change what a checkpoint says besides its tensors, as the first versions wrote it: without a hash."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        skeleton = json.loads(file.metadata()["state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    change(skeleton)
+    save_file(tensors, path, metadata={"state": json.dumps(skeleton)})
+
+
+def _items(node: dict) -> dict:
+    return {key: pair for pair in node["items"] for key in pair[:1]}
+
+
+def _fact(name: str, value: object) -> Callable[[dict], None]:
+    return lambda skeleton: _items(_items(skeleton)["facts"][1])[name].__setitem__(1, value)
+
+
+def _without(name: str) -> Callable[[dict], None]:
+    return lambda skeleton: skeleton["items"].remove(_items(skeleton)[name])
+
+
+def _other_momentum(skeleton: dict) -> None:
+    buffers = _items(_items(skeleton)["optimizer"][1])["state"][1]["items"]
+    buffers[0][1], buffers[-1][1] = buffers[-1][1], buffers[0][1]
+
+
+MALFORMED = {
+    "no model": _without("model"),
+    "no optimiser": _without("optimizer"),
+    "no facts": _without("facts"),
+    "facts of text": lambda skeleton: _items(skeleton)["facts"].__setitem__(1, {"value": "x"}),
+    "a model of a number": lambda skeleton: _items(skeleton)["model"].__setitem__(1, {"value": 3}),
+    "epoch 10^9": _fact("epoch", {"value": 10**9}),
+    "a negative epoch": _fact("epoch", {"value": -1}),
+    "an epoch of text": _fact("epoch", {"value": "1"}),
+    "NaN step": _fact("step", {"value": float("nan")}),
+    "a step too far": _fact("step", {"value": 7}),
+    "a log of text": _fact("log", {"value": "epoch,lr"}),
+    "a row of text": _fact("log", {"list": [{"value": "row"}]}),
+    "an empty row": _fact("log", {"list": [{"items": []}]}),
+    "sums without names": _fact("sums", {"list": [{"value": 1.0}]}),
+    "sums of text": _fact("sums", {"items": [["loss", {"value": "low"}], ["hits", {"value": 1}]]}),
+    "a recipe of text": _fact("recipe", {"value": "resnet"}),
+    "momenta of other layers": _other_momentum,
+    "a tensor that is not there": lambda skeleton: _items(skeleton)["model"][1]["items"][0].__setitem__(
+        1, {"tensor": "nowhere"}
+    ),
+    "a node of no kind": lambda skeleton: skeleton["items"].append(["more", 3]),
+}
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_state_that_is_none_ends_in_one_sentence(
+    fault: str, interrupted: tuple[Path, Recipe, str], tmp_path: Path
+) -> None:
+    root, recipe, _ = interrupted
+    cut = tmp_path / "cut"
+    shutil.copytree(root / "run", cut)
+    (cut / PREVIOUS).unlink()
+    _rewrite(cut / CHECKPOINT, MALFORMED[fault])
+    with pytest.raises(UserError) as refusal:
+        train(recipe, root / "data", cut, resume=True)
+    assert "is not a checkpoint of this training, or damaged" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_without_a_hash_resumes_to_the_same_bits(
+    interrupted: tuple[Path, Recipe, str], tmp_path: Path
+) -> None:
+    root, recipe, sha256 = interrupted
+    shutil.copytree(root / "run", tmp_path / "cut")
+
+    def as_before(skeleton: dict) -> None:
+        record = _items(_items(skeleton)["facts"][1])["record"][1]["items"]
+        record[:] = [pair for pair in record if pair[0] != "data_sha256"]
+
+    _rewrite(tmp_path / "cut" / CHECKPOINT, as_before)
+    assert train(recipe, root / "data", tmp_path / "cut", resume=True)["sha256"] == sha256
+
+
+@pytest.mark.parametrize("what", ["images", "labels"])
+def test_other_images_or_labels_of_the_same_number_are_refused(
+    what: str, interrupted: tuple[Path, Recipe, str], tmp_path: Path
+) -> None:
+    root, recipe, _ = interrupted
+    shutil.copytree(root, tmp_path / "all")
+    path = tmp_path / "all" / "data" / "cifar10" / f"train_{what}.npy"
+    values = np.load(path)
+    values[[0, 1]] = values[[1, 0]]
+    np.save(path, values)
+    with pytest.raises(UserError, match=r"begun on other data \(pixels or labels differ\)"):
+        train(recipe, tmp_path / "all" / "data", tmp_path / "all" / "run", resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_a_training_runs_is_refused_with_its_holder(
+    resume: bool, interrupted: tuple[Path, Recipe, str], tmp_path: Path
+) -> None:
+    root, recipe, sha256 = interrupted
+    run = tmp_path / "run"
+    if resume:
+        shutil.copytree(root / "run", run)
+    holder = "import sys, time; from pathlib import Path; from conam_zoo.training.run_folder import hold\n"
+    holder += f"with hold(Path({str(run)!r}), {resume}): print('held', flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        before = sorted(run.iterdir())
+        with pytest.raises(UserError, match=rf"is in use: process {process.pid} on .*, since 20\d\d-.*--output"):
+            train(recipe, root / "data", run, resume=resume)
+        assert sorted(run.iterdir()) == before
+        process.kill()
+    assert train(recipe, root / "data", run, resume=resume)["sha256"] == sha256
 
 
 def test_with_two_damaged_checkpoints_the_training_says_so(recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:
@@ -280,23 +418,17 @@ def test_with_two_damaged_checkpoints_the_training_says_so(recipe: Recipe, tiny_
         train(recipe, tiny_data, tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("at", ["save_file", "replace"])
+@pytest.mark.parametrize("at", ["fsync", "replace"])
 def test_a_full_disk_stops_with_a_sentence_and_keeps_what_there_was(
     at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _state(tmp_path / CHECKPOINT, 1.0)
     _state(tmp_path / CHECKPOINT, 2.0)
 
-    def full(tensors, path, **_):
-        Path(path).write_bytes(b"half of it")
+    def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if at == "save_file":
-        monkeypatch.setattr(checkpoint_module, "save_file", full)
-    else:
-        monkeypatch.setattr(
-            os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
-        )
+    monkeypatch.setattr(os, at, full)
     with pytest.raises(UserError, match=r"No space left on device.*: the checkpoints before are kept.*--resume"):
         _state(tmp_path / CHECKPOINT, 3.0)
     monkeypatch.undo()
@@ -367,5 +499,5 @@ def test_resuming_on_other_data_is_refused(recipe: Recipe, tiny_data: Path, tmp_
 
     train(replace(recipe, epochs=1, warmup_epochs=0.0), tiny_data, tmp_path / "run")
     write_arrays(tmp_path / "more" / "cifar10", DATASETS["cifar10"].classes, {"train": 50, "test": 20})
-    with pytest.raises(UserError, match=r"begun on other data \(images differ\)"):
+    with pytest.raises(UserError, match=r"begun on other data \(pixels or labels, images differ\)"):
         train(replace(recipe, epochs=1, warmup_epochs=0.0), tmp_path / "more", tmp_path / "run", resume=True)

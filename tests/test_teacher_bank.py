@@ -18,10 +18,10 @@ from conam_zoo.errors import UserError
 from conam_zoo.models.export import export_model
 from conam_zoo.training import record_teacher as recording
 from conam_zoo.training import train as training
+from conam_zoo.training.checkpointer import TrainingStopped
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.record_teacher import record_teacher
-from conam_zoo.training.stopping import TrainingStopped
 from conam_zoo.training.teacher_bank import epoch_file, read_epoch, to_float16
 from conam_zoo.training.train import assemble, train
 

@@ -33,7 +33,7 @@ def main() -> None:
 def run_app(app: typer.Typer, name: str) -> None:
     """Run a command; bad input ends in one sentence and exit code 2."""
     from conam_zoo.training.engine import NonFiniteLossError
-    from conam_zoo.training.stopping import TrainingStopped
+    from conam_zoo.training.checkpointer import TrainingStopped
     from conam_zoo.weights import ManifestError, WeightsError
 
     keep_freed_memory()

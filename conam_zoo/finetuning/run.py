@@ -28,9 +28,9 @@ from conam_zoo.training.distributed import ranks
 from conam_zoo.training.engine import score
 from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import TRAINED_ON
-from conam_zoo.training.fit import check_free
 from conam_zoo.training.precision import precision_on
 from conam_zoo.training.recipe import Recipe
+from conam_zoo.training.run_folder import check_free, hold
 
 __all__ = ["finetune"]
 
@@ -139,32 +139,33 @@ def finetune(
         table.add_row(*row)
     console.print(table)
     hashes = image_hashes(images.train, images.image_size)
-    tuned = train_on(
-        net,
-        images,
-        recipe,
-        output,
-        layer_decay=layer_decay,
-        balance=balance,
-        resume=resume,
-        record={
-            "data": str(data),
-            "classes": list(images.classes),
-            "counts": list(images.counts),
-            "freeze": freeze,
-            "layer_decay": layer_decay,
-            "balance": balance,
-            "from_scratch": from_scratch,
-            "data_sha256": data_sha256(hashes, np.asarray(images.train.labels)),
-        },
-        say=console.print,
-    )
-    if not here.first:
-        return {}
-    write_atomically(output / TRAINED_ON, lambda path: np.save(path, np.sort(hashes)))
-    rule = {"val_share": val_share, "seed": seed, "corrupt": corrupt}
-    facts = {"split_rule": rule, "command": command, **environment}
-    return _report(images, recipe, tuned, output, choices, facts, console)
+    with hold(output, resume):
+        tuned = train_on(
+            net,
+            images,
+            recipe,
+            output,
+            layer_decay=layer_decay,
+            balance=balance,
+            resume=resume,
+            record={
+                "data": str(data),
+                "classes": list(images.classes),
+                "counts": list(images.counts),
+                "freeze": freeze,
+                "layer_decay": layer_decay,
+                "balance": balance,
+                "from_scratch": from_scratch,
+                "data_sha256": data_sha256(hashes, np.asarray(images.train.labels)),
+            },
+            say=console.print,
+        )
+        if not here.first:
+            return {}
+        write_atomically(output / TRAINED_ON, lambda path: np.save(path, np.sort(hashes)))
+        rule = {"val_share": val_share, "seed": seed, "corrupt": corrupt}
+        facts = {"split_rule": rule, "command": command, **environment}
+        return _report(images, recipe, tuned, output, choices, facts, console)
 
 
 def _check_apart(data: str | Path, output: Path) -> None:

@@ -22,7 +22,6 @@ from conam_zoo.release.documents import generated_files
 from conam_zoo.release.exchange import exchange, packing, scratch_folder
 from conam_zoo.release.finished_run import open_final, read_run
 from conam_zoo.release.measure import measure
-from conam_zoo.training.engine import Scores
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.weights import Metrics, WeightEntry, dump_manifest, find_checkout, load_manifest
@@ -157,8 +156,8 @@ def _packaged_name(recipe: dict[str, Any], name: str, run: Path) -> str:
 
 
 def _store(
-    source: StagedClassifier, folder: Path, tag: str, split: ImageSplit, exact: Scores
-) -> tuple[torch.dtype, StagedClassifier, Scores, str]:
+    source: StagedClassifier, folder: Path, tag: str, split: ImageSplit, exact: Metrics
+) -> tuple[torch.dtype, StagedClassifier, Metrics, str]:
     """Write the folder in half precision if that is good enough, else in full; with what was written and its scores."""
     for dtype in (torch.float16, torch.float32):
         shutil.rmtree(folder, ignore_errors=True)  # the shards of a first try

@@ -1,9 +1,11 @@
 """Training state in one safetensors file: the tensors as they are, all the rest as JSON in its header.
 
-No pickle is involved. A state is written to a file of its own, then the checkpoint before it is renamed to
-``checkpoint.previous.safetensors``, then the new one takes its place: whenever the process dies, one of them is whole.
+No pickle is involved. The header holds a hash of all bytes of the file, its own digits taken as zeros. A state is
+written to a file of its own, then the checkpoint before it is renamed to ``checkpoint.previous.safetensors``, then the
+new one takes its place: whenever the process dies, one of them is whole.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -11,28 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 
-__all__ = [
-    "CHECKPOINT",
-    "PREVIOUS",
-    "clear_half_written",
-    "has_checkpoint",
-    "load_checkpoint",
-    "load_latest",
-    "save_checkpoint",
-]
+__all__ = ["CHECKPOINT", "PREVIOUS", "has_checkpoint", "load_checkpoint", "load_latest", "save_checkpoint"]
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
-# What ``write_atomically`` and safetensors call a file before they rename it.
-HALF_WRITTEN = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?|\.tmp\w{6}")
+# In the header. The quotes of the state within it are escaped, so it cannot look like this.
+HASH = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -87,13 +81,15 @@ def save_checkpoint(
     skeleton = json.dumps(_flatten(state, "state", tensors))
     # Copies: safetensors refuses tensors that share memory.
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(tensors, metadata={"state": skeleton, "sha256": "0" * 64})
+    place = _place_of_hash(data)
+    assert place is not None
+    sealed = data[: place[0]], hashlib.sha256(data).hexdigest().encode(), data[place[1] :]
 
     def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata={"state": skeleton})
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(str(error)) from error
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.writelines(sealed)
+            file.flush()
             os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file under a good name
         if path.exists():
             os.replace(path, path.with_name(PREVIOUS))
@@ -107,53 +103,84 @@ def save_checkpoint(
         ) from error
 
 
+def _place_of_hash(data: bytes) -> tuple[int, int] | None:
+    """Where the digits of the hash stand in a file; None in files of the first versions."""
+    found = HASH.search(data, 8, 8 + int.from_bytes(data[:8], "little"))
+    return found.span(1) if found else None
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether a training has left its state in a run folder."""
     return (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists()
 
 
-def clear_half_written(folder: Path) -> None:
-    """Remove what a killed process left half-written in a run folder."""
-    for path in folder.rglob(".*"):
-        if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
-
-
-def load_latest(folder: Path, tell: Callable[[str], object]) -> dict[str, Any]:
-    """Read the newest whole state of a run folder, and remove what a killed process left half-written there.
+def load_latest(
+    folder: Path, check: Callable[[dict[str, Any]], object], tell: Callable[[str], object]
+) -> dict[str, Any]:
+    """Read the newest good state of a run folder.
 
     Args:
         folder: The run folder.
+        check: Raises an exception if a state is not what it should be.
         tell: Gets one sentence if the newest checkpoint is damaged or missing and the one before is taken.
 
     Raises:
-        UserError: If there is no whole checkpoint.
+        UserError: If there is no good checkpoint.
     """
-    clear_half_written(folder)
     newest, previous = folder / CHECKPOINT, folder / PREVIOUS
-    if not previous.exists():
-        return load_checkpoint(newest)
     try:
-        return load_checkpoint(newest)
+        return load_checkpoint(newest, check)
     except UserError:
-        state = load_checkpoint(previous)
-    tell(f"{newest} is {'damaged' if newest.exists() else 'missing'}: the checkpoint before it is taken.")
-    newest.unlink(missing_ok=True)  # or the next state would push the whole one out
+        if not previous.exists():
+            raise
+        there = newest.exists()
+        state = load_checkpoint(previous, check)
+    tell(f"{newest} is {'damaged' if there else 'missing'}: the checkpoint before it is taken.")
+    newest.unlink(missing_ok=True)  # or the next state would push the good one out
     return state
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lambda state: None) -> dict[str, Any]:
     """Read a state that ``save_checkpoint`` wrote: ``model``, ``ema``, ``optimizer`` and ``facts``.
 
+    Args:
+        path: The file.
+        check: Raises an exception if the state is not what it should be.
+
     Raises:
-        UserError: If the file is missing or is no checkpoint.
+        UserError: If the file is missing, damaged or no checkpoint.
     """
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path} to resume from: leave --resume out to start anew.")
     try:
-        with safe_open(path, framework="pt") as file:
-            skeleton = json.loads((file.metadata() or {})["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return _unflatten(skeleton, tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of a training ({error}): remove it and start anew.") from error
+        data = path.read_bytes()
+        if place := _place_of_hash(data):
+            begin, end = place
+            digest = hashlib.sha256(data[:begin])
+            digest.update(b"0" * 64)
+            digest.update(memoryview(data)[end:])
+            if digest.hexdigest().encode() != data[begin:end]:
+                raise ValueError("its bytes do not have the hash that it states")
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if set(header["__metadata__"]) != ({"state", "sha256"} if place else {"state"}):
+            raise ValueError("its header is damaged")
+        state: dict[str, Any] = _unflatten(json.loads(header["__metadata__"]["state"]), tensors)
+        if missing := {"model", "ema", "optimizer", "facts"} - set(state):
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        check(state)
+    except (
+        SafetensorError,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # RuntimeError: nested too deeply, or tensors of another net
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(
+            f"{path} is not a checkpoint of this training, or damaged ({reason}): start anew in another folder."
+        ) from error
+    return state

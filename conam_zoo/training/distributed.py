@@ -18,7 +18,7 @@ from torch import nn
 
 from conam_zoo.errors import UserError
 
-__all__ = ["Ranks", "all_reduce_max", "broadcast_weights", "process_group", "ranks", "run_on_primary", "total"]
+__all__ = ["Ranks", "all_reduce_max", "all_reduce_sum", "broadcast_weights", "process_group", "ranks", "run_on_primary"]
 
 TIMEOUT = timedelta(minutes=5)  # of one exchange; no rank does anything that takes longer between two of them
 LOST_PEER = re.compile(r"gloo|nccl|connection|socket|timed out|broken pipe|peer", re.IGNORECASE)
@@ -100,7 +100,7 @@ def all_reduce_max(values: list[float]) -> list[float]:
     return _reduced(values, dist.ReduceOp.MAX)
 
 
-def total(values: list[float]) -> list[float]:
+def all_reduce_sum(values: list[float]) -> list[float]:
     """For each of the values its sum over the ranks."""
     return _reduced(values, dist.ReduceOp.SUM)
 

@@ -14,9 +14,9 @@ from conam_zoo.data import Batches
 from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS
 from conam_zoo.training.distributed import process_group
-from conam_zoo.training.fit import check_free
 from conam_zoo.training.precision import precision_on
 from conam_zoo.training.recipe import Recipe
+from conam_zoo.training.run_folder import check_free
 from conam_zoo.training.train import assemble
 from conam_zoo.training.train_state import TrainState
 
@@ -96,10 +96,10 @@ def plan(
         teacher = parts.teacher
         if teacher is not None:
             teacher = teacher.to(here.device).to(memory_format=torch.channels_last)
-        learner = TrainState(model, recipe, parts.batches.steps, teacher=teacher, compile=compile)
-        steps = -(-parts.batches.steps // recipe.grad_accumulation)
-        early = _time_steps(learner, parts.batches, 0) if recipe.early_epochs else 0.0
-        seconds = _time_steps(learner, parts.batches, recipe.early_epochs)
+        state = TrainState(model, recipe, parts.batches.steps, teacher=teacher, compile=compile)
+        steps = state.steps_per_epoch
+        early = _time_steps(state, parts.batches, 0) if recipe.early_epochs else 0.0
+        seconds = _time_steps(state, parts.batches, recipe.early_epochs)
         total_seconds = steps * (recipe.early_epochs * early + (recipe.epochs - recipe.early_epochs) * seconds)
         name = f"{recipe.model}.{recipe.dataset}"
         params, macs = count_params_and_macs(name, pretrained_cfg_overlay=recipe.cfg_overlay, **recipe.model_args)
@@ -122,23 +122,23 @@ def plan(
             device=f"{here.world_size} x {here.device.type}, {precision_on(here.device, recipe.precision)}",
             seconds_per_step=seconds,
             estimated_minutes=total_seconds / 60,
-            compile_seconds=learner.compile_seconds,
+            compile_seconds=state.compile_seconds,
             peak_memory_bytes=_peak_memory_bytes(here.device),
             output=str(output),
             files=(*weights, CHECKPOINT, PREVIOUS, "curves.png", "log.csv", "recipe.toml", "run.json", "tensorboard/"),
         )
 
 
-def _time_steps(learner: TrainState, batches: Batches, first_epoch: int) -> float:
+def _time_steps(state: TrainState, batches: Batches, first_epoch: int) -> float:
     """Median seconds of a few full steps on the images of an epoch, after some to warm up."""
     times = []
-    learner.train()
+    state.train()
     stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count(first_epoch))
     for step in range(WARM_UP_STEPS + TIMED_STEPS):
         started = time.perf_counter()
-        group = list(itertools.islice(stream, learner.grad_accumulation))
-        loss, _ = learner.accumulate(group, sum(len(targets) for _, targets, *_ in group))
-        learner.step(step + 1)
+        group = list(itertools.islice(stream, state.grad_accumulation))
+        loss, _ = state.accumulate(group, sum(len(targets) for _, targets, *_ in group))
+        state.step(step + 1)
         loss.item()  # waits for the device
         times.append(time.perf_counter() - started)
     return statistics.median(times[WARM_UP_STEPS:])

@@ -4,8 +4,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,19 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conam_zoo.data import Batches, normalize
-from conam_zoo.training.distributed import all_reduce_max, ranks, total
+from conam_zoo.training.checkpointer import Checkpointer, EpochSums
+from conam_zoo.training.distributed import all_reduce_max, all_reduce_sum, ranks
 from conam_zoo.training.train_state import TrainState
+from conam_zoo.weights import Metrics
 
-__all__ = [
-    "EpochSums",
-    "Interrupter",
-    "NonFiniteLossError",
-    "Scores",
-    "Wish",
-    "predict_logits",
-    "score",
-    "train_one_epoch",
-]
+__all__ = ["NonFiniteLossError", "predict_logits", "score", "train_one_epoch"]
 
 ECE_BINS = 15
 
@@ -35,56 +26,8 @@ class NonFiniteLossError(RuntimeError):
     """The loss became infinite or NaN."""
 
 
-@dataclass(frozen=True)
-class EpochSums:
-    """Sums over the augmented training images of an epoch so far, measured while the weights changed.
-
-    Attributes:
-        loss: Sum of the loss over the images.
-        hits: Images whose most probable class was the right one, or the larger share of a mixed one.
-        seen: Images.
-        seconds: Time that went into them.
-    """
-
-    loss: float = 0.0
-    hits: int = 0
-    seen: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What is measured on a test split: accuracies in percent, NLL in nats, ECE in [0, 1] over 15 equal bins."""
-
-    top1_percent: float
-    top5_percent: float
-    nll: float
-    ece: float
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the loop should do at the end of a step: nothing, save the state, or save it and stop for a signal."""
-
-    save: bool = False
-    stop: int = 0  # the signal's number
-
-
-class Interrupter(Protocol):
-    """Saves and stops a training between two steps. With several ranks, what one of them wishes all do."""
-
-    def wish(self) -> Wish:
-        """Asked before every step's end, on every rank."""
-
-    def save(self, step: int, sums: EpochSums) -> None:
-        """Save the state after ``step`` steps of the epoch; called on every rank, with the sums over all."""
-
-    def stop(self, signal_number: int) -> None:
-        """Called after a saving; may raise to end the training if the number is not 0."""
-
-
 def train_one_epoch(
-    learner: TrainState,
+    state: TrainState,
     batches: Batches,
     *,
     epoch: int,
@@ -92,7 +35,7 @@ def train_one_epoch(
     first_step: int = 0,
     sums: EpochSums | None = None,
     on_step: Callable[[int], None] | None = None,
-    interruption: Interrupter | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> EpochSums:
     """One pass over the batches, or the rest of one; a step is one update, of ``grad_accumulation`` batches.
 
@@ -100,14 +43,14 @@ def train_one_epoch(
     resumed run draws what an uninterrupted one would have drawn.
 
     Args:
-        learner: The net and what changes it.
+        state: The net and what changes it.
         batches: Images and targets on the net's device.
         epoch: Which epoch, from 0.
         seed: Seed of the training.
         first_step: Where to start.
         sums: Those of the steps before.
         on_step: Told the number of steps done, now and then.
-        interruption: Says whether to save or stop, and does it.
+        checkpointer: Says whether to save or stop, and does it; what one rank asks for, all do.
 
     Returns:
         The sums of the epoch over all ranks.
@@ -116,35 +59,35 @@ def train_one_epoch(
         NonFiniteLossError: On all ranks, if a loss is not finite on any; nothing is saved after the step it was in.
     """
     world_size = ranks().world_size
-    every = steps_between_checks(learner.device)
-    steps = math.ceil(batches.steps / learner.grad_accumulation)
+    every = steps_between_checks(state.device)
+    steps = state.steps_per_epoch
     before = sums or EpochSums()
     own = EpochSums() if ranks().rank else before  # rank 0 carries what all had summed up
-    tally = EpochMeter(epoch, steps, learner)
+    meter = EpochMeter(epoch, steps, state)
     started = time.perf_counter()
-    learner.train()
-    stream = batches.epoch(epoch, first_step * learner.grad_accumulation)
+    state.train()
+    stream = batches.epoch(epoch, first_step * state.grad_accumulation)
     for step in range(first_step, steps):
         torch.manual_seed(step_seed(seed, epoch, step, ranks().rank))
-        group = list(itertools.islice(stream, learner.grad_accumulation))
+        group = list(itertools.islice(stream, state.grad_accumulation))
         # Only the last batches of an epoch can be smaller on one rank than on another.
         images = sum(len(targets) for _, targets, *_ in group)
-        images_everywhere = images * world_size if step < steps - 1 else total([images])[0]
-        tally.add(step, *learner.accumulate(group, images_everywhere / world_size), images)
-        wish = interruption.wish() if interruption else Wish()
-        look = (step + 1) % every == 0 or step == steps - 1 or (world_size == 1 and (wish.save or wish.stop > 0))
+        images_everywhere = images * world_size if step < steps - 1 else all_reduce_sum([images])[0]
+        meter.add(step, *state.accumulate(group, images_everywhere / world_size), images)
+        save, stop = checkpointer.requests() if checkpointer else (False, 0)
+        look = (step + 1) % every == 0 or step == steps - 1 or (world_size == 1 and (save or stop > 0))
         if look:
-            bad, save_now, stop = all_reduce_max([tally.first_bad(), wish.save, wish.stop])
+            bad, save_now, stop = map(int, all_reduce_max([meter.first_bad(), save, stop]))
             if bad:
-                raise tally.error(steps - int(bad))
-        learner.step(epoch * steps + step + 1)
+                raise meter.error(steps - bad)
+        state.step(epoch * steps + step + 1)
         if look:
-            if (save_now or stop) and interruption:
-                interruption.save(step + 1, tally.sums(own, before.seconds + time.perf_counter() - started))
-                interruption.stop(int(stop))
+            if (save_now or stop) and checkpointer:
+                checkpointer.save(step + 1, meter.sums(own, before.seconds + time.perf_counter() - started))
+                checkpointer.stop(stop)
             if on_step:
                 on_step(step + 1)
-    return tally.sums(own, before.seconds + time.perf_counter() - started)
+    return meter.sums(own, before.seconds + time.perf_counter() - started)
 
 
 def steps_between_checks(device: torch.device) -> int:
@@ -158,32 +101,32 @@ def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
 
 
 class EpochMeter:
-    """Losses and hits of the steps, fetched from the device only when somebody looks."""
+    """Losses and right answers of the steps, fetched from the device only when somebody looks."""
 
-    def __init__(self, epoch: int, steps: int, learner: TrainState) -> None:
-        self.epoch, self.steps, self.learner = epoch, steps, learner
-        self.loss, self.hits, self.seen = 0.0, 0, 0
+    def __init__(self, epoch: int, steps: int, state: TrainState) -> None:
+        self.epoch, self.steps, self.state = epoch, steps, state
+        self.loss, self.correct, self.seen = 0.0, 0, 0
         self.waiting: list[tuple[int, Tensor, Tensor, int, float]] = []
         self.bad: dict[int, tuple[float, float]] = {}
 
-    def add(self, step: int, loss: Tensor, hits: Tensor, images: int) -> None:
-        self.waiting.append((step, loss, hits, images, self.learner.lr))
+    def add(self, step: int, loss: Tensor, correct: Tensor, images: int) -> None:
+        self.waiting.append((step, loss, correct, images, self.state.lr))
 
     def first_bad(self) -> int:
         """How many steps before the epoch's end the first loss was that is not finite; 0 if there is none."""
         losses = torch.stack([loss for _, loss, *_ in self.waiting]).tolist()
-        hits = torch.stack([hits for _, _, hits, *_ in self.waiting]).tolist()
-        for (step, _, _, images, lr), loss, hit in zip(self.waiting, losses, hits, strict=True):
+        correct = torch.stack([correct for _, _, correct, *_ in self.waiting]).tolist()
+        for (step, _, _, images, lr), loss, right in zip(self.waiting, losses, correct, strict=True):
             if not math.isfinite(loss):
                 self.bad[step] = (loss, lr)
             self.loss += loss
-            self.hits += int(hit)
+            self.correct += int(right)
             self.seen += images
         self.waiting.clear()
         return self.steps - min(self.bad) if self.bad else 0
 
     def error(self, step: int) -> NonFiniteLossError:
-        loss, lr = self.bad.get(step, ("not finite on another process", self.learner.lr))
+        loss, lr = self.bad.get(step, ("not finite on another process", self.state.lr))
         return NonFiniteLossError(
             f"The loss is {loss} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}, at learning rate "
             f"{lr:.4g}: lower lr or lengthen warmup_epochs; the last good checkpoint is kept."
@@ -191,8 +134,9 @@ class EpochMeter:
 
     def sums(self, before: EpochSums, seconds: float) -> EpochSums:
         """The sums over all ranks, those of the steps before included."""
-        loss, hits, seen = total([before.loss + self.loss, before.hits + self.hits, before.seen + self.seen])
-        return EpochSums(loss, int(hits), int(seen), seconds)
+        own = [before.loss + self.loss, before.correct + self.correct, before.seen + self.seen]
+        loss, correct, seen = all_reduce_sum(own)
+        return EpochSums(loss, int(correct), int(seen), seconds)
 
 
 @torch.inference_mode()
@@ -233,18 +177,18 @@ def predict_logits(
     return together
 
 
-def score(logits: Tensor, labels: Tensor) -> Scores:
+def score(logits: Tensor, labels: Tensor) -> Metrics:
     """Accuracies, NLL and expected calibration error (15 equal bins of the top-1 probability; Guo et al., 2017)."""
     top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = top5 == labels[:, None]
+    in_top5 = top5 == labels[:, None]
     confidence = logits.double().softmax(1).amax(1)
-    correct = hits[:, 0].double()
+    correct = in_top5[:, 0].double()
     bins = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
     gap = torch.zeros(ECE_BINS, dtype=torch.float64, device=logits.device)
     gap.index_add_(0, bins, confidence - correct)
-    return Scores(
+    return Metrics(
         top1_percent=100 * correct.mean().item(),
-        top5_percent=100 * hits.any(1).double().mean().item(),
+        top5_percent=100 * in_top5.any(1).double().mean().item(),
         nll=F.cross_entropy(logits.double(), labels).item(),
         ece=(gap.abs().sum() / len(labels)).item(),
     )

@@ -18,7 +18,8 @@ from conam_zoo.data.load import find_sources
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 from conam_zoo.models import StagedClassifier
-from conam_zoo.training.engine import Scores, predict_logits, score
+from conam_zoo.training.engine import predict_logits, score
+from conam_zoo.weights import Metrics
 
 __all__ = [
     "TRAINED_ON",
@@ -51,7 +52,7 @@ class Evaluation:
     split: ImageSplit
     part: str
     logits: Tensor
-    scores: Scores
+    scores: Metrics
     trained_on: int | None
     notes: tuple[str, ...]
 
@@ -248,7 +249,7 @@ def _check_count(split: ImageSplit, model: StagedClassifier) -> None:
         )
 
 
-def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = False) -> Scores:
+def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = False) -> Metrics:
     """Scores of a net on a split that is already read; see ``logits_on``."""
     return score(logits_on(model, split, sharded=sharded), split.labels.to(next(model.parameters()).device))
 

@@ -1,34 +1,30 @@
 """Training a net on batches, whatever they come from: the loop over epochs, with everything that makes it resumable."""
 
 import json
-import signal
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from conam_zoo.data import Batches, ImageSplit, normalize
-from conam_zoo.errors import UserError
-from conam_zoo.files import make_folder
+from conam_zoo.escape import PlainConsole
 from conam_zoo.layers.confidence import liveness
 from conam_zoo.models import StagedClassifier
-from conam_zoo.training.checkpoint import CHECKPOINT, clear_half_written, has_checkpoint, load_latest, save_checkpoint
-from conam_zoo.training.distributed import all_reduce_max, broadcast_weights, ranks, run_on_primary
-from conam_zoo.training.engine import EpochSums, Wish, train_one_epoch
+from conam_zoo.training.checkpointer import Checkpointer
+from conam_zoo.training.distributed import all_reduce_max, broadcast_weights, ranks
+from conam_zoo.training.engine import train_one_epoch
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.training.recipe import Recipe, recipe_from_dict
-from conam_zoo.training.run_folder import LIVENESS, RunLog
-from conam_zoo.training.stopping import StopRequest, TrainingStopped
+from conam_zoo.training.recipe import Recipe
+from conam_zoo.training.run_folder import LIVENESS, RunLog, hold
 from conam_zoo.training.train_state import TrainState
 
-__all__ = ["FitResult", "check_free", "fit"]
+__all__ = ["FitResult", "fit"]
 
 
 @dataclass(frozen=True)
@@ -50,20 +46,6 @@ class FitResult:
     log: list[dict[str, Any]]
     train_minutes: float
     compile_seconds: float | None
-
-
-def check_free(output: Path, resume: bool) -> None:
-    """Refuse a run folder that holds a training already, unless that is to be continued; and the other way round.
-
-    Raises:
-        UserError: With the remedy.
-    """
-    if has_checkpoint(output) and not resume:
-        raise UserError(f"{output} holds a training already: add --resume to continue it, or choose another --output.")
-    if resume and not has_checkpoint(output):
-        raise UserError(
-            f"There is no checkpoint {output / CHECKPOINT} to resume from: leave --resume out to start anew."
-        )
 
 
 def fit(
@@ -109,64 +91,51 @@ def fit(
         TrainingStopped: On SIGTERM or SIGINT, once the state is saved.
     """
     here = ranks()
-    console = Console(quiet=not here.first)
-    facts = json.loads(json.dumps(record or {}))
-    state = run_on_primary(lambda: _saved_state(output, recipe, facts, resume, console))
+    console = PlainConsole(quiet=not here.first, soft_wrap=True)
     model.to(here.device).to(memory_format=torch.channels_last)
     if teacher is not None:
         teacher.to(here.device).to(memory_format=torch.channels_last)
-    learner = TrainState(model, recipe, batches.steps, param_groups=param_groups, teacher=teacher, compile=compile)
-    epoch, step, sums, rows = 0, 0, EpochSums(), []
-    steps = -(-batches.steps // recipe.grad_accumulation)
-    if state is not None:
-        rows = state["facts"]["log"]
-        epoch, step = state["facts"].get("epoch", len(rows)), state["facts"].get("step", 0)
-        sums = EpochSums(**state["facts"].get("sums", {}))
-        learner.load(state, epoch * steps + step)
-        console.print(f"going on in epoch {epoch + 1}" + (f", after step {step} of {steps}" if step else ""))
-    keeper = _Keeper(output, learner, {"recipe": recipe.to_dict(), "record": facts}, rows, checkpoint_minutes)
-    final: StagedClassifier = learner.ema.module if learner.ema and recipe.final_weights == "ema" else model
+    state = TrainState(model, recipe, batches.steps, param_groups=param_groups, teacher=teacher, compile=compile)
+    facts = json.loads(json.dumps(record or {}))
+    checkpointer = Checkpointer(output, state, recipe, facts, checkpoint_minutes)
+    final: StagedClassifier = state.ema.module if state.ema and recipe.final_weights == "ema" else model
     holdout = holdout.to(here.device) if holdout is not None else None
     watched: Tensor | None = None
     if monitor is not None and here.first:
         cfg = model.pretrained_cfg
         watched = normalize(monitor.images.to(here.device), cfg["mean"], cfg["std"])
-    progress = Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not here.first,
-    )
     with ExitStack() as stack:
+        stack.enter_context(hold(output, resume))
+        if resume:
+            checkpointer.resume(console.print)
+            after = f", after step {checkpointer.step} of {state.steps_per_epoch}" if checkpointer.step else ""
+            console.print(f"going on in epoch {checkpointer.epoch + 1}{after}")
+        first, rows = checkpointer.epoch, checkpointer.rows
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True))
         log = stack.enter_context(RunLog(output, rows)) if here.first else None
-        stack.enter_context(progress)
-        stack.enter_context(keeper)
-        for current in range(epoch, recipe.epochs):
-            task = progress.add_task("", total=steps, epoch=f"{current + 1}/{recipe.epochs}")
-            keeper.epoch = current
+        progress = stack.enter_context(_progress(console, here.first))
+        stack.enter_context(checkpointer)
+        for epoch in range(first, recipe.epochs):
+            task = progress.add_task("", total=state.steps_per_epoch, epoch=f"{epoch + 1}/{recipe.epochs}")
             sums = train_one_epoch(
-                learner,
+                state,
                 batches,
-                epoch=current,
+                epoch=epoch,
                 seed=recipe.seed,
-                first_step=step,
-                sums=sums,
+                first_step=checkpointer.step,
+                sums=checkpointer.sums,
                 on_step=lambda done, task=task: progress.update(task, completed=done),  # type: ignore[misc]
-                interruption=keeper,
+                checkpointer=checkpointer,
             )
             started, scores = time.perf_counter(), None
             if holdout is not None:
                 broadcast_weights(final)
                 scores = evaluate_on(final, holdout, sharded=True)
             row: dict[str, Any] = {
-                "epoch": current + 1,
-                "lr": learner.optimizer.param_groups[0]["lr"],
+                "epoch": epoch + 1,
+                "lr": state.optimizer.param_groups[0]["lr"],
                 "loss": sums.loss / sums.seen,
-                "train_top1_percent": 100 * sums.hits / sums.seen,
+                "train_top1_percent": 100 * sums.correct / sums.seen,
                 "holdout_top1_percent": scores.top1_percent if scores else None,
             }
             if watched is not None:
@@ -175,90 +144,29 @@ def fit(
             rows.append(row)
             if log is not None:
                 log.write()
-            step, sums = 0, EpochSums()
-            keeper.epoch = current + 1
-            keeper.save(step, sums)
+            checkpointer.end_epoch()
             progress.remove_task(task)
-            if current == epoch and learner.compile_seconds is not None:
-                console.print(f"torch.compile took {learner.compile_seconds:.0f} s, the first step included")
+            if epoch == first and state.compile_seconds is not None:
+                console.print(f"torch.compile took {state.compile_seconds:.0f} s, the first step included")
             console.print(
                 f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  train {row['train_top1_percent']:.2f} %"
                 + (f"  held out {row['holdout_top1_percent']:.2f} %" if scores else "")
                 + f"  {row['seconds']:.0f} s"
             )
-            (stop,) = all_reduce_max([keeper.wish().stop])
-            keeper.stop(int(stop))
+            (stop,) = all_reduce_max([checkpointer.requests()[1]])
+            checkpointer.stop(int(stop))
     broadcast_weights(final)
     minutes = sum(row["seconds"] for row in rows) / 60
-    ema = learner.ema.module if learner.ema else None
-    return FitResult(final, model, ema, rows, minutes, learner.compile_seconds)
+    return FitResult(final, model, state.ema.module if state.ema else None, rows, minutes, state.compile_seconds)
 
 
-def _saved_state(
-    output: Path, recipe: Recipe, record: dict[str, Any], resume: bool, console: Console
-) -> dict[str, Any] | None:
-    """The state to go on from, or None for a training from the start, for which the folder is made.
-
-    Raises:
-        UserError: If the state is one of another training.
-    """
-    check_free(output, resume)
-    if not resume:
-        clear_half_written(make_folder(output))
-        return None
-    state = load_latest(output, console.print)
-    before, now = recipe_from_dict(state["facts"]["recipe"], str(output)).to_dict(), recipe.to_dict()
-    if changed := sorted(key for key in now if before[key] != now[key]):
-        raise UserError(f"{output} was begun with another recipe ({', '.join(changed)} differ): resume it unchanged.")
-    begun = state["facts"].get("record", record)
-    # A run of an earlier version did not record every fact.
-    if changed := sorted(key for key in begun if begun[key] != record.get(key)):
-        raise UserError(f"{output} was begun on other data ({', '.join(changed)} differ): resume it unchanged.")
-    return state
-
-
-class _Keeper(StopRequest):
-    """Keeps the state of a training: on time, when the process is asked to stop, and at every epoch's end."""
-
-    def __init__(
-        self, output: Path, learner: TrainState, facts: dict[str, Any], rows: list[dict[str, Any]], minutes: float
-    ) -> None:
-        super().__init__()
-        self.path, self.learner, self.facts, self.rows, self.seconds = (
-            output / CHECKPOINT,
-            learner,
-            facts,
-            rows,
-            60 * minutes,
-        )
-        self.epoch, self.step = 0, 0
-        self.saved_at = time.monotonic()
-
-    def wish(self) -> Wish:
-        due = ranks().first and time.monotonic() - self.saved_at >= self.seconds
-        return Wish(due, self.signal_number)
-
-    def save(self, step: int, sums: EpochSums) -> None:
-        """Write the state after ``step`` steps of the present epoch."""
-        self.step = step
-        if ranks().first:
-            position = {"epoch": self.epoch, "step": step, "sums": asdict(sums), "log": self.rows}
-            ema = self.learner.ema.module if self.learner.ema else None
-            save_checkpoint(
-                self.path,
-                model=self.learner.model,
-                ema=ema,
-                optimizer=self.learner.optimizer,
-                facts={**self.facts, **position},
-            )
-        self.saved_at = time.monotonic()
-
-    def stop(self, signal_number: int) -> None:
-        """End the training if a signal asked for it; the state has been saved."""
-        if signal_number:
-            place = f"in epoch {self.epoch + 1} after step {self.step}" if self.step else f"after epoch {self.epoch}"
-            raise TrainingStopped(
-                f"{signal.Signals(signal_number).name} stopped the training {place}: "
-                "its state is saved, so the same command with --resume goes on.",
-                signal_number,
-            )
+def _progress(console: PlainConsole, shown: bool) -> Progress:
+    return Progress(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not shown,
+    )

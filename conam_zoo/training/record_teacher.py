@@ -9,12 +9,11 @@ import torch
 
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole
-from conam_zoo.files import make_folder
-from conam_zoo.training.checkpoint import clear_half_written
+from conam_zoo.files import clear_temporaries, make_folder
+from conam_zoo.training.checkpointer import StopRequest, TrainingStopped
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.precision import precision_on
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.training.stopping import StopRequest, TrainingStopped
 from conam_zoo.training.teacher_bank import bank_facts, epoch_file, read_epoch, to_float16, write_epoch
 from conam_zoo.training.train import assemble
 
@@ -51,7 +50,7 @@ def record_teacher(recipe: Recipe, data: str | Path, bank: Path, *, epochs: int 
         "teacher": parts.facts["teacher"],
         "epochs": epochs,
     }
-    clear_half_written(make_folder(bank))
+    clear_temporaries(make_folder(bank))
     missing = [epoch for epoch in range(epochs) if not _has(bank, epoch, facts)]
     teacher = parts.teacher.to(here.device).to(memory_format=torch.channels_last)
     bf16 = precision_on(here.device, recipe.precision) == "bf16"

@@ -1,20 +1,116 @@
-"""What a run leaves behind besides its weights: logs as CSV and TensorBoard events, the record of the run."""
+"""The run folder: whose it is, logs as CSV and TensorBoard events, the record of the run."""
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from conam_zoo.files import write_text
+from filelock import FileLock, Timeout
+
+from conam_zoo.errors import UserError
+from conam_zoo.files import clear_temporaries, make_folder, write_text
+from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, has_checkpoint
+from conam_zoo.training.distributed import run_on_primary
 from conam_zoo.training.recipe import Recipe
 
-__all__ = ["LIVENESS", "LOG_FIELDS", "RunLog", "liveness_columns", "write_recipe", "write_run"]
+__all__ = [
+    "LIVENESS",
+    "LOG_FIELDS",
+    "RunLog",
+    "check_free",
+    "hold",
+    "liveness_columns",
+    "read_run",
+    "write_recipe",
+    "write_run",
+]
+
+RUN, RECIPE, LOG, EVENTS = "run.json", "recipe.toml", "log.csv", "tensorboard"
+LOCK, HOLDER = ".conam-lock", ".conam-holder"
+# What a training that ended before its first checkpoint may have left, and what systems put into every folder.
+OURS = {CHECKPOINT, PREVIOUS, RUN, RECIPE, LOG, EVENTS, LOCK, HOLDER, "curves.png", "final", "raw", "ema"}
+OURS |= {"report.md", "report.json", "confusion.png", "mistakes.png", "trained_on.npy", "packed"}
+SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 LOG_FIELDS = ("epoch", "lr", "loss", "train_top1_percent", "holdout_top1_percent", "seconds")
 LIVENESS = "liveness "  # with a site's module name behind it, the key of that site's liveness
+
+
+def check_free(output: Path, resume: bool) -> None:
+    """Refuse a folder in which a training may not write; nothing is written.
+
+    Raises:
+        UserError: If the folder holds a training and ``resume`` is False, or none and it is True; if it holds
+            something else; or if another process is training in it.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is no folder: choose another --output.")
+    if (output / LOCK).exists():
+        _acquire(output).release()
+    if resume:
+        if not has_checkpoint(output):
+            raise UserError(
+                f"There is no checkpoint {output / CHECKPOINT} to resume from: leave --resume out to start anew."
+            )
+    elif has_checkpoint(output):
+        raise UserError(f"{output} holds a training already: add --resume to continue it, or choose another --output.")
+    elif (output / RUN).exists():
+        raise UserError(f"{output} holds a finished training, without its checkpoint: choose another --output.")
+    elif output.is_dir() and (other := sorted(path.name for path in output.iterdir() if not _is_ours(path.name))):
+        raise UserError(f"{output} is not empty and no run folder (it holds {other[0]!r}): choose another --output.")
+
+
+def _is_ours(name: str) -> bool:
+    return name in OURS or name in SYSTEM or name.startswith(".conam-tmp-")
+
+
+def _acquire(folder: Path) -> FileLock:
+    lock = FileLock(folder / LOCK, is_singleton=True)  # this process may take it again
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        try:
+            holder = (folder / HOLDER).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            holder = "another process"
+        raise UserError(
+            f"{folder} is in use: {holder} is training in it; wait for its end, or choose another --output."
+        ) from None
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written ({error.strerror}): choose another.") from error
+    return lock
+
+
+@contextmanager
+def hold(output: Path, resume: bool) -> Iterator[None]:
+    """Make the run folder, and keep other trainings out of it for as long as the block lasts, or the process lives.
+
+    In a process group rank 0 does so for all.
+
+    Raises:
+        UserError: If the folder cannot be written, or for any reason of ``check_free``.
+    """
+    with ExitStack() as held:
+
+        def take() -> None:
+            check_free(output, resume)
+            make_folder(output)
+            held.callback(_acquire(output).release)
+            clear_temporaries(output)
+            for name in ("final", "raw", "ema"):
+                clear_temporaries(output / name)
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            write_text(output / HOLDER, f"process {os.getpid()} on {platform.node()}, since {since},\n")
+
+        run_on_primary(take)
+        yield
 
 
 class RunLog:
@@ -31,7 +127,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.rows = folder, rows
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=len(rows) + 1)
+        self._events = SummaryWriter(str(folder / EVENTS), purge_step=len(rows) + 1)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -49,7 +145,7 @@ class RunLog:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(self.folder / "log.csv", text.getvalue())
+        write_text(self.folder / LOG, text.getvalue())
         for name in columns[1:]:
             if row.get(name) is not None:
                 self._events.add_scalar(name.replace(" ", "/"), row[name], row["epoch"])
@@ -63,9 +159,27 @@ def liveness_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Write ``recipe.toml``, every setting spelt out: ``conam train FOLDER/recipe.toml`` trains the same again."""
-    write_text(folder / "recipe.toml", recipe.to_toml())
+    write_text(folder / RECIPE, recipe.to_toml())
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
     """Write ``run.json``, which tells a finished run from one that is not."""
-    write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
+    write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What ``run.json`` holds, or None if the run is not finished.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    path = folder / RUN
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, then --resume writes it anew.") from error
+    if not isinstance(run, dict):
+        raise UserError(f"{path} is damaged (it holds no table): remove it, then --resume writes it anew.")
+    return run

@@ -1,19 +1,22 @@
 """A whole training: from a recipe and a data folder to a run folder."""
 
 import difflib
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-from rich.console import Console
 from timm.optim import list_optimizers
 from torch import nn
 
 from conam_zoo.data import Batches, ImageSplit, create_loader, read_split
+from conam_zoo.data.fingerprint import data_sha256, image_hashes
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
+from conam_zoo.escape import PlainConsole
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.export import export_model
 from conam_zoo.models.registry import check_model_name
@@ -22,10 +25,10 @@ from conam_zoo.training.distillation import known_sha256, open_teacher
 from conam_zoo.training.distributed import Ranks, process_group, run_on_primary
 from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.training.fit import FitResult, check_free, fit
+from conam_zoo.training.fit import FitResult, fit
 from conam_zoo.training.precision import precision_on
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.training.run_folder import write_recipe, write_run
+from conam_zoo.training.run_folder import check_free, hold, write_recipe, write_run
 from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, bank_facts
 from conam_zoo.training.train_state import batch_settings, images_per_batch
 
@@ -71,11 +74,11 @@ def train(
         NonFiniteLossError: If the training diverges.
         TrainingStopped: On SIGTERM or SIGINT, once the state is saved.
     """
-    with process_group() as here:
+    with process_group() as here, ExitStack() as held:
         run_on_primary(lambda: check_free(output, resume))
         environment = describe_environment()  # now: the checkout may have moved on when the training is done
         parts = assemble(recipe, data, here, teacher_bank)
-        console = Console(quiet=not here.first)
+        console = PlainConsole(quiet=not here.first, soft_wrap=True)
         precision = precision_on(here.device, recipe.precision)
         params = sum(p.numel() for p in parts.model.parameters())
         console.print(
@@ -87,6 +90,7 @@ def train(
                 f"The recipe's {recipe.precision} is left out: this {here.device.type} has no instructions for it."
             )
         console.print(parts.note)
+        held.enter_context(hold(output, resume))
         result = fit(
             parts.model,
             recipe,
@@ -96,7 +100,12 @@ def train(
             monitor=parts.monitor,
             teacher=parts.teacher,
             resume=resume,
-            record={"classes": list(parts.batches.classes), "images": parts.num_images, **parts.facts},
+            record={
+                "classes": list(parts.batches.classes),
+                "images": parts.num_images,
+                "data_sha256": parts.data_sha256,
+                **parts.facts,
+            },
             compile=compile,
             checkpoint_minutes=checkpoint_minutes,
         )
@@ -116,7 +125,9 @@ def train(
             **parts.facts,
             **environment,
         }
-        return run_on_primary(lambda: export_run(result, recipe, output, run))
+        run = run_on_primary(lambda: export_run(result, recipe, output, run))
+        console.print(f"written: {output / 'run.json'}, weights in {output / 'final'}")
+        return run
 
 
 def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +165,7 @@ class Assembly:
         num_images: How many training images there are; an epoch may leave some of them out.
         holdout: Training images kept out for choosing, or None.
         monitor: Some training images, the same ones for every training on them, to measure liveness on.
+        data_sha256: Hash of images and labels, the held-out ones included.
         teacher: The net to learn from, or None; None as well if the batches carry its logits.
         facts: Facts for the record: ``teacher``, with name and hash, and ``teacher_bank``.
     """
@@ -165,6 +177,7 @@ class Assembly:
     num_images: int
     holdout: ImageSplit | None
     monitor: ImageSplit
+    data_sha256: str
     teacher: nn.Module | None
     facts: dict[str, Any]
 
@@ -199,7 +212,10 @@ def assemble(recipe: Recipe, data: str | Path, here: Ranks, teacher_bank: Path |
         bank = _open_bank(teacher_bank, recipe, split, cfg, here)
         batches, facts = BankedBatches(batches, bank, batch_size), bank.record
     monitor = split.spread(MONITORED_IMAGES)
-    return Assembly(model, split, batches, note, len(split), holdout, monitor, teacher, facts)
+    hashed = [part for part in (split, holdout) if part is not None]
+    hashes = np.concatenate([image_hashes(part, part.images.shape[1]) for part in hashed])
+    sha256 = data_sha256(hashes, np.concatenate([part.labels.cpu().numpy() for part in hashed]))
+    return Assembly(model, split, batches, note, len(split), holdout, monitor, sha256, teacher, facts)
 
 
 def _open_bank(folder: Path, recipe: Recipe, split: ImageSplit, cfg: dict[str, Any], here: Ranks) -> TeacherBank:

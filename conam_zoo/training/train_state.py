@@ -86,6 +86,7 @@ class TrainState:
     Attributes:
         model: The net as it was given: neither wrapped nor compiled.
         ema: The moving average of its weights, or None.
+        steps_per_epoch: Changes of the weights in one epoch.
         compile_seconds: Time of the first step, most of it compilation; None before it, and without ``compile``.
     """
 
@@ -106,7 +107,7 @@ class TrainState:
         self._frozen = [m for m in model.modules() if _is_frozen(m)]
         bf16 = precision_on(self.device, recipe.precision) == "bf16"
         self._autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
-        self._steps_per_epoch, self._updates = math.ceil(batches_per_epoch / recipe.grad_accumulation), 0
+        self.steps_per_epoch, self._updates = math.ceil(batches_per_epoch / recipe.grad_accumulation), 0
         self._start_optimizer(param_groups)
         self.ema = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
         # Batch norm uses each process's own images; its running statistics are those of rank 0.
@@ -124,7 +125,7 @@ class TrainState:
             self._network = torch.compile(self._eager, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
     def _start_optimizer(self, param_groups: Iterable[dict[str, Any]] | None) -> None:
-        recipe, steps = self.recipe, self._steps_per_epoch
+        recipe, steps = self.recipe, self.steps_per_epoch
         self.optimizer = _optimizer(self.model, recipe, param_groups, self.device)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -156,11 +157,11 @@ class TrainState:
             images: Images of the step on each rank, on average: the gradient is that of the mean over all images.
 
         Returns:
-            Sum of the loss over the images, and the number of hits; both scalars on the device.
+            Sum of the loss over the images, and the number of right answers; both scalars on the device.
         """
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        losses, hits = [], []
+        losses, correct = [], []
         for number, (inputs, targets, *guide) in enumerate(group):
             last = number == len(group) - 1
             # Only the last batch exchanges gradients, the sums of all.
@@ -169,10 +170,10 @@ class TrainState:
                 (loss * (len(targets) / images)).backward()
             losses.append(loss.detach().double() * len(targets))
             classes = targets.argmax(1) if targets.ndim == 2 else targets
-            hits.append((logits.detach().argmax(1) == classes).sum())
+            correct.append((logits.detach().argmax(1) == classes).sum())
         if self._compiling:
             self._compiling, self.compile_seconds = False, time.perf_counter() - started
-        return (losses[0], hits[0]) if len(group) == 1 else (torch.stack(losses).sum(), torch.stack(hits).sum())
+        return (losses[0], correct[0]) if len(group) == 1 else (torch.stack(losses).sum(), torch.stack(correct).sum())
 
     def _loss(self, images: Tensor, targets: Tensor, guide: Tensor | None = None) -> tuple[Tensor, Tensor]:
         recipe = self.recipe
@@ -194,7 +195,7 @@ class TrainState:
         if recipe.distill_loss == "kd":
             learnt = distillation_loss(logits, guide, recipe.distill_temperature)
             return torch.lerp(loss, learnt, recipe.distill_weight)
-        ramp_steps = recipe.dkd_warmup_epochs * self._steps_per_epoch
+        ramp_steps = recipe.dkd_warmup_epochs * self.steps_per_epoch
         ramp = min(1.0, self._updates / ramp_steps) if ramp_steps else 1.0
         learnt = decoupled_loss(
             logits, guide, targets, recipe.distill_temperature, alpha=recipe.dkd_alpha, beta=recipe.dkd_beta
@@ -212,12 +213,17 @@ class TrainState:
             self.ema.update(self.model, step=updates)
 
     def load(self, state: dict[str, Any], updates: int) -> None:
-        """Take up a state that ``save_checkpoint`` wrote after so many updates."""
-        self.model.load_state_dict(state["model"])
+        """Take up a state that ``save_checkpoint`` wrote after so many updates.
+
+        Raises:
+            ValueError, RuntimeError, KeyError, TypeError: If it is not one of this net and this optimiser.
+        """
+        _load(self.model, state["model"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+            _load(self.ema.module, state["ema"])
         if groups := _groups_with_decayed_attention(self.model, self.optimizer, state["optimizer"]["param_groups"]):
             self._start_optimizer(groups)
+        _check_groups(self.optimizer, state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         for (
             parameter,
@@ -249,6 +255,26 @@ def _groups_with_decayed_attention(
     if sizes == [len(group["params"]) for group in optimizer.param_groups]:
         return None
     return groups if sizes == [len(group["params"]) for group in groups] else None
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    module.load_state_dict(tensors)
+    if wrong := [name for name, tensor in module.state_dict().items() if tensors[name].dtype != tensor.dtype]:
+        raise ValueError(f"{wrong[0]} is of type {tensors[wrong[0]].dtype}")
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Refuse the state of another optimiser; PyTorch looks at the numbers of groups and parameters alone."""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for key, value in group.items():
+            numeric = isinstance(value, int | float) and not isinstance(value, bool)
+            if numeric and not (isinstance(saved[key], int | float) and math.isfinite(saved[key])):
+                raise ValueError(f"{key} of its optimiser is {saved[key]!r}")
+        for number, parameter in zip(saved["params"], group["params"], strict=True):
+            for name, buffer in state["state"].get(number, {}).items():
+                known = name in ("momentum_buffer", "exp_avg", "exp_avg_sq")  # others may be factors or scalars
+                if known and buffer is not None and buffer.shape != parameter.shape:
+                    raise ValueError(f"{name} {number} of its optimiser has the shape {tuple(buffer.shape)}")
 
 
 def _is_frozen(module: nn.Module) -> bool:
