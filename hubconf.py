@@ -47,7 +47,10 @@ def _entry_points() -> dict[str, _Callable[..., _Any]]:
         if error.name not in dependencies:
             raise
         return {}
-    repository = weights.load_manifest().code_repository or "OWNER/REPOSITORY"
+    try:
+        repository = weights.load_manifest().code_repository or "OWNER/REPOSITORY"
+    except weights.ManifestError:  # said where weights are asked for
+        repository = "OWNER/REPOSITORY"
     points = {}
     for name in timm.list_models("*_conam"):
         summary = (timm.model_entrypoint(name).__doc__ or name).strip()

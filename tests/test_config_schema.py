@@ -182,3 +182,22 @@ def test_a_tensor_that_is_named_twice_is_refused(folder: Path) -> None:
     change(folder, into("", sha256=hashlib.sha256(data).hexdigest()))
     with pytest.raises(WeightsError, match=r"names fc\.bias twice"):
         open_model(f"local-dir:{folder}")
+
+
+def test_the_table_of_sizes_is_right() -> None:
+    from conam_zoo.models.registry import count_params_and_macs, model_names, size_of
+
+    assert {name: size_of(name) for name in model_names()} == {
+        name: count_params_and_macs(name) for name in model_names()
+    }
+
+
+def test_list_finds_what_begins_so_and_info_knows_a_folder(conam, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    _, out, _ = conam("list", "resnet20", "--json", "-")
+    assert [row["model"] for row in json.loads(out)] == ["resnet20_conam"]
+    code, out, _ = conam("info", f"local-dir:{folder}", "--json", "-")
+    assert code == 0
+    (facts,) = json.loads(out)["weights"].values()
+    data = (folder / "model.safetensors").read_bytes()
+    assert facts["sha256"] == hashlib.sha256(data).hexdigest()
+    assert (facts["size_bytes"], facts["dtype"]) == (len(data), "float32")

@@ -25,7 +25,7 @@ from conam_zoo.weights import (
 )
 
 NAME = "resnet20_conam.cifar10"
-SCHEMA = json.loads((Path(manifest.__file__).parent / "schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(__file__).parent / "oracles" / "manifest_schema.json").read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 

@@ -16,7 +16,7 @@ from conam_zoo.escape import for_rich
     epilog="Examples: conam list 'wide_*' · conam list '*.cifar100' --pretrained · conam list --json -",
 )
 def list_command(
-    pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'resnet*' or '*.cifar100'.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Beginning of a name, or a pattern such as '*.cifar100'.")] = "*",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only what has weights.")] = False,
     json_file: Json = None,
 ) -> None:
@@ -24,17 +24,19 @@ def list_command(
     from fnmatch import fnmatch
 
     from conam_zoo.datasets import DATASETS
-    from conam_zoo.models.registry import count_params_and_macs, model_names
+    from conam_zoo.models.registry import model_names, size_of
     from conam_zoo.weights import load_manifest
 
     entries = load_manifest().entries
+    if not set(pattern) & set("*?["):
+        pattern += "*"
     rows: list[dict[str, Any]] = []
     for name in model_names():
         weights = [f"{name}.{tag}" for tag in DATASETS if f"{name}.{tag}" in entries]
         hits = [full for full in (name, *(f"{name}.{tag}" for tag in DATASETS)) if fnmatch(full, pattern)]
         if not hits or (pretrained and not any(full in hits or name in hits for full in weights)):
             continue
-        params, macs = count_params_and_macs(name)
+        params, macs = size_of(name)
         top1 = {full: entries[full].metrics.top1_percent for full in weights}
         rows.append({"model": name, "params": params, "macs": macs, "top1_percent": top1})
     if json_only(rows, json_file):
@@ -85,6 +87,8 @@ def info(
     }
     weights = [e for n, e in sorted(entries.items()) if n == f"{name}.{tag}" or (not tag and e.arch == name)]
     facts["weights"] = {entry.name: _weight_facts(entry) for entry in weights}
+    if model.startswith("local-dir:"):
+        facts["weights"] = {model: _folder_facts(Path(model.removeprefix("local-dir:")).expanduser())}
     if json_only(facts, json_file):
         return
     table = Table(box=None, show_header=False)
@@ -106,16 +110,18 @@ def verify(
     model: Annotated[
         str | None, typer.Argument(help="A name such as resnet20_conam.cifar10; all weights if left out.")
     ] = None,
-    mirror: Annotated[
-        Path | None, typer.Option(help="Check this mirror, which then has to be complete, not $CONAM_ZOO_MIRROR.")
-    ] = None,
+    mirror: Annotated[Path | None, typer.Option(help="Check what is in this mirror, not in $CONAM_ZOO_MIRROR.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Check every local copy of the weights against the manifest; exit code 1 if one is wrong or none is good."""
+    """Check every local copy of the weights against the manifest; exit code 1 if one is wrong or none is good.
+
+    Of a mirror it is enough that it holds some of them, unless a model is named.
+    """
     from conam_zoo.models.registry import check_model_name
     from conam_zoo.weights import check_copies, load_manifest
 
     manifest = load_manifest()
+    mirror = mirror and mirror.expanduser()
     if model is not None:
         check_model_name(model)
     chosen = [e for n, e in sorted(manifest.entries.items()) if model is None or n == model or e.arch == model]
@@ -134,7 +140,8 @@ def verify(
         for copy in check_copies(entry, namespace=manifest.hub_namespace, mirror=mirror)
     ]
     good = {r["weights"] for r in rows if r["status"] == "good" and (mirror is None or r["place"] == "mirror")}
-    failed = any(row["status"] == "wrong" for row in rows) or good != {entry.name for entry in chosen}
+    enough = bool(good) if mirror is not None and model is None else good == {entry.name for entry in chosen}
+    failed = any(row["status"] == "wrong" for row in rows) or not enough
     if not json_only(rows, json_file):
         table = Table(box=None)
         for title in ("weights", "place", "status", "detail"):
@@ -163,7 +170,7 @@ def mirror(
     if not chosen:
         raise UserError(f"No weights match {pattern!r}: 'conam list --pretrained' shows those that there are.")
     for entry in chosen:
-        path, written = fill_mirror(entry, directory, namespace=manifest.hub_namespace)
+        path, written = fill_mirror(entry, directory.expanduser(), namespace=manifest.hub_namespace)
         console().print(f"{'written' if written else 'is there'}: {path}")
 
 
@@ -178,6 +185,23 @@ def _inner(value: Any) -> str:
     from conam_zoo.layers.confidence import EVEN
 
     return ", ".join(f"{site} {alive:.4f}{' (even)' if alive < EVEN else ''}" for site, alive in value.items())
+
+
+def _folder_facts(folder: Path) -> dict[str, Any]:
+    """What a model folder says of its weights, which are read and checked for it."""
+    from conam_zoo.weights.folder import read_config, read_folder, weights_file
+
+    config = read_config(folder / "config.json")
+    dtypes = {str(tensor.dtype) for tensor in read_folder(folder).values() if tensor.is_floating_point()}
+    file = folder / weights_file(config, folder)
+    return {
+        "file": file.name,
+        "sha256": config.get("sha256"),
+        "size_bytes": file.stat().st_size,
+        "dtype": ", ".join(
+            sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+        ),
+    }
 
 
 def _weight_facts(entry: Any) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from conam_zoo.datasets import DATASETS
 from conam_zoo.models.config_schema import load_config
 from conam_zoo.weights import (
+    Manifest,
+    ManifestError,
     WeightEntry,
     WeightsError,
     find_verified,
@@ -43,7 +45,10 @@ def dataset_cfgs(architectures: Mapping[str, Mapping[str, Any]]) -> dict[str, De
     Args:
         architectures: For each architecture the configuration that does not depend on the data set.
     """
-    manifest = load_manifest()
+    try:
+        manifest = load_manifest()
+    except ManifestError:  # importing is no place to complain: whoever asks for weights is told
+        manifest = Manifest({})
     cfgs = {}
     for architecture, own in architectures.items():
         for tag, facts in DATASETS.items():

@@ -1,6 +1,7 @@
 """From what a person typed to a model: known names, near misses, and counts."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from conam_zoo.models._base import StagedClassifier
 from conam_zoo.models.config_schema import load_config
 from conam_zoo.weights.folder import fetch_config
 
-__all__ = ["check_model_name", "count_params_and_macs", "model_names", "open_model"]
+__all__ = ["check_model_name", "count_params_and_macs", "model_names", "open_model", "size_of"]
 
 
 def model_names() -> list[str]:
@@ -74,6 +75,14 @@ def _expanded(folder: str) -> Path:
         return Path(folder).expanduser()
     except RuntimeError as error:
         raise UserError(f"There is no folder {folder}: {error}") from error
+
+
+def size_of(name: str) -> tuple[int, int]:
+    """Parameters and multiply-accumulates of a builder for CIFAR-10, from ``sizes.json``, which a test recounts."""
+    table = json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
+    if name not in table:
+        return count_params_and_macs(name)
+    return table[name]["params"], table[name]["macs"]
 
 
 def count_params_and_macs(name: str, **kwargs: Any) -> tuple[int, int]:

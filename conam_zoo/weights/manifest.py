@@ -1,10 +1,8 @@
 """The weights manifest: every fact about every published weight file, read strictly and typed.
 
 ``weights_manifest.json`` lies at the top level of the repository and is packaged into the wheel beside this
-package. ``schema.json`` in this folder describes the same layout for other tools; the checks here are written
-by hand so that reading a manifest needs the standard library alone, and they are the stricter of the two:
-they also hold what a JSON Schema cannot say (as many class names as classes, top-5 at least top-1, no ``10.0``
-for an integer).
+package. The checks are written by hand so that reading a manifest needs the standard library alone; the tests hold them
+against a JSON Schema of the same layout.
 """
 
 import functools
@@ -21,7 +19,6 @@ from typing import NoReturn
 MANIFEST_NAME = "weights_manifest.json"
 SCHEMA_VERSION = 1
 
-# The same expressions stand in schema.json, anchored; a test compares them.
 NAME_PATTERN = r"[a-z0-9_]+\.[a-z0-9_]+"
 RECIPE_PATTERN = r"[a-z0-9_]+(\.[a-z0-9_]+)*"
 FILE_PATTERN = r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors(\.index\.json)?"
