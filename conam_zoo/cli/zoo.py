@@ -198,9 +198,7 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
         "file": file.name,
         "sha256": config.get("sha256"),
         "size_bytes": file.stat().st_size,
-        "dtype": ", ".join(
-            sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
-        ),
+        "dtype": ", ".join(sorted(dtypes)).replace("torch.", ""),
     }
 
 
