@@ -254,3 +254,86 @@ def test_the_path_is_chosen_by_size_and_said_in_a_line() -> None:
     assert isinstance(made, DeviceLoader)  # it is in this memory already
     assert "stays on the cpu as uint8 (0.0 MB of images" in line
     assert "\n" not in line
+
+
+def mirrored_in(made, epoch: int, split: ImageSplit) -> dict[int, bool]:
+    """Which image was shown mirrored, by number; each image must be one of the two."""
+    shown = {}
+    for images, _ in made.epoch(epoch):
+        pixels = (images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)).mul(255).round().byte()
+        for image in pixels:
+            plain = (split.images == image).all((1, 2, 3)).nonzero().flatten()
+            flipped = (split.images.flip(2) == image).all((1, 2, 3)).nonzero().flatten()
+            assert len(plain) + len(flipped) == 1
+            shown[int(plain[0] if len(plain) else flipped[0])] = not len(plain)
+    return shown
+
+
+@pytest.mark.parametrize("path", ["device", "loader"])
+@pytest.mark.parametrize("balance", [False, True])
+def test_alternate_flip_shows_each_image_plain_and_mirrored_in_two_epochs_in_a_row(path: str, balance: bool) -> None:
+    split = numbered(30)
+    settings = how(AugmentationSettings(crop_padding=0, alternate_flip=True), balance=balance)
+    made = DeviceLoader(split, settings)
+    if path == "loader":
+        made = WorkerLoader(source_of_split(split), 8, settings, workers=0)
+    first, second, third = (mirrored_in(made, epoch, split) for epoch in range(3))
+    assert len(first) == 30
+    assert second == {number: not mirrored for number, mirrored in first.items()}
+    assert third == first
+    assert 5 < sum(first.values()) < 25
+    assert mirrored_in(DeviceLoader(split, how(settings.augmentation, seed=1)), 0, split) != first
+
+
+def test_alternate_flip_changes_nothing_else_that_is_drawn() -> None:
+    split = numbered(30)
+    usual, alternate = (AugmentationSettings(crop_padding=2, cutout=3, alternate_flip=flag) for flag in (False, True))
+    for one, other in zip(batches(split, usual).epoch(0), batches(split, alternate).epoch(0), strict=True):
+        assert torch.equal(one[1], other[1])  # the order
+        assert torch.equal((one[0] == 0).sum((1, 2, 3)), (other[0] == 0).sum((1, 2, 3)))  # the squares of Cutout
+    off = AugmentationSettings(crop_padding=2, flip=False, alternate_flip=True)
+    for one, other in zip(
+        batches(split, off).epoch(1), batches(split, AugmentationSettings(2, False)).epoch(1), strict=True
+    ):
+        assert torch.equal(one[0], other[0])  # without flip there is nothing to alternate
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.3, 25, 65), (1.0, 150, 150)])
+def test_a_share_of_the_batches_is_mixed(share: float, low: int, high: int) -> None:
+    made = batches(numbered(300), AugmentationSettings(0, False, cutmix=1.0, mix_share=share), batch_size=2)
+    soft = [targets.is_floating_point() for _, targets in made.epoch(0)]
+    assert len(soft) == 150
+    assert low <= sum(soft) <= high
+    plain = batches(numbered(300), PLAIN, batch_size=2)
+    for (images, targets), (expected, labels) in zip(made.epoch(0), plain.epoch(0), strict=True):
+        if not targets.is_floating_point():
+            assert torch.equal(images, expected)
+            assert torch.equal(targets, labels)
+
+
+def test_mixing_every_batch_draws_what_it_always_drew() -> None:
+    split, settings = numbered(24), AugmentationSettings(0, False, mixup=0.8, mix_share=1.0)
+    plain = batches(split, PLAIN).epoch(2)
+    for step, ((images, targets), (before, labels)) in enumerate(
+        zip(batches(split, settings).epoch(2), plain, strict=True)
+    ):
+        expected = mix(before, labels, 3, settings, random_stream(MIXING, 0, 2, step, 0))
+        assert torch.equal(images, expected[0])
+        assert torch.equal(targets, expected[1])
+
+
+def test_a_recipe_s_alternate_flip_and_mix_share_reach_the_batches() -> None:
+    from conam_zoo.training.distributed import Ranks
+    from conam_zoo.training.recipe import load_recipe
+    from conam_zoo.training.train_state import batch_settings
+
+    given = ["batch_size=2", "crop_padding=0", "cutout=0", "mixup=0", "cutmix=0", "early_epochs=0", "early_size=0"]
+    here, split = Ranks(0, 1, torch.device("cpu")), numbered(30)
+    recipe = load_recipe("resnet20_conam.cifar10", [*given, "flip=true", "alternate_flip=true"])
+    made = DeviceLoader(split, batch_settings(recipe, MEAN, STD, here))
+    first, second = (mirrored_in(made, epoch, split) for epoch in range(2))
+    assert second == {number: not mirrored for number, mirrored in first.items()}
+    for share, low, high in ((0.5, 1, 14), (1.0, 15, 15)):
+        recipe = load_recipe("resnet20_conam.cifar10", [*given, "flip=false", "cutmix=1.0", f"mix_share={share}"])
+        made = DeviceLoader(split, batch_settings(recipe, MEAN, STD, here))
+        assert low <= sum(targets.is_floating_point() for _, targets in made.epoch(0)) <= high

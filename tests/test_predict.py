@@ -197,3 +197,22 @@ def test_the_sheet_of_one_picture_has_its_colour_bar_s_label_in_full(tmp_path: P
     label = bar.ax.yaxis.label.get_window_extent()
     assert label.y0 >= 0
     assert label.y1 <= figure.bbox.height
+
+
+def test_a_dark_picture_is_told(conam: Command, tmp_path: Path) -> None:
+    Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(tmp_path / "dark.png")
+    code, _, err = conam("predict", MODEL, tmp_path / "dark.png")
+    assert code == 0
+    assert "if it holds 12 bits, multiply it by 16" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("count", "terminal", "shown"), [(20, True, True), (19, True, False), (20, False, False)])
+def test_a_progress_bar_is_shown_on_a_terminal_from_twenty_pictures_on(
+    conam: Command, monkeypatch: pytest.MonkeyPatch, count: int, terminal: bool, shown: bool
+) -> None:
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    code, _, err = conam("predict", MODEL, *[PHOTOS / "dog.jpg"] * count)
+    assert code == 0
+    assert ("reading pictures" in err) == shown

@@ -42,6 +42,10 @@ class _Failures:
             raise typer.Exit(1)
 
 
+def _say_note(note: str) -> None:
+    sys.stderr.write(f"conam: {for_terminal(note)}\n")
+
+
 def _with_progress(paths: list[Path]) -> Iterable[Path]:
     """The paths, with a progress bar on a terminal if there are many."""
     terminal = Console(stderr=True)
@@ -107,7 +111,7 @@ def predict(
     _check_outputs(model, paths, output, json_file)
     failures = _Failures(len(paths))
     predictions: Iterator[Prediction] = predict_each(
-        open_classifier(model), _with_progress(paths), side=THUMBNAIL, skip=failures
+        open_classifier(model), _with_progress(paths), side=THUMBNAIL, skip=failures, say=_say_note
     )
     if output is not None:
         predictions = _write_sheets(predictions, output, lambda rows, path: draw_sheet(rows, path, title=model))

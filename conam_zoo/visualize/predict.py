@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from conam_zoo.data.images import MAX_PIXELS, PICTURE_SUFFIXES, decode_image, read_image
+from conam_zoo.data.images import MAX_PIXELS, NOTE, PICTURE_SUFFIXES, decode_image, read_image
 from conam_zoo.errors import UserError
 from conam_zoo.inputs import expand_path, status
 from conam_zoo.layers.confidence import confidence_maps
@@ -113,6 +113,7 @@ def predict_each(
     *,
     side: int | None = None,
     skip: Callable[[Path, UserError], object] | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Iterator[Prediction]:
     """The predictions one after the other, in memory that does not grow with the number of pictures.
 
@@ -121,6 +122,7 @@ def predict_each(
         paths: Picture files.
         side: The longer side, in pixels, to which ``Prediction.image`` is scaled down; None for its own size.
         skip: Called for a picture that cannot be read, which is left out then.
+        say: Called with what a person should know about a picture, such as that it is dark.
 
     Raises:
         UserError: If a file cannot be read and there is no ``skip``.
@@ -135,6 +137,8 @@ def predict_each(
                 raise
             skip(path, error)
             continue
+        if say is not None and NOTE in image.info:
+            say(image.info[NOTE])
         seen = resize(image)
         if side is not None:
             image = image.copy() if image is seen else image
