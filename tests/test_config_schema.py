@@ -201,3 +201,13 @@ def test_list_finds_what_begins_so_and_info_knows_a_folder(conam, folder: Path) 
     data = (folder / "model.safetensors").read_bytes()
     assert facts["sha256"] == hashlib.sha256(data).hexdigest()
     assert (facts["size_bytes"], facts["dtype"]) == (len(data), "float32")
+
+
+def test_a_file_is_not_loaded_into_other_patch_sizes(folder: Path) -> None:
+    own = {"num_classes": 10, "input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc"}
+    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(folder / "model.safetensors")}}
+    with pytest.raises(WeightsError, match=r"patch sizes \[8, 8, 8\]") as refused:
+        timm.create_model("resnet20_conam", pretrained_cfg=own, **options)
+    assert_one_sentence(str(refused.value))
+    net = timm.create_model("resnet20_conam", pretrained_cfg=own, patch_sizes=(8, 8, 8), **options)
+    assert net.patch_sizes == (8, 8, 8)

@@ -27,7 +27,7 @@ from conam_zoo.weights import (
     read_safetensors,
     read_verified,
 )
-from conam_zoo.weights.folder import fetch_config, read_folder, read_hub_folder
+from conam_zoo.weights.folder import fetch_config, read_config, read_folder, read_hub_folder
 
 __all__ = ["build", "dataset_cfgs"]
 
@@ -183,6 +183,15 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg:
             channels and classes that the configuration states.
     """
     num_classes, in_chans = cfg.num_classes, cfg.input_size[0]
+    if cfg.file and cfg.source != "local-dir" and Path(cfg.file).with_name("config.json").is_file():
+        # The tensors fit patches of any size, so that only the config.json beside them tells.
+        stated = read_config(Path(cfg.file).with_name("config.json")).get("model_args")
+        sizes = stated.get("patch_sizes") if isinstance(stated, dict) else None
+        if isinstance(sizes, list) and tuple(sizes) != getattr(model, "patch_sizes", tuple(sizes)):
+            raise WeightsError(
+                f"The weights {cfg.file} were trained with the patch sizes {sizes} and the net has "
+                f"others: open local-dir:{Path(cfg.file).parent}, or pass patch_sizes={sizes}."
+            )
     own = model.state_dict()
     head, stem = ("fc.weight", "fc.bias"), "conv1.weight"
     for name in sorted(set(own) ^ set(state_dict)):

@@ -159,7 +159,7 @@ def _sha256(name: str, cfg: dict[str, Any]) -> str | None:
     """The hash that the weights were checked against, or that of the file in a folder."""
     kind, _, place = name.partition(":")
     if kind == "local-dir":
-        folder = Path(place)
+        folder = Path(place).expanduser()
         file = weights_file(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
         return hashlib.sha256((folder / file).read_bytes()).hexdigest()
     if kind == "hf-hub":
