@@ -26,12 +26,17 @@ What is this project's own, because the paper is silent:
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conam_equations import _confidence, _recalibrate
+from ._torch_private import is_called_plainly
+from .conam_equations import _confidence, _confidence_between, _contexts_of, _recalibrate
 from .conam_fused import applies, attend
 
 __all__ = ["ConAM"]
+
+for _name in ("_confidence_between", "_contexts_of", "_recalibrate"):  # leaves for torch.fx in this module, too
+    torch.fx.wrap(_name)
 
 
 @torch.fx.wrap
@@ -46,11 +51,27 @@ def _attend(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: 
     return output
 
 
+def _call_layers(fc1: nn.Module, fc2: nn.Module, contexts: Tensor) -> Tensor:
+    """The perceptron by calling its layers, each with inputs of its weights' type: (N, P + 1, C) -> (N, P + 1, C)."""
+
+    def call(layer: nn.Module, inputs: Tensor) -> Tensor:
+        dtypes = [parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point()]
+        return F.relu(layer(inputs.to(dtypes[0]) if dtypes else inputs))
+
+    if isinstance(contexts, torch.fx.Proxy):
+        return F.relu(fc2(F.relu(fc1(contexts))))
+    if contexts.device.type == "meta":
+        return call(fc2, call(fc1, contexts))
+    with torch.autocast(contexts.device.type, enabled=False):
+        return call(fc2, call(fc1, contexts))
+
+
 class ConAM(nn.Module):
     """Confidence attention: rescales every patch of a map by how well it agrees with the whole map.
 
     Shape: (N, C, H, W) -> (N, C, H, W), any H and W, memory format kept. The map is read once to pool and once to
-    scale. The linear layers are applied functionally: hooks registered on ``fc1`` and ``fc2`` do not fire.
+    scale. Plain linear layers are computed in one pass with the rest; layers that were replaced, parametrised or given
+    hooks are called.
 
     >>> attention = ConAM(channels=16, patch_size=8)
     >>> x = torch.randn(2, 16, 32, 32)
@@ -61,6 +82,10 @@ class ConAM(nn.Module):
 
     Source: arXiv 2110.14369v1, section 3; see the module's docstring for the equations and our additions.
     """
+
+    # TorchScript reads the answer when it compiles, and compiles the branch that applies.
+    __constants__ = ("has_plain_layers",)
+    __jit_unused_properties__ = ("has_plain_layers",)
 
     def __init__(
         self,
@@ -94,14 +119,30 @@ class ConAM(nn.Module):
         self.fc2 = nn.Linear(hidden_channels, channels, device=device, dtype=dtype)
         nn.init.ones_(self.fc2.bias)
 
+    @property
+    def has_plain_layers(self) -> bool:
+        """Whether both linear layers are computed with the rest, and not called."""
+        return is_called_plainly(self.fc1) and is_called_plainly(self.fc2)
+
     @torch.jit.export
     def confidence(self, x: Tensor) -> Tensor:
         """The confidence map: (N, C, H, W) -> (N, ceil(H/p), ceil(W/p)), at least float32, summing to 1 per image."""
-        return _confidence(x, self.patch_size, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        if self.has_plain_layers:
+            return _confidence(x, self.patch_size, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        else:
+            contexts = _contexts_of(x, self.patch_size)
+            if torch.jit.is_scripting():
+                embedded = F.relu(self.fc2(F.relu(self.fc1(contexts))))
+            else:
+                embedded = _call_layers(self.fc1, self.fc2, contexts)
+            return _confidence_between(embedded, x, self.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rescale the map: (N, C, H, W) -> (N, C, H, W)."""
-        return _attend(x, self.patch_size, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        if not self.has_plain_layers:
+            return _recalibrate(x, self.confidence(x), self.patch_size)
+        else:
+            return _attend(x, self.patch_size, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, patch_size={self.patch_size}"

@@ -101,6 +101,22 @@ def _confidence(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, 
 
 
 @torch.fx.wrap
+def _contexts_of(x: Tensor, patch_size: int) -> Tensor:
+    """Local contexts with the global one behind them, in at least float32: (N, C, H, W) -> (N, P + 1, C)."""
+    return _contexts(_patch_means(x, patch_size), x.shape[2], x.shape[3], patch_size)
+
+
+@torch.fx.wrap
+def _confidence_between(embedded: Tensor, x: Tensor, patch_size: int, limit: float = LIMIT) -> Tensor:
+    """Confidence from embeddings of any type: (N, P + 1, C), map -> (N, ceil(H/p), ceil(W/p)), at least float32."""
+    if embedded.dtype == torch.bfloat16 or embedded.dtype == torch.float16:
+        embedded = embedded.float()
+    embedded = embedded.clamp(max=limit)
+    logits = (embedded[:, :-1] * embedded[:, -1:]).sum(dim=2)
+    return torch.softmax(logits, dim=1).unflatten(1, ((x.shape[2] + patch_size - 1) // patch_size, -1))
+
+
+@torch.fx.wrap
 def _recalibrate(x: Tensor, confidence: Tensor, patch_size: int) -> Tensor:
     """Multiply every pixel by one plus the confidence of its patch: (N, C, H, W) -> (N, C, H, W)."""
     scale = (confidence + 1).to(x.dtype)

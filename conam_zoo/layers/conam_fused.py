@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ._torch_private import transforms_are_active
 from .conam_equations import LIMIT, _confidence, _patch_means, _recalibrate
 
 __all__ = ["applies", "attend"]
@@ -38,8 +38,7 @@ def applies(x: Tensor, patch_size: int) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)  # no fake, proxy or distributed tensors
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and getattr(forward_ad, "_current_level", -1) < 0
+        and not transforms_are_active()
     )
 
 

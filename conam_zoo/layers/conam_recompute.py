@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ._torch_private import backward_node, saved_tensors_hooks_are_free
 from .conam_fused import _InFewPasses, _scaled
 
 __all__ = ["recompute_rescaled"]
@@ -37,17 +38,12 @@ def recompute_rescaled(y: Tensor) -> AbstractContextManager[None]:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(y, Tensor):
         return nullcontext()
-    node = y.grad_fn
-    if not isinstance(node, _InFewPasses._backward_cls) or _other_hooks():
+    node: Any = y.grad_fn
+    kind = backward_node(_InFewPasses)
+    if kind is None or type(node) is not kind or not saved_tensors_hooks_are_free():
         return nullcontext()
     saved = node.saved_tensors
     return _forgetting(y, _again(saved[0].detach(), saved[-1], node.patch_size))
-
-
-def _other_hooks() -> bool:
-    """Whether hooks for saved tensors are on already, or forbidden."""
-    engine: Any = torch._C._autograd
-    return engine._top_saved_tensors_default_hooks(False) is not None or not engine._saved_tensors_hooks_is_enabled()
 
 
 def _again(x: Tensor, scale: Tensor, patch_size: int) -> Callable[[], Tensor]:

@@ -1,0 +1,205 @@
+"""ConAM calls linear layers that are more than plain ones: tools that replace, hook or parametrise them work."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from oracles.conam_oracle import conam
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from conam_zoo import ConAM
+
+SHAPES = [(2, 6, 8, 12), (2, 6, 7, 10)]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def attention() -> ConAM:
+    torch.manual_seed(0)
+    module = ConAM(6, 4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 2 / math.sqrt(6))
+    return module
+
+
+def images(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def plain(module: ConAM) -> ConAM:
+    """A plain module with the weights that are in force."""
+    twin = ConAM(6, 4)
+    with torch.no_grad():
+        for name in ("fc1", "fc2"):
+            layer, source = getattr(twin, name), getattr(module, name)
+            layer.weight.copy_(source.weight)
+            layer.bias.copy_(source.bias)
+    return twin
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer and a trained addition of low rank, as LoRA has it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight + self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def adapt(module: ConAM) -> None:
+    module.fc1, module.fc2 = Adapted(module.fc1), Adapted(module.fc2)
+
+
+def each(change: Callable[[nn.Module], Any]) -> Callable[[ConAM], None]:
+    def apply(module: ConAM) -> None:
+        for layer in (module.fc1, module.fc2):
+            change(layer)
+
+    return apply
+
+
+CHANGES: dict[str, Callable[[ConAM], None]] = {
+    "adapters": adapt,
+    "pruning": each(lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5)),
+    "parametrisation": each(lambda layer: parametrize.register_parametrization(layer, "weight", Doubled())),
+    "weight norm": each(parametrizations.weight_norm),
+    "old weight norm": each(torch.nn.utils.weight_norm),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_layers_count_and_learn(change: str, shape: tuple[int, ...]) -> None:
+    module, x = attention(), images(shape)
+    CHANGES[change](module)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        output = module(x)
+        twin = plain(module)
+        torch.testing.assert_close(output, twin(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(module.confidence(x), twin.confidence(x), rtol=1e-4, atol=1e-6)
+        weights = [p.detach().double().numpy() for p in twin.parameters()]
+        np.testing.assert_allclose(output.detach(), conam(x.double().numpy(), 4, *weights)[0], rtol=1e-3, atol=1e-4)
+        (output * images(shape)).square().sum().backward()
+        assert [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hooks_fire_and_their_answers_count(shape: tuple[int, ...]) -> None:
+    fired = []
+    for place in ("fc1", "fc2"):
+        module = attention()
+        layer = getattr(module, place)
+        layer.register_forward_pre_hook(lambda *_, place=place: fired.append(f"pre {place}"))
+        layer.register_forward_hook(lambda *_, place=place: fired.append(place))
+        layer.register_full_backward_hook(lambda *_, place=place: fired.append(f"back {place}"))
+        x = images(shape).requires_grad_()
+        module(x).square().sum().backward()
+        assert fired == [f"pre {place}", place, f"back {place}"]
+        fired.clear()
+        handle = layer.register_forward_hook(lambda _, inputs, output: torch.zeros_like(output))
+        module.fc2.bias.data.zero_()
+        assert not torch.equal(module.confidence(x), attention().confidence(x))
+        handle.remove()
+        fired.clear()
+    with torch.no_grad():
+        handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: fired.append(type(layer).__name__))
+        attention()(x)
+        handle.remove()
+    assert fired.count("Linear") == 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dynamic_quantisation(shape: tuple[int, ...]) -> None:
+    module, x = attention().eval(), images(shape)
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(module), {nn.Linear}, dtype=torch.qint8)
+    assert not quantised.has_plain_layers
+    with torch.no_grad():
+        torch.testing.assert_close(quantised(x), module(x), rtol=0.2, atol=0.2)
+        scripted = torch.jit.script(quantised)
+        torch.testing.assert_close(scripted(x), quantised(x))
+        torch.testing.assert_close(scripted.confidence(x), quantised.confidence(x))
+
+
+def test_a_quantised_net_agrees_with_the_net() -> None:
+    net = timm.create_model("resnet20_conam").eval()
+    quantised = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(quantised(x), net(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("change", ["adapters", "parametrisation"])
+def test_compilers_and_transforms_see_changed_layers(change: str) -> None:
+    module, x = attention(), images(SHAPES[0])
+    CHANGES[change](module)
+    expected = module(x).detach()
+    program = torch.export.export(module, (x,)).module()
+    torch.testing.assert_close(program(x), expected)
+    compiled = torch.compile(module, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    traced = torch.fx.symbolic_trace(module)
+    torch.testing.assert_close(traced(x), expected)
+    called = torch.func.functional_call(module, dict(module.named_parameters()), (x,))
+    torch.testing.assert_close(called, expected)
+
+
+def test_the_plain_module_keeps_its_one_pass() -> None:
+    output = attention()(images(SHAPES[0]))
+    assert "InFewPasses" in type(output.grad_fn).__name__
+
+
+# PyTorch without its private names
+
+
+GONE = [
+    (torch._C, "_are_functorch_transforms_active"),
+    (torch._C, "_autograd"),
+    (torch.autograd.forward_ad, "_current_level"),
+    (nn.modules.module, "_has_any_global_hook"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), GONE, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("net", ["resnet20_conam", "wide_resnet16_4_conam", "densenet40_12_conam"])
+def test_nets_run_by_the_equations_without_private_names(net: str, owner: Any, name: str, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model, x = timm.create_model(net, attn_layer="conam").eval(), torch.randn(1, 3, 16, 16)
+
+    def gradients() -> tuple[Tensor, ...]:
+        output = model(x)
+        return output, *torch.autograd.grad(output.logsumexp(1).sum(), list(model.parameters()))
+
+    expected = gradients()
+    monkeypatch.delattr(owner, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = gradients()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
