@@ -32,6 +32,12 @@ def test_label_types_of_every_promised_format(tmp_path: Path) -> None:
         assert (source.classes, source.labels.tolist()) == (("a", "b"), [1, 0] * 10)
 
 
+def test_a_file_without_images_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", images=np.zeros((0, 8, 8), np.uint8), labels=np.zeros(0, np.uint8))
+    with pytest.raises(UserError, match="holds no training images"):
+        open_images(tmp_path / "set.npz")
+
+
 def test_medmnist_and_keras_files(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     med = {}

@@ -33,6 +33,14 @@ def test_a_class_called_train_does_not_hide_the_others(tmp_path: Path) -> None:
     tree(tmp_path / "train", ("diesel", "steam"), 4)
     data = open_images(tmp_path)
     assert (data.classes, data.counts) == (("bus", "car", "train"), (3, 3, 7))
+    assert any("train counts as a class, because folders with images lie beside it" in note for note in data.notes)
+
+
+def test_the_folder_of_a_single_class_is_not_taken_for_a_wrapping(tmp_path: Path) -> None:
+    tree(tmp_path / "cats", ("tabby", "black"), 2)
+    picture(tmp_path / "cats" / "1.png")
+    with pytest.raises(UserError, match="has only the class cats"):
+        open_images(tmp_path)
 
 
 def test_a_flat_test_folder_is_told(tmp_path: Path) -> None:

@@ -222,6 +222,8 @@ def open_images(
         raise UserError(f"The share for validation is {val_share}, but it must lie in [0, 1).")
     sources = find_sources(data)
     train = sources["train"]
+    if not len(train):
+        raise UserError(f"{data} holds no training images: add some.")
     if len(train.classes) < 2:
         raise UserError(f"{data} has only the class {', '.join(train.classes)}: a classifier needs two or more.")
     side = median_side(train)

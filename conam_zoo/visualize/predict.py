@@ -156,7 +156,7 @@ def _read_standard_input() -> Image.Image:
     content = sys.stdin.buffer.read(largest + 1)
     if len(content) > largest:
         raise UserError(f"Standard input holds more than {largest / 1e6:,.0f} MB: pass a picture.")
-    return decode_image(io.BytesIO(content), "on standard input")
+    return decode_image(io.BytesIO(content), "standard input")
 
 
 def _predict_batch(

@@ -108,7 +108,9 @@ def _unwrapped(root: Path) -> Path:
     seen = {root.resolve()}
     while True:
         inside = _sub_folders(root)
-        if len(inside) != 1 or _has_pictures(root) or _split_of(inside[0].name) or not _sub_folders(inside[0]):
+        if len(inside) != 1 or _has_pictures(root) or _split_of(inside[0].name):
+            return root
+        if not _sub_folders(inside[0]) or _has_pictures(inside[0]):  # a class
             return root
         root = inside[0]
         if root.resolve() in seen:
@@ -130,8 +132,10 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
             "class into a folder named after it."
         )
     # Beside folders with pictures, a lone folder named like a split is a class: the train among other vehicles.
-    if not found or (len(found) == 1 and any(map(_has_pictures, others))):
+    if not found:
         return {}, []
+    if len(found) == 1 and any(map(_has_pictures, others)):
+        return {}, [f"{root}: {found[0][1].name} counts as a class, because folders with images lie beside it"]
     splits: dict[str, Path] = {}
     for split, folder in found:
         if split in splits:
