@@ -318,6 +318,7 @@ def test_export_with_dynamic_batch(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(program.module()(x), module(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [DIVIDED, UNDIVIDED])
 def test_compiles_to_one_graph(shape: tuple[int, ...]) -> None:
     torch.compiler.reset()
@@ -335,6 +336,7 @@ def test_compiles_to_one_graph(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(gradients, [parameter.grad for parameter in module.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
 def test_compiles_with_inductor() -> None:
     torch.compiler.reset()

@@ -167,6 +167,7 @@ def test_unknown_names_are_refused(make: Callable[[], object], sentence: str) ->
 # Training
 
 
+@pytest.mark.slow
 def test_no_cell_is_trained_twice(small_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "compare"
     events: list[tuple[str, str]] = []
@@ -239,6 +240,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid_module, "run_queue", run_queue)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_failed_cell_is_told_and_tried_again(small_data: Path, tmp_path: Path) -> None:
     cells = attention_cells(["resnet20"], ["cifar10"], ["none"], [0], grid_recipe("short", [*TINY, "lr=1e30"]))
@@ -404,6 +406,7 @@ def test_dry_runs_list_the_cells(experiments: Conam, tmp_path: Path) -> None:
     assert "resnet20_conam.cifar10.one_relu.seed2" in out.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_the_command_writes_a_file_a_plot_and_a_table(experiments: Conam, small_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "ablation"

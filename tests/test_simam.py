@@ -87,6 +87,7 @@ def test_torchscript_and_fx() -> None:
     assert torch.equal(traced(x), module(x))
 
 
+@pytest.mark.slow
 def test_export_with_dynamic_batch_and_compile() -> None:
     module, x = SimAM().eval(), noise(2, 3, 8, 8)
     program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}}).module()

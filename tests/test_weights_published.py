@@ -142,6 +142,7 @@ def test_the_card_passes_the_hubs_own_validation_of_its_metadata() -> None:
         assert name in card.text
 
 
+@pytest.mark.slow
 def test_weights_load_from_an_installed_wheel_only_through_a_mirror(tmp_path: Path) -> None:
     """The wheel ships the manifest and no weights."""
     subprocess.run(
