@@ -69,7 +69,7 @@ def test_the_packaged_recipes_form_a_queue_that_reaches_its_end(tmp_path: Path, 
     students = [job for job in jobs if job.recipe.teacher]
     assert students
     for student in students:
-        teachers = [place for place, job in enumerate(ended) if job.weights == student.recipe.teacher]
+        teachers = [place for place, job in enumerate(ended) if job.recipe_name == student.recipe.teacher]
         assert teachers
         assert max(teachers) < ended.index(student)
 
@@ -160,3 +160,44 @@ def test_weights_that_are_in_the_manifest_are_not_trained_again(
 ) -> None:
     code, out, _ = conam("queue", NAME, "--data", tmp_path, "--output", tmp_path / "runs")
     assert (code, out.strip()) == (0, "0 done, 1 in the manifest, 0 not done")
+
+
+def test_a_damaged_record_fails_its_own_training_alone(tmp_path: Path, acted: Callable[..., None]) -> None:
+    acted({})
+    jobs = _jobs(tmp_path, resnet32="", resnet44="")
+    jobs[0].folder.mkdir()
+    (jobs[0].folder / "run.json").write_text("{")
+    results = run_queue(jobs, "data", parallel=2)
+    assert "run.json is damaged" in results[jobs[0].name]
+    assert results[jobs[1].name] == "done"
+
+
+def test_an_error_of_the_queue_leaves_no_training_behind(tmp_path: Path, acted: Callable[..., None]) -> None:
+    write = f"import os; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"
+    acted({"resnet44_conam.cifar100": f"{write}; time.sleep(60)"})
+
+    def on_done(job: Job) -> None:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.05)
+        raise KeyError(job.name)
+
+    with pytest.raises(KeyError):
+        run_queue(_jobs(tmp_path, resnet32="", resnet44=""), "data", parallel=2, on_done=on_done)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_each_training_gets_its_share_of_the_threads_and_huge_pages(
+    tmp_path: Path, acted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    names = "'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'GLIBC_TUNABLES'"
+    acted({"resnet32_conam.cifar100": f"print(*(__import__('os').environ[name] for name in ({names})))"})
+    (job,) = _jobs(tmp_path, resnet32="")
+    run_queue([job], "data", parallel=4)
+    assert job.last_words() == "2 2 glibc.malloc.hugetlb=1"
+
+
+def test_two_seeds_have_logs_of_their_own(tmp_path: Path) -> None:
+    assert len({job.log for job in plan_queue([NAME], tmp_path, seeds=[0, 1])}) == 2

@@ -457,3 +457,41 @@ def test_a_plan_says_what_a_training_then_does_and_writes_nothing(
     assert made == set(told.files)
     with pytest.raises(UserError, match="holds a training already"):
         plan(recipe, small_data, output)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("momentum=-1", "at least 0 and below 1"),
+        ("min_lr=nan", "no more than lr"),
+        ("lr=inf", "above 0 and finite"),
+        ("weight_decay=inf", "at least 0 and finite"),
+        ("seed=99999999999999999999999", "64 bits"),
+        ("cutout=100000000000000000000000", "0 to 4096 pixels"),
+        ("crop_padding=100000", "0 to 4096 pixels"),
+        ("warmup_epochs=1000", "less than epochs, which is"),
+        ("grad_accumulation=100000", "no more than batch_size, which is"),
+    ],
+)
+def test_a_value_out_of_range_is_told_with_its_range(setting: str, reason: str) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"The setting {key} is .*out of its range: it must .*{reason}"):
+        load_recipe("resnet20_conam.cifar10", [setting])
+
+
+def test_the_warm_up_shrinks_with_the_epochs_but_one_that_was_asked_for_does_not() -> None:
+    whole, short = load_recipe("resnet20_conam.cifar10"), load_recipe("resnet20_conam.cifar10", ["epochs=1"])
+    assert short.warmup_epochs == pytest.approx(whole.warmup_epochs / whole.epochs)
+    assert load_recipe("resnet20_conam.cifar10", ["epochs=30"]).warmup_epochs == whole.warmup_epochs
+    with pytest.raises(UserError, match="less than epochs, which is 1"):
+        load_recipe("resnet20_conam.cifar10", ["epochs=1", "warmup_epochs=3"])
+
+
+def test_an_unknown_setting_gets_the_nearest_names_and_a_broken_recipe_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no setting 'momentun': did you mean momentum"):
+        load_recipe("resnet20_conam.cifar10", ["momentun=0.5"])
+    (tmp_path / "latin.toml").write_bytes("model = 'é'".encode("latin-1"))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe(str(tmp_path / "latin.toml"))
+    with pytest.raises(UserError, match="nested too deeply"):
+        load_recipe("resnet20_conam.cifar10", ["model_args=" + "[" * 5000 + "]" * 5000])

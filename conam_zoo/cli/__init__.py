@@ -3,6 +3,7 @@
 # ruff: noqa: I001 (the order of the imports is that of the help)
 import io
 import logging
+import os
 import sys
 
 import typer
@@ -47,8 +48,14 @@ def run_app(app: typer.Typer, name: str) -> None:
         sys.stderr.write(f"conam: {for_terminal(stop)}\n")
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("conam: interrupted\n")
         sys.exit(130)
+    except BrokenPipeError:  # the reader has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        sys.stderr.write(f"conam: {for_terminal(place)}{for_terminal(error.strerror or error)}\n")
+        sys.exit(2)
 
 
 class _PlainFormatter(logging.Formatter):

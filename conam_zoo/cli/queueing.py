@@ -1,6 +1,5 @@
 """The command that trains many recipes: queue."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,6 +44,7 @@ def queue(
     weights of the recipe's own seed are packed.
     """
     from conam_zoo.training.queue import plan_queue, run_queue
+    from conam_zoo.training.run_folder import read_run
     from conam_zoo.weights import find_checkout, load_manifest
 
     if not data:
@@ -72,7 +72,7 @@ def queue(
     def keep(job: "Job") -> None:
         if checkout is None or settings:
             return
-        run = json.loads((job.folder / "run.json").read_text(encoding="utf-8"))
+        run = read_run(job.folder) or {}
         if job.ships and not _is_packed(job.folder, run):
             from conam_zoo.cli.publishing import pack
 
@@ -94,4 +94,4 @@ def _ships_already(job: "Job", entries: "Mapping[str, WeightEntry]") -> bool:
 
 def _is_packed(folder: Path, run: dict) -> bool:
     marker = folder / "packed"
-    return marker.is_file() and marker.read_text(encoding="utf-8") == run["sha256"]
+    return marker.is_file() and marker.read_text(encoding="utf-8") == run.get("sha256")

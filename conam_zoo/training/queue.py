@@ -20,10 +20,12 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder
 from conam_zoo.training.checkpoint import has_checkpoint
 from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe
+from conam_zoo.training.run_folder import read_run
 
 __all__ = ["Job", "plan_queue", "run_queue"]
 
 POLL_SECONDS = 0.5
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +57,17 @@ class Job:
         return f"{self.recipe.model}.{self.recipe.dataset}"
 
     def is_done(self) -> bool:
-        """Whether its run folder holds a finished run."""
-        return (self.folder / "run.json").is_file()
+        """Whether its run folder holds a finished run.
+
+        Raises:
+            UserError: If its record is damaged.
+        """
+        return read_run(self.folder) is not None
+
+    @property
+    def log(self) -> Path:
+        """What the training printed; beside the run folder."""
+        return self.folder.with_name(f"{self.folder.name}.log")
 
     def command(self, data: str, compile: bool = False) -> list[str]:
         """The command line that trains it, or goes on with it."""
@@ -67,7 +78,7 @@ class Job:
 
     def last_words(self) -> str:
         """Last line of its log."""
-        log = self.folder.with_suffix(".log")
+        log = self.log
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
         return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
@@ -145,19 +156,25 @@ def run_queue(
             results[job.name] = "done"
         on_event(job, event)
 
-    with _stop_requests() as stopping:
+    def fail(job: Job, reason: object) -> None:
+        results[job.name] = f"failed: {reason}"
+        on_event(job, results[job.name])
+
+    with _stop_requests() as stopping, _no_orphans(running):
         while waiting or running:
             moved = False
             for job in list(waiting):
                 if stopping or len(running) >= parallel:
                     break
-                pending = {other.weights for other in (*waiting, *running) if other is not job and other.ships}
+                pending = {other.recipe_name for other in (*waiting, *running) if other is not job and other.ships}
                 if job.recipe.teacher in pending:
                     continue
                 waiting.remove(job)
                 moved = True
-                if job.is_done():
+                if _is_done(job, fail):
                     finish(job, "is there")
+                    continue
+                if job.name in results:
                     continue
                 command = job.command(data, compile)
                 running[job] = _start(job, command, parallel)
@@ -173,8 +190,10 @@ def run_queue(
                     continue
                 del running[job]
                 moved = True
-                if process.returncode == 0 and job.is_done():
+                if process.returncode == 0 and _is_done(job, fail):
                     finish(job, "done")
+                elif job.name in results:
+                    continue
                 elif stopping:
                     results[job.name] = "stopped"
                     on_event(job, "stopped")
@@ -191,12 +210,34 @@ def run_queue(
     return results
 
 
+def _is_done(job: Job, fail: Callable[[Job, object], None]) -> bool:
+    try:
+        return job.is_done()
+    except UserError as error:
+        fail(job, error)
+        return False
+
+
+@contextmanager
+def _no_orphans(running: dict[Job, "subprocess.Popen[bytes]"]) -> Iterator[None]:
+    """Whatever ends the queue, its trainings save their states and end before it."""
+    try:
+        yield
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+
+
 def _start(job: Job, command: list[str], parallel: int) -> subprocess.Popen[bytes]:
     make_folder(job.folder.parent)
     environment = dict(os.environ)
     if parallel > 1:  # else each would take all cores, on a GPU too
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
-    with open(job.folder.with_suffix(".log"), "ab") as log:
+        share = str(max(1, (os.cpu_count() or 1) // parallel))
+        environment |= dict.fromkeys(THREADS, share)
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # huge pages: 6 to 9 % faster on a CPU
+    with open(job.log, "ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 

@@ -1,5 +1,6 @@
 """Recipes: every number of a training in one TOML document."""
 
+import difflib
 import json
 import math
 import tomllib
@@ -131,16 +132,24 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     if name in list_recipes():
         text = packaged.read_text()
     elif name.endswith(".toml") and Path(name).is_file():
-        text = Path(name).read_text()
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The recipe {name} cannot be read ({error}): check the file.") from error
     else:
         raise UserError(
             f"There is no recipe {name!r}: choose one of {', '.join(list_recipes())}, or name a .toml file."
         )
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"The recipe {name} is not valid TOML: {error}.") from error
-    return _checked(values | parse_settings(settings or []), name)
+    replaced = parse_settings(settings or [])
+    written, epochs, warmup = values.get("epochs"), replaced.get("epochs"), values.get("warmup_epochs")
+    whole = type(epochs) is type(written) is int and isinstance(warmup, int | float)
+    if "warmup_epochs" not in replaced and whole and written > 0 < epochs <= warmup:
+        replaced["warmup_epochs"] = warmup * epochs / written  # the recipe's own shrinks with its epochs if it has to
+    return _checked(values | replaced, name)
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -188,22 +197,25 @@ def _parse(value: str) -> Any:
         return tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return value
+    except RecursionError as error:
+        raise UserError(f"The setting {value[:40]}… is nested too deeply: write it flat.") from error
 
 
 def _checked(values: dict[str, Any], name: str) -> Recipe:
     from conam_zoo.models.config_schema import check_model_args
 
     types = {field.name: field.type for field in fields(Recipe)}
-    known = ", ".join(types)
     if unknown := sorted(set(values) - set(types)):
-        raise UserError(f"The recipe {name} has no setting {unknown[0]!r}: it knows {known}.")
+        near = difflib.get_close_matches(unknown[0], types, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it knows {', '.join(types)}."
+        raise UserError(f"The recipe {name} has no setting {unknown[0]!r}: {hint}")
     needed = {field.name for field in fields(Recipe) if field.default is MISSING}
     if missing := sorted(needed - set(values)):
         raise UserError(f"The recipe {name} lacks the setting {missing[0]!r}.")
     for key, value in values.items():
         expected = types[key]
         if expected is float and isinstance(value, int) and not isinstance(value, bool):
-            values[key] = float(value)
+            values[key] = float(value) if abs(value) < 2**63 else math.inf
         elif expected is int and (isinstance(value, bool) or not isinstance(value, int)):
             raise UserError(f"The setting {key} is {value!r}, but it must be a whole number.")
         elif expected in (float, bool, str) and not isinstance(value, expected):
@@ -213,38 +225,9 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
             raise UserError(f"The setting model_args is {value!r}, but it must be a table such as {{drop_rate = 0.1}}.")
     check_model_args(values.get("model_args", {}), "The setting model_args")
     recipe = Recipe(**values)
-    ranges = {
-        "epochs": recipe.epochs >= 1,
-        "batch_size": recipe.batch_size >= 2,
-        "lr": recipe.lr > 0,
-        "weight_decay": recipe.weight_decay >= 0,
-        "warmup_epochs": 0 <= recipe.warmup_epochs < recipe.epochs,
-        "label_smoothing": 0 <= recipe.label_smoothing < 1,
-        "crop_padding": recipe.crop_padding >= 0,
-        "ema_decay": 0 <= recipe.ema_decay < 1,
-        "holdout": recipe.holdout >= 0,
-        "final_weights": recipe.final_weights in ("ema", "raw"),
-        "precision": recipe.precision in ("bf16", "fp32"),
-        "cutout": recipe.cutout >= 0,
-        "mixup": recipe.mixup >= 0,
-        "cutmix": recipe.cutmix >= 0,
-        "grad_accumulation": recipe.grad_accumulation >= 1,
-        "clip_grad": recipe.clip_grad >= 0,
-        "distill_weight": 0 <= recipe.distill_weight <= 1,
-        "distill_temperature": recipe.distill_temperature > 0,
-        "early_size": recipe.early_size == 0 or recipe.early_size >= 8,
-        "early_epochs": 0 <= recipe.early_epochs <= recipe.epochs,
-        "image_size": recipe.image_size == 0 or recipe.image_size >= 8,
-        "mix_share": 0 < recipe.mix_share <= 1,
-        "min_lr": 0 <= recipe.min_lr <= recipe.lr,
-        "distill_loss": recipe.distill_loss in ("kd", "dkd"),
-        "dkd_alpha": 0 <= recipe.dkd_alpha < math.inf,
-        "dkd_beta": 0 <= recipe.dkd_beta < math.inf,
-        "dkd_warmup_epochs": 0 <= recipe.dkd_warmup_epochs < math.inf,
-    }
-    for key, good in ranges.items():
+    for key, (good, wanted) in _ranges(recipe).items():
         if not good:
-            raise UserError(f"The setting {key} is {getattr(recipe, key)!r}, which is out of its range.")
+            raise UserError(f"The setting {key} is {getattr(recipe, key)!r}, which is out of its range: {wanted}.")
     if (recipe.early_size > 0) != (recipe.early_epochs > 0):
         raise UserError(
             f"The setting early_size is {recipe.early_size} and early_epochs {recipe.early_epochs}: set both, or none."
@@ -254,3 +237,54 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
     if recipe.final_weights == "ema" and recipe.ema_decay == 0:
         raise UserError("The setting final_weights is 'ema', but ema_decay is 0: set one of them otherwise.")
     return recipe
+
+
+def _ranges(recipe: Recipe) -> dict[str, tuple[bool, str]]:
+    """For each setting with a range whether it lies in it, and what the range is."""
+    rate = "it must be at least 0 and below 1"
+    finite = "it must be at least 0 and finite"
+    alpha = "it must be at least 0, 0 for none, and finite"
+    side = "it must be 0 for none, or 8 to 4096 pixels"
+    return {
+        "epochs": (1 <= recipe.epochs <= 10**6, "it must be 1 to 1,000,000"),
+        "batch_size": (2 <= recipe.batch_size <= 2**20, "it must be 2 to 1,048,576 images"),
+        "lr": (0 < recipe.lr < math.inf, "it must be above 0 and finite"),
+        "momentum": (0 <= recipe.momentum < 1, rate),
+        "weight_decay": (0 <= recipe.weight_decay < math.inf, finite),
+        "warmup_epochs": (
+            0 <= recipe.warmup_epochs < recipe.epochs,
+            f"it must be at least 0 and less than epochs, which is {recipe.epochs}",
+        ),
+        "label_smoothing": (0 <= recipe.label_smoothing < 1, rate),
+        "crop_padding": (0 <= recipe.crop_padding <= 4096, "it must be 0 to 4096 pixels"),
+        "ema_decay": (0 <= recipe.ema_decay < 1, rate),
+        "holdout": (0 <= recipe.holdout < 2**40, "it must be at least 0, and less than there are training images"),
+        "final_weights": (recipe.final_weights in ("ema", "raw"), "it must be ema or raw"),
+        "precision": (recipe.precision in ("bf16", "fp32"), "it must be bf16 or fp32"),
+        "seed": (-(2**63) <= recipe.seed < 2**64, "it must have 64 bits"),
+        "cutout": (0 <= recipe.cutout <= 4096, "it must be 0 to 4096 pixels"),
+        "mixup": (0 <= recipe.mixup < math.inf, alpha),
+        "cutmix": (0 <= recipe.cutmix < math.inf, alpha),
+        "grad_accumulation": (
+            1 <= recipe.grad_accumulation <= recipe.batch_size,
+            f"it must be at least 1 and no more than batch_size, which is {recipe.batch_size}",
+        ),
+        "clip_grad": (0 <= recipe.clip_grad < math.inf, "it must be at least 0, 0 for any length, and finite"),
+        "distill_weight": (0 <= recipe.distill_weight <= 1, "it must be 0 to 1"),
+        "distill_temperature": (0 < recipe.distill_temperature < math.inf, "it must be above 0 and finite"),
+        "early_size": (recipe.early_size == 0 or 8 <= recipe.early_size <= 4096, side),
+        "early_epochs": (
+            0 <= recipe.early_epochs <= recipe.epochs,
+            f"it must be at least 0 and no more than epochs, which is {recipe.epochs}",
+        ),
+        "image_size": (recipe.image_size == 0 or 8 <= recipe.image_size <= 4096, side),
+        "mix_share": (0 < recipe.mix_share <= 1, "it must be above 0 and at most 1"),
+        "min_lr": (
+            0 <= recipe.min_lr <= recipe.lr,
+            f"it must be at least 0 and no more than lr, which is {recipe.lr:g}",
+        ),
+        "distill_loss": (recipe.distill_loss in ("kd", "dkd"), "it must be kd or dkd"),
+        "dkd_alpha": (0 <= recipe.dkd_alpha < math.inf, finite),
+        "dkd_beta": (0 <= recipe.dkd_beta < math.inf, finite),
+        "dkd_warmup_epochs": (0 <= recipe.dkd_warmup_epochs < math.inf, finite),
+    }
