@@ -146,8 +146,13 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
         raise UserError(f"The recipe {name} is not valid TOML: {error}.") from error
     replaced = parse_settings(settings or [])
     written, epochs, warmup = values.get("epochs"), replaced.get("epochs"), values.get("warmup_epochs")
-    whole = type(epochs) is type(written) is int and isinstance(warmup, int | float)
-    if "warmup_epochs" not in replaced and whole and written > 0 < epochs <= warmup:
+    if (
+        "warmup_epochs" not in replaced
+        and isinstance(epochs, int)
+        and isinstance(written, int)
+        and isinstance(warmup, int | float)
+        and written > 0 < epochs <= warmup
+    ):
         replaced["warmup_epochs"] = warmup * epochs / written  # the recipe's own shrinks with its epochs if it has to
     return _checked(values | replaced, name)
 
