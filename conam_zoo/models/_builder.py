@@ -10,9 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
-from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    resolve_pretrained_cfg,
+)
+from timm.models._builder import pretrained_cfg_for_features
 from torch import Tensor, nn
 
 from conam_zoo.datasets import DATASETS
