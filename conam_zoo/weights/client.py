@@ -222,7 +222,7 @@ def _get(announced: Announced, path: Path, limit_bytes: int, alive: Callable[[],
         get_session().stream(
             "GET", announced.location, headers=headers, timeout=2 * CONTACT_DEADLINE_S, follow_redirects=True
         ) as response,
-        tqdm(total=expected, unit="B", unit_scale=True, desc=announced.file, disable=expected < 1 << 20 or None) as bar,
+        tqdm(total=expected, unit="B", unit_scale=True, desc=announced.file, disable=expected < 1 << 16) as bar,
     ):
         if response.status_code >= 500:
             raise _StumbledError(f"{said} answered with status {response.status_code}")
