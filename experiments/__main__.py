@@ -2,6 +2,7 @@
 
 from conam_zoo.cli import run_app
 from experiments.accuracy import commands  # noqa: F401 (registers its commands)
+from experiments.gpu import commands as gpu_commands  # noqa: F401 (registers its commands)
 from experiments.speed.commands import app
 
 

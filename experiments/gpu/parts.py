@@ -1,0 +1,102 @@
+"""Archives cut into parts, for machines that take and give files of a limited size only."""
+
+import hashlib
+import re
+import shutil
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from conam_zoo.errors import UserError
+from conam_zoo.files import make_folder, write_atomically
+
+__all__ = ["MIB", "join_parts", "write_parts"]
+
+MIB = 2**20
+NAME = re.compile(r"(?P<archive>[\w-]+)\.(?P<sha256>[0-9a-f]{64})\.(?P<number>\d+)-of-(?P<count>\d+)\.part", re.ASCII)
+
+
+def write_parts(
+    archive: str, members: Iterable[Path], root: Path, output: Path, part_bytes: int, prefix: Path = Path()
+) -> list[Path]:
+    """Write files as an archive in parts, ``NAME.SHA256.00-of-03.part`` and so on.
+
+    Args:
+        archive: Its name, of letters, digits, ``_`` and ``-``.
+        members: Files and folders below ``root``, whose paths in the archive are those from it.
+        root: What they are unpacked under later.
+        output: Folder of the parts.
+        part_bytes: Size of a part at most.
+        prefix: Folder above them in the archive.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    whole = make_folder(output) / f".{archive}.tar"
+    try:
+        with tarfile.open(whole, "w") as tar:
+            for member in members:
+                tar.add(member, (prefix / member.relative_to(root)).as_posix())
+        with whole.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            count = -(-whole.stat().st_size // part_bytes)
+            parts = []
+            for number in range(count):
+                part = output / f"{archive}.{sha256}.{number:02d}-of-{count:02d}.part"
+                piece = file.read(part_bytes)
+                write_atomically(part, lambda temporary, piece=piece: temporary.write_bytes(piece))  # type: ignore[misc]
+                parts.append(part)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error}): choose a folder with space and rights.") from error
+    finally:
+        whole.unlink(missing_ok=True)
+    return parts
+
+
+def join_parts(source: Path, work: Path) -> tuple[list[str], list[str]]:
+    """Copy parts to ``work/parts``, and unpack each archive that is complete there under ``work``.
+
+    Returns:
+        Names of the archives that were unpacked, and one line for each that is not complete yet.
+
+    Raises:
+        UserError: If there are no parts, or an archive is not the one that was cut.
+    """
+    waiting = make_folder(work / "parts")
+    found = [path for path in sorted(source.iterdir()) if NAME.fullmatch(path.name)] if source.is_dir() else []
+    if not found:
+        raise UserError(f"{source} holds no part of an archive: name a folder with files NAME.SHA256.00-of-02.part.")
+    for part in found:
+        write_atomically(waiting / part.name, lambda temporary, part=part: shutil.copyfile(part, temporary))  # type: ignore[misc]
+    archives: dict[tuple[str, str, int], list[Path]] = {}
+    for part in sorted(waiting.iterdir()):
+        if match := NAME.fullmatch(part.name):
+            archives.setdefault((match["archive"], match["sha256"], int(match["count"])), []).append(part)
+    unpacked, missing = [], []
+    for (archive, sha256, count), parts in archives.items():
+        if len(parts) < count:
+            missing.append(f"{archive}: {len(parts)} of {count} parts")
+            continue
+        _unpack(archive, sha256, parts, work)
+        unpacked.append(archive)
+    return unpacked, missing
+
+
+def _unpack(archive: str, sha256: str, parts: list[Path], work: Path) -> None:
+    whole = work / "parts" / f".{archive}.tar"
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as piece:
+                shutil.copyfileobj(piece, file)
+    try:
+        with whole.open("rb") as file:
+            right = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        if right:
+            with tarfile.open(whole) as tar:
+                tar.extractall(work, filter="data")
+    finally:
+        for part in (whole, *parts):
+            part.unlink()
+    if not right:
+        raise UserError(f"The parts of {archive} are damaged: copy all of them again.")
