@@ -41,7 +41,7 @@ def acted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replace the trainings by short scripts, one for each weights' name."""
 
     def act(scripts: dict[str, str]) -> None:
-        def command(job: Job, data: str, compile: bool) -> list[str]:
+        def command(job: Job, *arguments: object) -> list[str]:
             prelude = f"import pathlib, signal, sys, time; folder = pathlib.Path({str(job.folder)!r})\n"
             done = "\nfolder.mkdir(parents=True, exist_ok=True); (folder / 'run.json').write_text('{}')"
             return [sys.executable, "-S", "-c", prelude + scripts.get(job.weights, "") + done]
@@ -103,6 +103,23 @@ def test_compilation_is_handed_on(tmp_path: Path) -> None:
     (job,) = _jobs(tmp_path, resnet32="")
     assert "--compile" not in job.command("data")
     assert job.command("data", compile=True)[-1] == "--compile"
+
+
+def test_a_bank_is_handed_on_to_those_with_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, list[str]] = {}
+    command = Job.command
+
+    def note(job: Job, *arguments: object) -> list[str]:
+        asked[job.weights] = command(job, *arguments)
+        return [sys.executable, "-S", "-c", ""]
+
+    monkeypatch.setattr(Job, "command", note)
+    jobs = _jobs(tmp_path, resnet32="", resnet44="resnet56")
+    run_queue(jobs, "data", teacher_bank=tmp_path / "bank")
+    assert asked["resnet44_conam.cifar100"][-2:] == ["--teacher-bank", str(tmp_path / "bank")]
+    assert "--teacher-bank" not in asked["resnet32_conam.cifar100"]
+    run_queue(jobs, "data")
+    assert "--teacher-bank" not in asked["resnet44_conam.cifar100"]
 
 
 def test_teachers_of_each_other_are_told_instead_of_waited_for(tmp_path: Path, acted: Callable[..., None]) -> None:

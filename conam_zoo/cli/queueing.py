@@ -36,6 +36,10 @@ def queue(
     compile: Annotated[
         bool, typer.Option("--compile", help="Train with torch.compile, on a GPU with CUDA graphs.")
     ] = False,
+    teacher_bank: Annotated[
+        Path | None,
+        typer.Option(help="A bank of conam record-teacher, read by the recipes with a teacher; all have to fit it."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what is done and what would be trained.")] = False,
 ) -> None:
     """Train all recipes whose weights are not there yet, one after the other or several at a time, and pack them.
@@ -79,7 +83,9 @@ def queue(
             pack(job.folder, data)
             (job.folder / "packed").write_text(run["sha256"], encoding="utf-8")
 
-    results = run_queue(jobs, data, parallel=parallel, compile=compile, on_event=tell, on_done=keep)
+    results = run_queue(
+        jobs, data, parallel=parallel, compile=compile, teacher_bank=teacher_bank, on_event=tell, on_done=keep
+    )
     failed = {name: result for name, result in results.items() if result != "done"}
     console().print(f"{len(results) - len(failed)} done, {len(there)} in the manifest, {len(failed)} not done")
     if failed:

@@ -69,11 +69,12 @@ class Job:
         """What the training printed; beside the run folder."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
-    def command(self, data: str, compile: bool = False) -> list[str]:
-        """The command line that trains it, or goes on with it."""
+    def command(self, data: str, compile: bool = False, teacher_bank: Path | None = None) -> list[str]:
+        """The command line that trains it, or goes on with it; the bank is for those that have a teacher."""
         settings = [word for setting in self.settings for word in ("--set", setting)]
         arguments = ["train", self.recipe_name, "--data", data, "--output", str(self.folder), *settings]
         arguments += ["--compile"] if compile else []
+        arguments += ["--teacher-bank", str(teacher_bank)] if teacher_bank and self.recipe.teacher else []
         return [sys.executable, "-m", "conam_zoo", *arguments, *(["--resume"] if has_checkpoint(self.folder) else [])]
 
     def last_words(self) -> str:
@@ -120,6 +121,7 @@ def run_queue(
     *,
     parallel: int = 1,
     compile: bool = False,
+    teacher_bank: Path | None = None,
     on_event: Callable[[Job, str], None] = lambda job, event: None,
     on_done: Callable[[Job], None] = lambda job: None,
 ) -> dict[str, str]:
@@ -133,6 +135,7 @@ def run_queue(
         data: Where the data sets are; see ``conam_zoo.data.read_split``.
         parallel: Trainings at a time.
         compile: Train with ``torch.compile``.
+        teacher_bank: Logits of ``record_teacher``, for all jobs with a teacher; None to run the teachers.
         on_event: Called with a job and a word: ``started``, ``resumed``, ``done``, ``failed: ...``, ``is there``.
         on_done: Called once for each job that is done, before those that wait for it are started; its UserError makes
             the job a failed one.
@@ -176,7 +179,7 @@ def run_queue(
                     continue
                 if job.name in results:
                     continue
-                command = job.command(data, compile)
+                command = job.command(data, compile, teacher_bank)
                 running[job] = _start(job, command, parallel)
                 on_event(job, "resumed" if "--resume" in command else "started")
             if stopping:
