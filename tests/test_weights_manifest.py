@@ -126,6 +126,7 @@ INVALID: dict[str, Callable[[], object]] = {
     "liveness without a site": lambda: entry_with(liveness={"": 0.1}),
     "more right than shown": lambda: entry_with(correct_of_first_1000=1001),
     "a fraction right": lambda: entry_with(correct_of_first_1000=925.5),
+    "a negative NLL": lambda: entry_with(nll_of_first_1000=-0.1),
     "null": lambda: None,
     "future schema": lambda: {**example(), "schema_version": 2},
     "schema as text": lambda: {**example(), "schema_version": "1"},
@@ -254,7 +255,11 @@ def test_whatever_the_reader_accepts_the_schema_accepts(key: str, value: object)
 def test_reader_and_schema_share_their_patterns_and_fields() -> None:
     entry = SCHEMA["$defs"]["entry"]
     assert set(entry["properties"]) == set(WeightEntry.__dataclass_fields__) - {"name"}
-    assert set(entry["required"]) == set(entry["properties"]) - {"liveness", "correct_of_first_1000"}
+    assert set(entry["required"]) == set(entry["properties"]) - {
+        "liveness",
+        "correct_of_first_1000",
+        "nll_of_first_1000",
+    }
     written = {
         "NAME_PATTERN": SCHEMA["properties"]["entries"]["propertyNames"]["pattern"],
         "RECIPE_PATTERN": entry["properties"]["recipe"]["pattern"],

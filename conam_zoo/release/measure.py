@@ -12,7 +12,7 @@ from conam_zoo.layers.confidence import liveness
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model
 from conam_zoo.release.exchange import packing
-from conam_zoo.training.engine import predict_logits
+from conam_zoo.training.engine import predict_logits, score
 from conam_zoo.training.train import MONITORED_IMAGES
 from conam_zoo.weights import dump_manifest, find_checkout, load_manifest
 
@@ -27,19 +27,22 @@ def measure(model: StagedClassifier, training: ImageSplit, test: ImageSplit) -> 
     Args:
         model: The net, as it was stored.
         training: The training images; liveness is measured on those that a training watches, too.
-        test: The test images; the right answers among the first 1,000 are counted.
+        test: The test images; the first 1,000 are answered.
 
     Returns:
-        ``liveness``, rounded to six digits, and ``correct_of_first_1000``, None where there are fewer test images.
+        ``liveness``, rounded to six digits; ``correct_of_first_1000`` and ``nll_of_first_1000``, None where there are
+        fewer test images.
     """
     cfg = model.pretrained_cfg
     watched = normalize(training.spread(MONITORED_IMAGES).images, cfg["mean"], cfg["std"])
     alive = {site: round(value, 6) for site, value in liveness(model, watched).items()}
-    correct: int | None = None
+    correct, nll = None, None
     if len(test) >= FIRST_IMAGES:
         logits = predict_logits(model, test.images[:FIRST_IMAGES], cfg["mean"], cfg["std"])
-        correct = int(torch.sum(logits.argmax(dim=1) == test.labels[:FIRST_IMAGES]))
-    return {"liveness": alive, "correct_of_first_1000": correct}
+        labels = test.labels[:FIRST_IMAGES]
+        correct = int(torch.sum(logits.argmax(dim=1) == labels))
+        nll = round(score(logits, labels).nll, 5)
+    return {"liveness": alive, "correct_of_first_1000": correct, "nll_of_first_1000": nll}
 
 
 def remeasure(data: Path, names: list[str] | None = None, checkout: Path | None = None) -> dict[str, dict[str, Any]]:

@@ -85,6 +85,7 @@ class WeightEntry:
     # Measured when it was packed; None for entries of older manifests.
     liveness: Mapping[str, float] | None = field(default=None, hash=False)  # by site; see layers/confidence.py
     correct_of_first_1000: int | None = None  # right answers on the first 1,000 test images
+    nll_of_first_1000: float | None = None
 
     @property
     def arch(self) -> str:
@@ -255,7 +256,7 @@ def parse_manifest(document: object) -> Manifest:
 def _read_entry(name: str, document: object) -> WeightEntry:
     at = f"entries[{name!r}]"
     facts = _object(document, at)
-    facts = {"liveness": None, "correct_of_first_1000": None} | facts
+    facts = {"liveness": None, "correct_of_first_1000": None, "nll_of_first_1000": None} | facts
     _exact_keys(facts, {f.name for f in fields(WeightEntry)} - {"name"}, at)
     entry = WeightEntry(
         name=name,
@@ -300,6 +301,7 @@ def _read_entry(name: str, document: object) -> WeightEntry:
         licence=_text(facts["licence"], f"{at}.licence"),
         liveness=_read_liveness(facts["liveness"], f"{at}.liveness"),
         correct_of_first_1000=_read_correct(facts["correct_of_first_1000"], f"{at}.correct_of_first_1000"),
+        nll_of_first_1000=_read_nll(facts["nll_of_first_1000"], f"{at}.nll_of_first_1000"),
     )
     if len(entry.classes) != entry.num_classes:
         raise ManifestError(
@@ -320,6 +322,10 @@ def _read_correct(value: object, at: str) -> int | None:
     if value is not None and _integer(value, at, 0) > 1000:
         _refuse(at, value, "at most 1000")
     return None if value is None else _integer(value, at, 0)
+
+
+def _read_nll(value: object, at: str) -> float | None:
+    return None if value is None else _number(value, at, 0.0, 1e6)
 
 
 def _read_metrics(document: object, at: str) -> Metrics:
