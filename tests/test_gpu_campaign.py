@@ -146,11 +146,11 @@ def test_when_the_time_is_up_trainings_save_and_the_next_call_goes_on(work: Path
 
 
 def test_what_is_handed_back_fits_and_is_handed_back_once(work: Path, tmp_path: Path) -> None:
-    tasks = [_task(work, "first"), _task(work, "second"), _task(work, "third")]
+    tasks = [_task(work, "first"), _task(work, "second"), _task(work, "third"), _task(work, "student", "", ("bank",))]
     run_tasks(tasks[:2], work, seconds=60, parallel=2)
-    begun = work / "runs" / "third"
-    begun.mkdir()
-    (begun / "checkpoint.safetensors").write_bytes(b"state")
+    for name in ("third", "student"):
+        (work / "runs" / name).mkdir()
+        (work / "runs" / name / "checkpoint.safetensors").write_bytes(b"state")
     room = deliver_logs(work, tmp_path / "sizes").stat().st_size + MIB // 8 + 6000  # of one training
     assert deliver(tasks, work, tmp_path / "out1", limit_bytes=room) == (["first"], ["second"])
     assert deliver(tasks, work, tmp_path / "out2", limit_bytes=50 * MIB) == (["second", "third"], [])

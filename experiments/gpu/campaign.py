@@ -176,6 +176,9 @@ def deliver(
 ) -> tuple[list[str], list[str]]:
     """Write the logs, then the finished trainings that were not handed back yet, then states of unfinished ones.
 
+    What is handed back lets a campaign go on upon a fresh machine; there banks are recorded anew, and unfinished
+    students begin again.
+
     Args:
         tasks: In the order in which they are handed back.
         work: The folder of the campaign.
@@ -191,7 +194,9 @@ def deliver(
     before = set(json.loads(record.read_text(encoding="utf-8"))) if record.is_file() and not again else set()
     trainings = [(task, task.run) for task in tasks if task.run is not None]
     finished = [(task.name, run) for task, run in trainings if task.done.is_file() and task.name not in before]
-    begun = [(task.name, run) for task, run in trainings if not task.done.is_file() and (run / CHECKPOINT).is_file()]
+    # A student goes on only with the very bank that it began with, which is too large to hand back.
+    alone = [(task, run) for task, run in trainings if not task.needs and not task.done.is_file()]
+    begun = [(task.name, run) for task, run in alone if (run / CHECKPOINT).is_file()]
     members: list[Path] = []
     handed, left = [], []
     for names, candidates in (((*RECORDS, "final"), finished), ((*RECORDS, CHECKPOINT), begun)):
