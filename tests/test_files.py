@@ -50,6 +50,14 @@ def test_a_folder_that_is_no_run_folder_is_refused_and_left_alone(project: Path)
     assert sorted(project.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["report.md", "recipe.toml", "log.csv", "raw/holiday.jpg", "final/thesis.pdf"])
+def test_files_of_the_users_that_are_called_like_ours_are_kept(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"it holds '{Path(name).parts[0]}'"):
+        check_free(tmp_path, resume=False)
+
+
 @pytest.mark.parametrize("names", [(), ("tensorboard", "log.csv", ".conam-lock"), (".DS_Store",)])
 def test_an_empty_folder_or_a_run_that_came_to_nothing_is_taken(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:

@@ -34,9 +34,10 @@ __all__ = [
 
 RUN, RECIPE, LOG, EVENTS = "run.json", "recipe.toml", "log.csv", "tensorboard"
 LOCK, HOLDER = ".conam-lock", ".conam-holder"
-# What a training that ended before its first checkpoint may have left, and what systems put into every folder.
-OURS = {CHECKPOINT, PREVIOUS, RUN, RECIPE, LOG, EVENTS, LOCK, HOLDER, "curves.png", "final", "raw", "ema"}
-OURS |= {"report.md", "report.json", "confusion.png", "mistakes.png", "trained_on.npy", "packed"}
+# What a training that ended before its first checkpoint may have left, beside its lock. What is written later is not
+# among it: a user's own report.md, recipe.toml or raw/ would be written over.
+BEGINNINGS = {LOG, EVENTS, LOCK, HOLDER}
+# What systems put into every folder.
 SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 LOG_FIELDS = ("epoch", "lr", "loss", "train_top1_percent", "holdout_top1_percent", "seconds")
@@ -63,12 +64,14 @@ def check_free(output: Path, resume: bool) -> None:
         raise UserError(f"{output} holds a training already: add --resume to continue it, or choose another --output.")
     elif (output / RUN).exists():
         raise UserError(f"{output} holds a finished training, without its checkpoint: choose another --output.")
-    elif output.is_dir() and (other := sorted(path.name for path in output.iterdir() if not _is_ours(path.name))):
+    elif output.is_dir() and (other := _not_ours(output)):
         raise UserError(f"{output} is not empty and no run folder (it holds {other[0]!r}): choose another --output.")
 
 
-def _is_ours(name: str) -> bool:
-    return name in OURS or name in SYSTEM or name.startswith(".conam-tmp-")
+def _not_ours(folder: Path) -> list[str]:
+    ours = SYSTEM | (BEGINNINGS if (folder / LOCK).exists() else set())
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name not in ours and not name.startswith(".conam-tmp-")]
 
 
 def _acquire(folder: Path) -> FileLock:
