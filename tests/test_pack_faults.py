@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +15,7 @@ import torch
 from conftest import CHECKOUT
 from small_entry import entry_for
 
+import conam_zoo.release.exchange as exchange_module
 import conam_zoo.release.pack as pack_module
 from conam_zoo.errors import UserError
 from conam_zoo.models.export import export_model
@@ -146,7 +149,7 @@ def test_a_card_says_what_was_measured() -> None:
 @pytest.mark.parametrize("step", ["building", "former away", "new in place", "manifest written"])
 def test_what_a_killed_pack_leaves_is_mended_by_the_next(step: str, had_weights: bool, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
-    destination, scratch = checkout / "weights" / NAME, checkout / f".packing-{NAME}-abc_1"
+    destination, scratch = checkout / "weights" / NAME, checkout / f".packing-{NAME}-abc_1234"
     old, new = (entry_for(NAME, data, revision=None) for data in (b"old", b"new"))
     scratch.mkdir(parents=True)
     destination.parent.mkdir()
@@ -163,11 +166,17 @@ def test_what_a_killed_pack_leaves_is_mended_by_the_next(step: str, had_weights:
         (scratch / NAME).replace(destination)
     if step == "manifest written":
         dump_manifest(Manifest({NAME: new}), manifest_path)
-    (checkout / ".weights_manifest.json.0123.tmp").write_text("{")
+    mine = checkout / ".packing-list" / "mine.txt", checkout / ".weights_manifest.json.bak"
+    mine[0].parent.mkdir()
+    for path in mine:
+        path.write_text("mine")
+    (checkout / f".weights_manifest.json.{'0' * 32}.tmp").write_text("{")
     with packing(checkout):
         pass
     manifest = load_manifest(manifest_path)
-    assert {path.name for path in checkout.iterdir()} == {"weights", "weights_manifest.json"}
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
+    ours = {path.name for path in checkout.iterdir()} - {mine[0].parent.name, mine[1].name}
+    assert ours == {"weights", "weights_manifest.json"}
     expected = b"new" if step == "manifest written" else b"old" if had_weights else None
     found = destination / "model.safetensors"
     assert (found.read_bytes() if found.exists() else None) == expected
@@ -213,3 +222,27 @@ def test_a_readme_without_its_table_is_told_before_anything_changes(
     with pytest.raises(UserError, match="no place for its table results"):
         pack(tmp_path / "run", small_data, checkout)
     assert not (checkout / "weights").exists()
+
+
+def test_waiting_for_another_process_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "weights_manifest.json").write_text(json.dumps(EMPTY))
+    monkeypatch.setattr(exchange_module, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(exchange_module, "LOCK_SECONDS", 0.1)
+    with packing(tmp_path), pytest.raises(UserError, match="Another process is packing"), packing(tmp_path):
+        pass
+    assert "waiting until it is done" in caplog.text
+
+
+def test_a_folder_that_the_manifest_does_not_know_outlives_a_killed_pack(tmp_path: Path) -> None:
+    (tmp_path / "weights_manifest.json").write_text(json.dumps(EMPTY))
+    mine = tmp_path / "weights" / NAME / "model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    killed = "import os; from pathlib import Path; from conam_zoo.release.exchange import scratch_folder\n"
+    killed += f"with scratch_folder(Path({str(tmp_path)!r}), {NAME!r}): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == 9
+    with packing(tmp_path):
+        assert not list(tmp_path.glob(".packing-*"))
+    assert mine.read_text() == "mine"

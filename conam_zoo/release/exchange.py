@@ -1,13 +1,15 @@
 """Folders of weights and their manifest, changed together: by one process at a time, and mended after a kill."""
 
 import hashlib
+import logging
+import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from conam_zoo.errors import UserError
 from conam_zoo.weights import load_manifest
@@ -15,7 +17,11 @@ from conam_zoo.weights import load_manifest
 __all__ = ["exchange", "packing", "scratch_folder"]
 
 SCRATCH = ".packing-"  # then the name of the weights, "-", and something random
-LOCK_SECONDS = 600
+_SCRATCH = re.compile(r"\.packing-(\w+\.\w+)-\w{8}")
+_MANIFEST = re.compile(r"\.weights_manifest\.json\.[0-9a-f]{32}\.tmp")  # half written by dump_manifest
+SILENT_SECONDS, LOCK_SECONDS = 2, 600
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -26,24 +32,43 @@ def packing(checkout: Path) -> Iterator[None]:
         UserError: If another process goes on with it for ten minutes.
         ManifestError: If the manifest cannot be read.
     """
-    path = hashlib.sha256(str(checkout.resolve()).encode()).hexdigest()[:16]
-    # Not in the checkout, where it would have to be left behind.
-    lock = FileLock(Path(tempfile.gettempdir()) / f"conam-zoo-pack-{path}.lock", timeout=LOCK_SECONDS, mode=0o666)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"Another process is packing weights into {checkout}: wait until it is done.") from error
-    try:
+    with _locked(checkout):
         _mend(checkout)
         yield
+
+
+@contextmanager
+def _locked(checkout: Path) -> Iterator[None]:
+    """Hold the lock of the folder itself: it needs no file, which a checkout would keep, and ends with the process."""
+    import fcntl  # not on Windows, where nothing is published from
+
+    folder = os.open(checkout, os.O_RDONLY)
+    try:
+        started, told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                waited = time.monotonic() - started
+                if waited > LOCK_SECONDS:
+                    raise UserError(
+                        f"Another process is packing weights into {checkout}: end it, or wait until it is done."
+                    ) from error
+                if waited > SILENT_SECONDS and not told:
+                    _log.warning("Another process is packing weights into %s: waiting until it is done.", checkout)
+                    told = True
+                time.sleep(0.05)
+        yield
     finally:
-        lock.release()
+        os.close(folder)
 
 
 @contextmanager
 def scratch_folder(checkout: Path, name: str) -> Iterator[Path]:
     """A folder in the checkout to build a folder of weights in; ``packing`` finds it again after a kill."""
     with tempfile.TemporaryDirectory(dir=checkout, prefix=f"{SCRATCH}{name}-") as scratch:
+        (Path(scratch) / name).mkdir()  # as long as it is here, nothing has been exchanged
         yield Path(scratch)
 
 
@@ -72,17 +97,22 @@ def _former(scratch: Path) -> Path:
 
 def _mend(checkout: Path) -> None:
     """Bring folders and manifest together again where a kill parted them, and clear what it left."""
-    for leaving in checkout.glob(".weights_manifest.json.*"):
-        leaving.unlink(missing_ok=True)
-    for scratch in sorted(checkout.glob(f"{SCRATCH}*")):
-        name = scratch.name.removeprefix(SCRATCH).rpartition("-")[0]
+    for leaving in checkout.iterdir():
+        if _MANIFEST.fullmatch(leaving.name):
+            leaving.unlink(missing_ok=True)
+    for scratch in sorted(checkout.iterdir()):
+        if not (match := _SCRATCH.fullmatch(scratch.name)) or scratch.is_symlink() or not scratch.is_dir():
+            continue
+        name = match[1]
         entry = load_manifest(checkout / "weights_manifest.json").entries.get(name)
         destination, former = checkout / "weights" / name, _former(scratch)
-        if name and not (entry and _is(destination / entry.file, entry.sha256)):
+        if not (entry and _is(destination / entry.file, entry.sha256)):
             if former.exists():
                 shutil.rmtree(destination, ignore_errors=True)
                 former.replace(destination)
-            elif entry is None:  # moved into its place, but the manifest never named it
+            elif (
+                entry is None and not (scratch / name).exists()
+            ):  # moved into its place, but the manifest never named it
                 shutil.rmtree(destination, ignore_errors=True)
         shutil.rmtree(scratch)
 

@@ -159,7 +159,8 @@ def _store(
     source: StagedClassifier, folder: Path, tag: str, split: ImageSplit, exact: Metrics
 ) -> tuple[torch.dtype, StagedClassifier, Metrics, str]:
     """Write the folder in half precision if that is good enough, else in full; with what was written and its scores."""
-    for dtype in (torch.float16, torch.float32):
+    fits = all(tensor.half().isfinite().all() for tensor in source.state_dict().values() if tensor.is_floating_point())
+    for dtype in (torch.float16, torch.float32) if fits else (torch.float32,):
         shutil.rmtree(folder, ignore_errors=True)  # the shards of a first try
         sha256 = export_model(source, folder, tag=tag, dtype=dtype, max_shard_bytes=MAX_SHARD_BYTES)
         stored = open_model(f"local-dir:{folder}")

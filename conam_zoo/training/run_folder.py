@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import clear_temporaries, make_folder, write_text
-from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, has_checkpoint
+from conam_zoo.training.checkpoint import CHECKPOINT, has_checkpoint
 from conam_zoo.training.distributed import run_on_primary
 from conam_zoo.training.recipe import Recipe
 
