@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from conam_zoo.errors import UserError
-from conam_zoo.training.queue import Job, plan_queue, run_queue
+from conam_zoo.training.queue import Job, Progress, plan_queue, run_queue
 from conam_zoo.training.recipe import list_recipes, load_recipe
+from conam_zoo.training.teacher_bank import write_epoch
 
 pytestmark = pytest.mark.slow
 
@@ -69,9 +71,15 @@ def test_the_packaged_recipes_form_a_queue_that_reaches_its_end(tmp_path: Path, 
     students = [job for job in jobs if job.recipe.teacher]
     assert students
     for student in students:
-        teachers = [place for place, job in enumerate(ended) if job.recipe_name == student.recipe.teacher]
+        teachers = [place for place, job in enumerate(ended) if job.weights == student.recipe.teacher]
         assert teachers
-        assert max(teachers) < ended.index(student)
+        # On CIFAR-10 early recipes of a teacher were taught by nets that later recipes of it teach.
+        last = max(teachers) if student.recipe.dataset == "cifar100" else min(teachers)
+        assert last < ended.index(student)
+    by_name = {job.recipe_name: place for place, job in enumerate(ended)}
+    assert by_name["wide_resnet16_4_conam.cifar10"] < by_name["resnet20_conam.cifar10.campaign"]
+    assert by_name["resnet20_conam.cifar10"] < by_name["resnet56_conam.cifar10"]
+    assert by_name["resnet56_conam.cifar10"] < by_name["wide_resnet16_4_conam.cifar10.short"]
 
 
 def test_a_student_waits_for_its_teacher(tmp_path: Path, acted: Callable[..., None]) -> None:
@@ -103,23 +111,6 @@ def test_compilation_is_handed_on(tmp_path: Path) -> None:
     (job,) = _jobs(tmp_path, resnet32="")
     assert "--compile" not in job.command("data")
     assert job.command("data", compile=True)[-1] == "--compile"
-
-
-def test_a_bank_is_handed_on_to_those_with_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, list[str]] = {}
-    command = Job.command
-
-    def note(job: Job, *arguments: object) -> list[str]:
-        asked[job.weights] = command(job, *arguments)
-        return [sys.executable, "-S", "-c", ""]
-
-    monkeypatch.setattr(Job, "command", note)
-    jobs = _jobs(tmp_path, resnet32="", resnet44="resnet56")
-    run_queue(jobs, "data", teacher_bank=tmp_path / "bank")
-    assert asked["resnet44_conam.cifar100"][-2:] == ["--teacher-bank", str(tmp_path / "bank")]
-    assert "--teacher-bank" not in asked["resnet32_conam.cifar100"]
-    run_queue(jobs, "data")
-    assert "--teacher-bank" not in asked["resnet44_conam.cifar100"]
 
 
 def test_teachers_of_each_other_are_told_instead_of_waited_for(tmp_path: Path, acted: Callable[..., None]) -> None:
@@ -185,7 +176,7 @@ def test_a_damaged_record_fails_its_own_training_alone(tmp_path: Path, acted: Ca
     jobs[0].folder.mkdir()
     (jobs[0].folder / "run.json").write_text("{")
     results = run_queue(jobs, "data", parallel=2)
-    assert "run.json is damaged" in results[jobs[0].name]
+    assert "run.json is no record of a run" in results[jobs[0].name]
     assert results[jobs[1].name] == "done"
 
 
@@ -214,6 +205,56 @@ def test_each_training_gets_its_share_of_the_threads_and_huge_pages(
     (job,) = _jobs(tmp_path, resnet32="")
     run_queue([job], "data", parallel=4)
     assert job.last_words() == "2 2 glibc.malloc.hugetlb=1"
+
+
+LOG = "epoch,lr,loss,train_top1_percent,holdout_top1_percent,seconds\n"
+
+
+def test_a_job_tells_how_far_it_is(tmp_path: Path) -> None:
+    (job,) = plan_queue([NAME], tmp_path, settings=["epochs=10"])
+    assert job.progress() is None
+    job.folder.mkdir()
+    log = job.folder / "log.csv"
+    log.write_text(LOG + "1,0.1,2.0,20.5,,100\n2,0.1,1.5,40.25,,60\n")
+    os.utime(log, (time.time() + 5, time.time() + 5))  # nothing of the third epoch has passed
+    assert job.progress() == Progress(2, 10, 40.25, False, 640.0)
+    log.write_text(LOG + "1,0.1,2.0,20.5,31.5,100\n")
+    os.utime(log, (time.time() - 1000, time.time() - 1000))  # an epoch that takes longer is reckoned as at its end
+    assert job.progress() == Progress(1, 10, 31.5, True, 800.0)
+    for damaged in ("", "epoch\n", LOG + "x,,,,,\n", LOG + "1\n", "\0"):
+        log.write_text(damaged)
+        assert job.progress() is None
+
+
+def test_the_command_prints_a_line_for_each_epoch_of_each_training(
+    tmp_path: Path, acted: Callable[..., None], conam: Callable[..., tuple[int, str, str]]
+) -> None:
+    row = "1,0.1,2.0,20.5,,7200"
+    acted({NAME: f"folder.mkdir(parents=True); (folder / 'log.csv').write_text({LOG + row!r}); time.sleep(1.2)"})
+    call = ["queue", NAME, "--data", tmp_path, "--output", tmp_path / "runs", "--set", "epochs=2", "--seed", 3]
+    code, out, err = conam(*call, "--set", "warmup_epochs=0")
+    assert code == 0, err
+    (line,) = [line for line in out.split("\n") if "epoch 1 of 2" in line]
+    assert line.startswith(f"{NAME}, seed 3: epoch 1 of 2, 20.50 % of the training images, ")
+    assert line.split(", ")[-1] in ("2:00:00 left", "1:59:59 left", "1:59:58 left")
+
+
+def test_a_bank_is_handed_to_the_recipes_of_its_teacher(tmp_path: Path) -> None:
+    teacher, bank = "wide_resnet16_4_conam.cifar100", tmp_path / "bank"
+    facts = {"recipe": {"teacher": teacher}, "teacher": {}, "epochs": 1}
+    write_epoch(bank, 0, torch.zeros(2, 100, dtype=torch.float16), facts)
+    patterns = ["resnet32_conam.*", "wide_resnet16_4_conam.cifar100"]
+    jobs = plan_queue(patterns, tmp_path / "runs", teacher_bank=bank)
+    given = {job.recipe_name: job.command("data") for job in jobs}
+    assert [name for name, command in given.items() if "--teacher-bank" in command] == ["resnet32_conam.cifar100"]
+    command = given["resnet32_conam.cifar100"]
+    assert command[command.index("--teacher-bank") + 1] == str(bank)
+    bank.rename(tmp_path / teacher)
+    jobs = plan_queue(patterns, tmp_path / "runs", teacher_bank=tmp_path)
+    assert {job.teacher_bank for job in jobs if job.recipe.teacher == teacher} == {tmp_path / teacher}
+    assert not any("--teacher-bank" in job.command("data") for job in plan_queue(patterns, tmp_path / "runs"))
+    with pytest.raises(UserError, match=r"teachers: wide_resnet16_4_conam\.cifar10\)"):
+        plan_queue(["resnet32_conam.cifar10"], tmp_path / "runs", teacher_bank=tmp_path)
 
 
 def test_two_seeds_have_logs_of_their_own(tmp_path: Path) -> None:

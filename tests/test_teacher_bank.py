@@ -130,7 +130,9 @@ def test_recording_goes_on_after_a_signal_mends_damage_and_makes_a_bank_longer(
             record_teacher(recipe, data, bank)
     with pytest.raises(UserError, match="holds 1 of 3 epochs"):
         assemble(recipe, data, ranks(), bank)
-    (bank / ".epoch-0001.safetensors.abcdefgh.safetensors").write_bytes(b"half")
+    killed = bank / ".conam-tmp-1-abcdefgh~"  # what a process that was killed leaves
+    killed.mkdir()
+    (killed / "file.safetensors").write_bytes(b"half")
     assert record_teacher(recipe, data, bank) == 2
     assert sorted(path.name for path in bank.iterdir()) == [epoch_file(bank, epoch).name for epoch in range(3)]
     for epoch in range(3):

@@ -1,17 +1,21 @@
 """The command that trains many recipes: queue."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.live import Live
 from rich.table import Table
 
 from conam_zoo.cli._shared import DATA_HELP, app, console
 from conam_zoo.errors import UserError
+from conam_zoo.escape import PlainConsole
+from conam_zoo.files import expand_user
 
 if TYPE_CHECKING:
-    from conam_zoo.training.queue import Job
+    from conam_zoo.training.queue import Job, Progress
     from conam_zoo.weights import WeightEntry
 
 
@@ -33,13 +37,15 @@ def queue(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of every recipe; nothing is packed then."),
     ] = None,
+    teacher_bank: Annotated[
+        Path | None,
+        typer.Option(
+            help="Logits that conam record-teacher kept, or a folder of such banks, named after the teachers."
+        ),
+    ] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Train with torch.compile, on a GPU with CUDA graphs.")
     ] = False,
-    teacher_bank: Annotated[
-        Path | None,
-        typer.Option(help="A bank of conam record-teacher, read by the recipes with a teacher; all have to fit it."),
-    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what is done and what would be trained.")] = False,
 ) -> None:
     """Train all recipes whose weights are not there yet, one after the other or several at a time, and pack them.
@@ -57,7 +63,13 @@ def queue(
     if checkout is None and not settings:
         raise UserError("The queue packs weights into a checkout of conam_zoo: run from one.")
     entries = load_manifest().entries
-    jobs = plan_queue(patterns or [], output, seeds=seeds or [], settings=settings or [])
+    jobs = plan_queue(
+        patterns or [],
+        expand_user(output),
+        seeds=seeds or [],
+        settings=settings or [],
+        teacher_bank=teacher_bank and expand_user(teacher_bank),
+    )
     there = [job for job in jobs if job.ships and not job.is_done() and _ships_already(job, entries)]
     jobs = [job for job in jobs if job not in there]
     if dry_run:
@@ -70,8 +82,11 @@ def queue(
         console().print(table)
         return
 
+    out = console()
+    lines = _Lines(out)
+
     def tell(job: "Job", event: str) -> None:
-        console().print(f"{job.name}: {event}")
+        out.print(f"{job.name}: {event}")
 
     def keep(job: "Job") -> None:
         if checkout is None or settings:
@@ -83,11 +98,12 @@ def queue(
             pack(job.folder, data)
             (job.folder / "packed").write_text(run["sha256"], encoding="utf-8")
 
-    results = run_queue(
-        jobs, data, parallel=parallel, compile=compile, teacher_bank=teacher_bank, on_event=tell, on_done=keep
-    )
+    with lines:
+        results = run_queue(
+            jobs, data, parallel=parallel, compile=compile, on_event=tell, on_done=keep, on_poll=lines.show
+        )
     failed = {name: result for name, result in results.items() if result != "done"}
-    console().print(f"{len(results) - len(failed)} done, {len(there)} in the manifest, {len(failed)} not done")
+    out.print(f"{len(results) - len(failed)} done, {len(there)} in the manifest, {len(failed)} not done")
     if failed:
         raise typer.Exit(1)
 
@@ -101,3 +117,44 @@ def _ships_already(job: "Job", entries: "Mapping[str, WeightEntry]") -> bool:
 def _is_packed(folder: Path, run: dict) -> bool:
     marker = folder / "packed"
     return marker.is_file() and marker.read_text(encoding="utf-8") == run.get("sha256")
+
+
+class _Lines:
+    """One line for each training that runs: on a terminal they stay in place, else one is printed for each epoch."""
+
+    def __init__(self, out: PlainConsole) -> None:
+        self._out = out
+        self._live = Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else None
+        self._epochs: dict[str, int] = {}
+
+    def __enter__(self) -> "_Lines":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, running: "Sequence[Job]") -> None:
+        rows = [(job, job.progress()) for job in running]
+        if self._live is not None:
+            grid = Table.grid(padding=(0, 2))
+            for job, progress in rows:
+                grid.add_row(job.name, *(_cells(progress) if progress else (f"epoch 1 of {job.recipe.epochs}",)))
+            self._live.update(grid, refresh=True)
+            return
+        for job, progress in rows:
+            if progress is not None and self._epochs.get(job.name) != progress.epoch:
+                self._epochs[job.name] = progress.epoch
+                self._out.print(f"{job.name}: {', '.join(_cells(progress))}")
+
+
+def _cells(progress: "Progress") -> tuple[str, str, str]:
+    images = "held-out" if progress.held_out else "training"
+    left = timedelta(seconds=round(progress.seconds_left))
+    return (
+        f"epoch {progress.epoch} of {progress.epochs}",
+        f"{progress.top1_percent:.2f} % of the {images} images",
+        f"{left} left",
+    )

@@ -1,6 +1,5 @@
 """Reading a finished run folder, which may be damaged or made up of several."""
 
-import csv
 import hashlib
 import json
 import math
@@ -14,9 +13,10 @@ from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.recipe import recipe_from_dict
+from conam_zoo.training.run_folder import LOG, RUN, read_log, read_run
 from conam_zoo.weights.folder import weights_file
 
-__all__ = ["open_final", "read_run"]
+__all__ = ["open_final", "read_finished"]
 
 KINDS: dict[str, Any] = {
     "recipe": dict,
@@ -27,29 +27,17 @@ KINDS: dict[str, Any] = {
 }
 
 
-def read_run(run: Path) -> dict[str, Any]:
+def read_finished(run: Path) -> dict[str, Any]:
     """The facts of ``run.json``, with the recipe's settings spelt out, once it, ``log.csv`` and the curves are checked.
 
     Raises:
         UserError: If one of them is absent or malformed.
     """
-    path = run / "run.json"
-    if not path.is_file():
-        raise UserError(f"{run} is not a finished run: it has no run.json.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no record of a run ({error}): copy the run folder again.") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path} is no record of a run: copy the run folder again.")
-    wanted: dict[str, Any] = {
-        "recipe": dict,
-        "hardware": str,
-        "train_minutes": (int, float),
-        "library_versions": dict,
-        "sha256": str,
-    }
-    for key, kind in wanted.items():
+    path = run / RUN
+    record = read_run(run)
+    if record is None:
+        raise UserError(f"{run} is not a finished run: it has no {RUN}.")
+    for key, kind in KINDS.items():
         if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
             shown = repr(record.get(key))[:60]
             raise UserError(f"{path} is no record of a run, its {key!r} is {shown}: copy the run folder again.")
@@ -58,7 +46,7 @@ def read_run(run: Path) -> dict[str, Any]:
     if not all(isinstance(version, str) for version in record["library_versions"].values()):
         raise UserError(f"{path} states 'library_versions' that are no text: copy the run folder again.")
     record["recipe"] = recipe_from_dict(record["recipe"], str(path)).to_dict()
-    _check_log(run / "log.csv", record["recipe"]["epochs"])
+    _check_log(run, record["recipe"]["epochs"])
     try:
         with Image.open(run / "curves.png", formats=("PNG",)) as picture:
             picture.verify()
@@ -67,13 +55,12 @@ def read_run(run: Path) -> dict[str, Any]:
     return record
 
 
-def _check_log(path: Path, epochs: int) -> None:
+def _check_log(run: Path, epochs: int) -> None:
     """Refuse a log that has not one row of numbers for each epoch."""
+    path = run / LOG
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        logged = [(int(row["epoch"]), float(row["loss"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        logged = [(int(row["epoch"]), float(row["loss"])) for row in read_log(run)]
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no log of a training: copy the run folder again.") from error
     if [epoch for epoch, _ in logged] != list(range(1, epochs + 1)):
         raise UserError(f"{path} has {len(logged)} epochs and not those 1 to {epochs} of the run: copy it again.")
@@ -95,7 +82,7 @@ def open_final(run: Path, record: dict[str, Any]) -> StagedClassifier:
         raise UserError(f"{final} is not the folder of a net: copy the run folder again.") from error
     if sha256 != record["sha256"]:
         raise UserError(
-            f"{final} holds other weights than {run / 'run.json'} states (sha256 {sha256[:12]}, not "
+            f"{final} holds other weights than {run / RUN} states (sha256 {sha256[:12]}, not "
             f"{record['sha256'][:12]}): put this run's own back."
         )
     if architecture != recipe["model"]:

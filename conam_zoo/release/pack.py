@@ -20,7 +20,7 @@ from conam_zoo.models.registry import count_params_and_macs, open_model
 from conam_zoo.release.card import model_card
 from conam_zoo.release.documents import generated_files
 from conam_zoo.release.exchange import exchange, packing, scratch_folder
-from conam_zoo.release.finished_run import open_final, read_run
+from conam_zoo.release.finished_run import open_final, read_finished
 from conam_zoo.release.measure import measure
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.recipe import list_recipes, load_recipe
@@ -57,7 +57,7 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_eve
     checkout = checkout or find_checkout()
     if checkout is None:
         raise UserError("Weights are packed into a checkout of conam_zoo: run from one.")
-    record = read_run(run)
+    record = read_finished(run)
     recipe = record["recipe"]
     if recipe["holdout"]:
         raise UserError(f"{run} held out {recipe['holdout']} training images: pack a run that trained on all of them.")

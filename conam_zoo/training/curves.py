@@ -17,25 +17,31 @@ def draw_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     epochs = [row["epoch"] for row in log]
+    style: dict[str, Any] = {"marker": "o"} if len(log) == 1 else {}  # a line of one point cannot be seen
     sites = liveness_columns(log)
     panels = 4 if sites else 3
     figure = Figure(figsize=(3.4 * panels, 3.4), layout="constrained")
     loss, accuracy, rate, *further = figure.subplots(1, panels)
-    loss.plot(epochs, [row["loss"] for row in log], color="tab:blue")
+    loss.plot(epochs, [row["loss"] for row in log], color="tab:blue", **style)
     loss.set_ylabel("training loss")
-    accuracy.plot(epochs, [row["train_top1_percent"] for row in log], color="tab:blue", label="training, augmented")
+    accuracy.plot(
+        epochs, [row["train_top1_percent"] for row in log], color="tab:blue", label="training, augmented", **style
+    )
     held = [(row["epoch"], row["holdout_top1_percent"]) for row in log if row["holdout_top1_percent"] is not None]
     if held:
-        accuracy.plot(*zip(*held, strict=True), color="tab:orange", label="held out")
+        accuracy.plot(*zip(*held, strict=True), color="tab:orange", label="held out", **style)
     accuracy.set_ylabel("top-1 (%)")
     accuracy.legend(loc="lower right", frameon=False)
-    rate.plot(epochs, [row["lr"] for row in log], color="tab:gray")
+    rate.plot(epochs, [row["lr"] for row in log], color="tab:gray", **style)
     rate.set_ylabel("learning rate at the epoch's end")
     for alive in further:
         for column in sites:
             values = [row.get(column) for row in log]
             alive.plot(
-                epochs, [math.nan if value is None else value for value in values], label=column.removeprefix(LIVENESS)
+                epochs,
+                [math.nan if value is None else value for value in values],
+                label=column.removeprefix(LIVENESS),
+                **style,
             )
         alive.axhline(EVEN, color="black", linewidth=0.8, linestyle="--", label=f"{EVEN:.0%}: even below")
         alive.set_ylabel("liveness: std / mean over the patches")

@@ -6,6 +6,7 @@ not stop the others, and a queue that is called again goes on where the last one
 
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
@@ -20,12 +22,33 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder
 from conam_zoo.training.checkpoint import has_checkpoint
 from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe
-from conam_zoo.training.run_folder import read_run
+from conam_zoo.training.run_folder import LOG, read_log, read_run
+from conam_zoo.training.teacher_bank import epoch_file, read_epoch
 
-__all__ = ["Job", "plan_queue", "run_queue"]
+__all__ = ["Job", "Progress", "plan_queue", "run_queue"]
 
 POLL_SECONDS = 0.5
+PACE_EPOCHS = 5  # that the time left is reckoned from
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        epoch: Epochs that are done.
+        epochs: Epochs of the recipe.
+        top1_percent: Accuracy of the last epoch: on the held-out images if there are any, else on the training images.
+        held_out: Which of the two it is.
+        seconds_left: Until the last epoch's end, at the pace of the last epochs.
+    """
+
+    epoch: int
+    epochs: int
+    top1_percent: float
+    held_out: bool
+    seconds_left: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +61,7 @@ class Job:
         settings: The settings that the job replaces in it.
         folder: The run folder.
         ships: Whether its weights are those that the recipe ships: its own seed, nothing replaced.
+        teacher_bank: The bank that holds its teacher's logits, or None.
     """
 
     recipe_name: str
@@ -45,6 +69,7 @@ class Job:
     settings: tuple[str, ...]
     folder: Path
     ships: bool
+    teacher_bank: Path | None = None
 
     @property
     def name(self) -> str:
@@ -69,13 +94,27 @@ class Job:
         """What the training printed; beside the run folder."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
-    def command(self, data: str, compile: bool = False, teacher_bank: Path | None = None) -> list[str]:
-        """The command line that trains it, or goes on with it; the bank is for those that have a teacher."""
+    def command(self, data: str, compile: bool = False) -> list[str]:
+        """The command line that trains it, or goes on with it."""
         settings = [word for setting in self.settings for word in ("--set", setting)]
         arguments = ["train", self.recipe_name, "--data", data, "--output", str(self.folder), *settings]
+        arguments += ["--teacher-bank", str(self.teacher_bank)] if self.teacher_bank is not None else []
         arguments += ["--compile"] if compile else []
-        arguments += ["--teacher-bank", str(teacher_bank)] if teacher_bank and self.recipe.teacher else []
         return [sys.executable, "-m", "conam_zoo", *arguments, *(["--resume"] if has_checkpoint(self.folder) else [])]
+
+    def progress(self) -> Progress | None:
+        """What its log says, or None before the first epoch's end."""
+        try:
+            rows = read_log(self.folder)
+            age = time.time() - (self.folder / LOG).stat().st_mtime
+            epoch = int(rows[-1]["epoch"])
+            held_out = rows[-1]["holdout_top1_percent"]
+            top1 = float(held_out or rows[-1]["train_top1_percent"])
+            pace = statistics.median(float(row["seconds"]) for row in rows[-PACE_EPOCHS:])
+        except (UserError, OSError, LookupError, ValueError, TypeError):
+            return None
+        left = max(0.0, pace * (self.recipe.epochs - epoch) - max(0.0, min(age, pace)))
+        return Progress(epoch, self.recipe.epochs, top1, bool(held_out), left)
 
     def last_words(self) -> str:
         """Last line of its log."""
@@ -85,7 +124,12 @@ class Job:
 
 
 def plan_queue(
-    patterns: Sequence[str], output: Path, *, seeds: Sequence[int] = (), settings: Sequence[str] = ()
+    patterns: Sequence[str],
+    output: Path,
+    *,
+    seeds: Sequence[int] = (),
+    settings: Sequence[str] = (),
+    teacher_bank: Path | None = None,
 ) -> list[Job]:
     """The jobs of a queue: every recipe that a pattern names, with every seed.
 
@@ -94,9 +138,11 @@ def plan_queue(
         output: Folder of the run folders.
         seeds: The seeds of each recipe; none means the recipe's own.
         settings: Replacements such as ``"epochs=1"`` for all of them.
+        teacher_bank: Logits of a teacher, for the recipes that learn from it; or a folder of banks, each named after
+            its teacher. Recipes of other teachers run these.
 
     Raises:
-        UserError: If a pattern names no recipe, or a setting is not what it should be.
+        UserError: If a pattern names no recipe, a setting is not what it should be, or no recipe learns from the bank.
     """
     names: list[str] = []
     for pattern in patterns or ["*"]:
@@ -111,8 +157,30 @@ def plan_queue(
             own = (*settings, f"seed={seed}")
             recipe = load_recipe(name, list(own))
             folder = output / f"{name}.seed{seed}"
-            jobs.append(Job(name, recipe, own, folder, ships=recipe == shipped))
+            bank = _bank_for(recipe, teacher_bank) if teacher_bank is not None else None
+            jobs.append(Job(name, recipe, own, folder, ships=recipe == shipped, teacher_bank=bank))
+    if teacher_bank is not None and not any(job.teacher_bank for job in jobs):
+        teachers = ", ".join(sorted({job.recipe.teacher for job in jobs} - {""})) or "none"
+        raise UserError(
+            f"{teacher_bank} is no bank of a teacher of these recipes, and holds none (teachers: {teachers}): "
+            "leave --teacher-bank out, or let conam record-teacher write it."
+        )
     return jobs
+
+
+def _bank_for(recipe: Recipe, folder: Path) -> Path | None:
+    if not recipe.teacher:
+        return None
+    if epoch_file(folder, 0).exists():
+        return folder if _bank_teacher(folder) == recipe.teacher else None
+    inner = folder / recipe.teacher
+    return inner if epoch_file(inner, 0).exists() else None
+
+
+@lru_cache
+def _bank_teacher(folder: Path) -> object:
+    facts = read_epoch(folder, 0)[1]
+    return facts.get("recipe", {}).get("teacher")
 
 
 def run_queue(
@@ -121,24 +189,25 @@ def run_queue(
     *,
     parallel: int = 1,
     compile: bool = False,
-    teacher_bank: Path | None = None,
     on_event: Callable[[Job, str], None] = lambda job, event: None,
     on_done: Callable[[Job], None] = lambda job: None,
+    on_poll: Callable[[Sequence[Job]], None] = lambda running: None,
 ) -> dict[str, str]:
     """Train all jobs, several at a time; those that are done are not trained again.
 
-    A job whose teacher is trained by another job of the queue waits for that one. SIGTERM and SIGINT are handed on to
-    the trainings, which save their state, and end the queue. The cores are shared out evenly.
+    A job whose teacher is trained by other jobs of the queue waits for these, but for those that wait for it in turn,
+    if there is another. SIGTERM and SIGINT are handed on to the trainings, which save their state, and end the queue.
+    The cores are shared out evenly.
 
     Args:
         jobs: What ``plan_queue`` gave.
         data: Where the data sets are; see ``conam_zoo.data.read_split``.
         parallel: Trainings at a time.
         compile: Train with ``torch.compile``.
-        teacher_bank: Logits of ``record_teacher``, for all jobs with a teacher; None to run the teachers.
         on_event: Called with a job and a word: ``started``, ``resumed``, ``done``, ``failed: ...``, ``is there``.
         on_done: Called once for each job that is done, before those that wait for it are started; its UserError makes
             the job a failed one.
+        on_poll: Called with the jobs that run, several times a minute at least.
 
     Returns:
         For each job's name ``"done"``, ``"stopped"`` or why it failed.
@@ -149,6 +218,7 @@ def run_queue(
     results: dict[str, str] = {}
     waiting = list(jobs)
     running: dict[Job, subprocess.Popen[bytes]] = {}
+    teachers = _teachers(jobs)
 
     def finish(job: Job, event: str) -> None:
         try:
@@ -169,8 +239,7 @@ def run_queue(
             for job in list(waiting):
                 if stopping or len(running) >= parallel:
                     break
-                pending = {other.recipe_name for other in (*waiting, *running) if other is not job and other.ships}
-                if job.recipe.teacher in pending:
+                if teachers[job].intersection((*waiting, *running)):
                     continue
                 waiting.remove(job)
                 moved = True
@@ -179,7 +248,7 @@ def run_queue(
                     continue
                 if job.name in results:
                     continue
-                command = job.command(data, compile, teacher_bank)
+                command = job.command(data, compile)
                 running[job] = _start(job, command, parallel)
                 on_event(job, "resumed" if "--resume" in command else "started")
             if stopping:
@@ -208,9 +277,31 @@ def run_queue(
                     results[job.name] = f"failed: its teacher {job.recipe.teacher} waits for it in turn"
                     on_event(job, results[job.name])
                 waiting.clear()
+            on_poll(list(running))
             if running:
                 time.sleep(POLL_SECONDS)
     return results
+
+
+def _teachers(jobs: Sequence[Job]) -> dict[Job, set[Job]]:
+    """For each job those that it waits for.
+
+    The recipes of a net may be of several generations: an early one teaches a net that teaches a later one.
+    """
+    direct = {
+        job: {other for other in jobs if other is not job and other.ships and other.weights == job.recipe.teacher}
+        for job in jobs
+    }
+
+    def needs(job: Job) -> set[Job]:
+        reached, frontier = set[Job](), [job]
+        while frontier:
+            new = direct[frontier.pop()] - reached
+            reached |= new
+            frontier += new
+        return reached
+
+    return {job: {other for other in found if job not in needs(other)} or found for job, found in direct.items()}
 
 
 def _is_done(job: Job, fail: Callable[[Job, object], None]) -> bool:

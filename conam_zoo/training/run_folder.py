@@ -22,11 +22,14 @@ from conam_zoo.training.recipe import Recipe
 
 __all__ = [
     "LIVENESS",
+    "LOG",
     "LOG_FIELDS",
+    "RUN",
     "RunLog",
     "check_free",
     "hold",
     "liveness_columns",
+    "read_log",
     "read_run",
     "write_recipe",
     "write_run",
@@ -155,6 +158,20 @@ class RunLog:
         self._events.flush()
 
 
+def read_log(folder: Path) -> list[dict[str, str]]:
+    """The rows of ``log.csv``, as they are written.
+
+    Raises:
+        UserError: If the file is absent or no table.
+    """
+    path = folder / LOG
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file, strict=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is no log of a training: copy the run folder again.") from error
+
+
 def liveness_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The liveness columns of a log, ``liveness layer1.0.attn``, in order; logs of older versions have none."""
     return list(dict.fromkeys(key for row in rows for key in row if key.startswith(LIVENESS)))
@@ -179,10 +196,11 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / RUN
     if not path.exists():
         return None
+    remedy = "copy the run folder again, or remove the file, then --resume writes it anew"
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it, then --resume writes it anew.") from error
+        raise UserError(f"{path} is no record of a run ({error}): {remedy}.") from error
     if not isinstance(run, dict):
-        raise UserError(f"{path} is damaged (it holds no table): remove it, then --resume writes it anew.")
+        raise UserError(f"{path} is no record of a run (it holds no table): {remedy}.")
     return run
