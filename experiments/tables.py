@@ -9,6 +9,7 @@ from experiments.accuracy.compare import comparison_tables
 from experiments.accuracy.finetune import finetune_table
 from experiments.accuracy.knockout import knockout_table
 from experiments.accuracy.seeds import read_seeds, seed_table
+from experiments.accuracy.starts import read_starts, start_table
 from experiments.speed.record import benchmark_tables, command_today, read_record
 
 __all__ = ["RESULTS", "WRITTEN_BY", "generated_tables"]
@@ -26,6 +27,11 @@ NAMES = {
 def _seeds(results: Path) -> str:
     seeds = read_seeds(results / "seeds.json")
     return seed_table(seeds) if seeds else NOT_MEASURED
+
+
+def _starts(results: Path) -> str:
+    runs = read_starts(results / "starts.json")
+    return start_table(runs) if runs else NOT_MEASURED
 
 
 def _finetune(results: Path) -> str:
@@ -72,6 +78,7 @@ PLACES: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
     ("docs/benchmarks.md", "benchmark inference", _benchmark("inference")),
     ("experiments/LOG.md", "benchmark cost", _benchmark("cost")),
     ("docs/benchmarks.md", "benchmark densenet", _benchmark("densenet")),
+    ("docs/conam.md", "starts", _starts),
     ("docs/conam.md", "benchmark knockout", _knockout),
     ("docs/conam.md", "benchmark compare", _evidence("compare")),
     ("experiments/LOG.md", "benchmark ablation", _evidence("ablation")),

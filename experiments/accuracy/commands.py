@@ -1,4 +1,4 @@
-"""Commands that measure what an attention brings: compare, ablation, knockout, seeds, shipped, tables."""
+"""Commands that measure what an attention brings: compare, ablation, knockout, seeds, starts, shipped, tables."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -130,6 +130,20 @@ def seeds(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Fin
     for run in runs:
         add_run(RESULTS / "seeds.json", run)
     console().print(seed_table(read_seeds(RESULTS / "seeds.json")), markup=False, highlight=False)
+
+
+@app.command(epilog="Example: python -m experiments starts --data cifar100 runs/start_*")
+def starts(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders with held-out images.")],
+    data: Annotated[Path, typer.Option(help=f"Training images. {DATA_HELP}")],
+) -> None:
+    """Add finished runs to experiments/results/starts.json: two starts of ConAM compared on held-out images."""
+    from experiments.accuracy.starts import add_start, read_starts, start_table
+    from experiments.tables import RESULTS
+
+    for run in runs:
+        add_start(RESULTS / "starts.json", run, data)
+    console().print(start_table(read_starts(RESULTS / "starts.json")), markup=False, highlight=False)
 
 
 @app.command(epilog="Example: python -m experiments shipped --data data resnet20_conam.cifar10")

@@ -1,0 +1,86 @@
+"""Two starts of ConAM compared on held-out training images: PyTorch's own, and the second bias at one."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from conam_zoo.data import normalize, read_split
+from conam_zoo.errors import UserError
+from conam_zoo.files import write_text
+from conam_zoo.layers.confidence import liveness
+from conam_zoo.models.registry import open_model
+from conam_zoo.training.train import MONITORED_IMAGES
+
+__all__ = ["add_start", "read_starts", "start_table"]
+
+DEFAULT, UNIT = "PyTorch's", "second bias at one"
+KEPT = ("command", "hardware", "library_versions", "code_commit", "evaluated_on")
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The runs so far; empty if there is no such file.
+
+    Raises:
+        UserError: If it is not what ``add_start`` wrote.
+    """
+    if not path.is_file():
+        return []
+    try:
+        runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a file of compared starts ({error}): restore it.") from error
+    return runs
+
+
+def add_start(path: Path, folder: Path, data: Path) -> None:
+    """Put a finished run of ResNet-20 with held-out images into the file; one of the same start and seed is replaced.
+
+    Args:
+        path: The file.
+        folder: The run folder.
+        data: Where the training images are; liveness is measured on them.
+
+    Raises:
+        UserError: If the run is not finished or held nothing out.
+    """
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        recipe, scores = run["recipe"], run["scores"]
+        arguments, seed = recipe["model_args"], recipe["seed"]
+        facts = {key: run[key] for key in KEPT}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a finished run folder ({error}).") from error
+    if not recipe["holdout"]:
+        raise UserError(f"{folder} held no images out, but starts are compared on held-out images.")
+    # The form with every switch at its default is ConAM with PyTorch's own start.
+    form = arguments.get("attn_layer", "conam") == "conam_variant" and not arguments.get("attn_args")
+    if not form and arguments:
+        raise UserError(f"{folder} has model_args {arguments}, which is neither of the two starts.")
+    model = open_model(f"local-dir:{folder / 'final'}")
+    cfg = model.pretrained_cfg
+    watched = read_split(data, "train", recipe["dataset"]).spread(MONITORED_IMAGES).images
+    alive = {k: round(v, 4) for k, v in liveness(model, normalize(watched, cfg["mean"], cfg["std"])).items()}
+    entry = {"start": DEFAULT if form else UNIT, "seed": seed, **scores, "epochs": recipe["epochs"], "liveness": alive}
+    others = [known for known in read_starts(path) if (known["start"], known["seed"]) != (entry["start"], seed)]
+    runs = sorted([*others, {**entry, **facts}], key=lambda item: (item["start"], item["seed"]))
+    write_text(path, json.dumps({"runs": runs}, indent=2) + "\n")
+
+
+def start_table(runs: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds of each start, in Markdown."""
+    lines = ["| start | seeds | NLL | top-1 (%) | liveness, site by site |", "| --- | --: | --: | --: | --- |"]
+    for start in (DEFAULT, UNIT):
+        own = [run for run in runs if run["start"] == start]
+        if not own:
+            continue
+        sites = [statistics.mean(run["liveness"][site] for run in own) for site in own[0]["liveness"]]
+        alive = ", ".join(f"{value:.2f}" for value in sites)
+        nll, top1 = (_spread([run[key] for run in own], digits) for key, digits in (("nll", 3), ("top1_percent", 2)))
+        lines.append(f"| {start} | {len(own)} | {nll} | {top1} | {alive} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
