@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from safetensors import SafetensorError
 
 from conam_zoo.errors import UserError
+from conam_zoo.inputs import expand_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["clear_temporaries", "expand_user", "make_folder", "write_atomically", "write_figure", "write_text"]
+__all__ = ["clear_temporaries", "make_folder", "write_atomically", "write_figure", "write_text"]
 
 # Folders of ours, in which a file is filled before it is moved to its place, with whatever a library puts beside it.
 _TEMPORARY = re.compile(r"\.conam-tmp-\d+-\w{8}~")
@@ -36,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: If the file cannot be written; what stood at ``path`` before is still there.
     """
-    folder = None
+    folder, path = None, expand_path(path)
     try:
         special = _is_special(path)
         target = Path(os.path.realpath(path))
@@ -126,6 +127,7 @@ def make_folder(path: Path) -> Path:
     Raises:
         UserError: If it cannot be made or written to.
     """
+    path = expand_path(path)
     try:
         _make_parents(path)
         with tempfile.TemporaryFile(dir=path):
@@ -133,17 +135,3 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"The folder {path} cannot be written ({error.strerror or error}): choose another.") from error
     return path
-
-
-def expand_user(path: Path) -> Path:
-    """``~`` and ``~name`` at the beginning of a path as home folders.
-
-    Raises:
-        UserError: If there is no such user.
-    """
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} begins with the home folder of a user that there is not: write ./~… for a name."
-        ) from error

@@ -1,6 +1,8 @@
 """The ``conam`` command: what a person types, what comes back, and one sentence for what is wrong."""
 
 import json
+import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,76 @@ def test_train_runs_and_resumes_nothing_when_done(conam, trained: tuple[Path, Pa
     code, _, err = conam(*arguments)
     assert code == 2
     assert "--resume" in err
+
+
+def test_the_version_is_that_of_the_package(conam) -> None:
+    assert conam("--version") == (0, f"conam {version('conam-zoo')}\n", "")
+
+
+def test_json_without_a_file_prints(conam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = conam("list", "--json", "-")
+    assert conam("list", "--json") == printed
+    assert conam("list", "--json", "--pretrained")[0] == 0
+    assert len(json.loads(printed[1])) > len(json.loads(conam("list", "--json", "--pretrained")[1])) > 0
+    assert conam("list", "--json", tmp_path / "list.json")[0] == 0
+    assert json.loads((tmp_path / "list.json").read_text()) == json.loads(printed[1])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands(shell: str, conam, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_CONAM_COMPLETE", f"complete_{shell}")
+    monkeypatch.setenv("COMP_WORDS", "conam ver")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "conam ver")
+    monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    assert "verify" in conam()[1]
+
+
+COMMANDS = ["list", "info", "verify", "mirror", "predict", "explain", "features", "train", "record-teacher", "distill"]
+COMMANDS += ["evaluate", "finetune", "export", "pack", "measure", "publish", "tables", "queue", ""]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_whole_on_eighty_columns(command: str, conam, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    code, out, _ = conam(*command.split(), "-h")
+    assert code == 0
+    assert max(map(len, out.split("\n"))) <= 80
+    assert not re.findall(r"[^\s,]+…", out)  # what is cut; a list that goes on has a comma before its dots
+
+
+@pytest.mark.parametrize("command", ["train", "finetune", "distill", "record-teacher", "queue"])
+def test_a_home_of_nobody_is_one_sentence(
+    command: str, conam, trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours = "resnet20_conam.cifar10"
+    arguments: dict[str, list] = {
+        "train": [ours, "--data", trained[1]],
+        "distill": [ours, "--data", trained[1], "--teacher", ours],
+        "record-teacher": [ours, "--data", trained[1], "--set", f"teacher={ours}"],
+        "finetune": [trained[1] / "cifar10", "--model", ours],
+        "queue": [ours, "--data", trained[1], "--set", "epochs=1"],
+    }
+    code, _, err = conam(command, *arguments[command], "--output", "~nobody-of-that-name/run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "~nobody-of-that-name/run begins with a home folder that does not exist" in err
+    assert list(tmp_path.glob("~*")) == []
+
+
+def test_fine_tuning_checks_its_settings_before_it_looks_for_data(conam, tmp_path: Path) -> None:
+    for setting, sentence in (
+        ("momentum=-1", "The setting momentum is -1.0, which is out of its range"),
+        ("min_lr=nan", "The setting min_lr is nan, which is out of its range"),
+        ("seed=99999999999999999999999", "The setting seed is 99999999999999999999999, which is out of its range"),
+        ("epochs", "has no '='"),
+    ):
+        call = ["finetune", tmp_path / "nowhere", "--model", "resnet20_conam.cifar10", "--output", tmp_path / "run"]
+        code, _, err = conam(*call, "--set", setting)
+        assert (code, err.count("\n")) == (2, 1)
+        assert sentence in err
+        assert not (tmp_path / "run").exists()
 
 
 BAD = {

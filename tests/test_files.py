@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from conam_zoo.errors import UserError
-from conam_zoo.files import clear_temporaries, expand_user, make_folder, write_atomically, write_text
+from conam_zoo.files import clear_temporaries, make_folder, write_atomically, write_text
 from conam_zoo.training.run_folder import check_free, hold
 
 DOT_FILES = (".env.template", "sub/.env.override", ".prettier.override.json", "docs/.eslintrc.settings", ".tmpabc123")
@@ -164,7 +164,10 @@ def test_an_error_of_the_writer_is_its_own(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_homes_are_expanded() -> None:
-    assert expand_user(Path("~/x")) == Path.home() / "x"
-    with pytest.raises(UserError, match="a user that there is not"):
-        expand_user(Path("~nobody-of-that-name/x"))
+def test_homes_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_text(Path("~/x"), "text")
+    assert (tmp_path / "x").read_text() == "text"
+    assert make_folder(Path("~/runs")) == tmp_path / "runs"
+    with pytest.raises(UserError, match="a home folder that does not exist"):
+        write_text(Path("~nobody-of-that-name/x"), "text")

@@ -22,6 +22,7 @@ from conam_zoo.cli._heap import keep_freed_memory
 from conam_zoo.cli._shared import app
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_terminal
+from conam_zoo.startup import interruptible
 
 __all__ = ["app", "main", "run_app"]
 
@@ -32,30 +33,69 @@ def main() -> None:
 
 
 def run_app(app: typer.Typer, name: str) -> None:
-    """Run a command; bad input ends in one sentence and exit code 2."""
+    """Run a command; bad input ends in one sentence and exit code 2, Ctrl-C in 130 alone."""
+    try:
+        with interruptible():
+            _run(app, name)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(app: typer.Typer, name: str) -> None:
     from conam_zoo.training.engine import NonFiniteLossError
     from conam_zoo.training.checkpointer import TrainingStopped
     from conam_zoo.weights import ManifestError, WeightsError
 
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lasts)
     keep_freed_memory()
     _make_output_safe()
     try:
-        app(prog_name=name)
+        try:
+            app(args=_with_json_place(sys.argv[1:]), prog_name=name)
+        finally:
+            _flush_output()
     except (UserError, WeightsError, ManifestError, NonFiniteLossError) as error:
         sys.stderr.write(f"conam: {for_terminal(error)}\n")
         sys.exit(2)
     except TrainingStopped as stop:
         sys.stderr.write(f"conam: {for_terminal(stop)}\n")
         sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:  # the reader has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         sys.exit(1)
     except OSError as error:
+        _give_up_output()
         place = f"{error.filename}: " if error.filename is not None else ""
         sys.stderr.write(f"conam: {for_terminal(place)}{for_terminal(error.strerror or error)}\n")
         sys.exit(2)
+
+
+def _with_json_place(arguments: list[str]) -> list[str]:
+    """``--json`` without a file prints, as ``--json -`` does."""
+    placed: list[str] = []
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            return placed + arguments[number:]
+        following = arguments[number + 1 : number + 2]
+        placed.append(argument)
+        if argument == "--json" and (not following or (following[0].startswith("-") and following[0] != "-")):
+            placed.append("-")
+    return placed
+
+
+def _flush_output() -> None:
+    """Write out what is left, so that a full disk is told here and not by the interpreter at its end."""
+    if not sys.stdout.closed:
+        sys.stdout.flush()
+
+
+def _give_up_output() -> None:
+    """Let what cannot be written be lost, once that is told, instead of tried again at the interpreter's end."""
+    try:
+        _flush_output()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _PlainFormatter(logging.Formatter):

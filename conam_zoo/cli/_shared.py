@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,18 +17,34 @@ app = typer.Typer(
     help="Small image classifiers with ConAM, the confidence attention module, registered in timm.",
     epilog="Start with 'conam list', then 'conam predict resnet20_conam.cifar10 PICTURE.jpg'.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console().print(f"conam {version('conam-zoo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def conam(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Small image classifiers with ConAM, the confidence attention module, registered in timm."""
+
+
 MODEL_HELP = "A name such as resnet20_conam.cifar10, local-dir:FOLDER for a model of your own, or hf-hub:OWNER/NAME."
 DATA_HELP = (
-    "A folder with train/CLASS/* and test/CLASS/* pictures, or with the arrays {train,test}_{images,labels}.npy and "
-    "classes.txt; or the word cifar10 or cifar100, to have torchvision download it."
+    "A folder with train/CLASS/* and test/CLASS/* pictures, or with arrays, train_images.npy, train_labels.npy and the "
+    "same of test, and classes.txt; or the word cifar10 or cifar100, to have torchvision download it."
 )
 Json = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result as JSON to this file; - prints only JSON.")
+    Path | None,
+    typer.Option("--json", help="Also write the result as JSON to this file; without one, or with -, print only JSON."),
 ]
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from conam_zoo.cli._shared import DATA_HELP, app, console
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole
-from conam_zoo.files import expand_user
+from conam_zoo.inputs import expand_path
 
 if TYPE_CHECKING:
     from conam_zoo.training.queue import Job, Progress
@@ -65,10 +65,10 @@ def queue(
     entries = load_manifest().entries
     jobs = plan_queue(
         patterns or [],
-        expand_user(output),
+        expand_path(output),
         seeds=seeds or [],
         settings=settings or [],
-        teacher_bank=teacher_bank and expand_user(teacher_bank),
+        teacher_bank=teacher_bank and expand_path(teacher_bank),
     )
     there = [job for job in jobs if job.ships and not job.is_done() and _ships_already(job, entries)]
     jobs = [job for job in jobs if job not in there]

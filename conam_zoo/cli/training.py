@@ -24,7 +24,8 @@ Settings = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the run folder.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Run the net through torch.compile.")]
 CheckpointMinutes = Annotated[
-    float, typer.Option(min=0, help="Save the state this often within an epoch, too; 0 for every step.")
+    float,
+    typer.Option(min=0, metavar="MINUTES", help="Save the state this often within an epoch, too; 0 for every step."),
 ]
 TeacherBank = Annotated[
     Path | None,

@@ -23,6 +23,7 @@ from conam_zoo.finetuning.net import (
 )
 from conam_zoo.finetuning.report import build_report, report_markdown
 from conam_zoo.finetuning.report_plots import draw_report
+from conam_zoo.inputs import expand_path
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.engine import score
@@ -97,7 +98,7 @@ def finetune(
         WeightsError: If no verified weights can be had.
         NonFiniteLossError: If the training diverges.
     """
-    here = ranks()
+    here, output = ranks(), expand_path(output)
     console = PlainConsole(quiet=quiet or not here.first, soft_wrap=True)
     check_free(output, resume)
     _check_apart(data, output)
@@ -169,8 +170,8 @@ def finetune(
 
 
 def _check_apart(data: str | Path, output: Path) -> None:
-    folder = Path(data).expanduser().resolve()
-    if folder.is_dir() and output.expanduser().resolve().is_relative_to(folder):
+    folder = expand_path(data).resolve()
+    if folder.is_dir() and output.resolve().is_relative_to(folder):
         raise UserError(f"The run folder {output} lies in the data {data}: choose an --output elsewhere.")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from conam_zoo.data import Batches
+from conam_zoo.inputs import expand_path
 from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS
 from conam_zoo.training.distributed import process_group
@@ -89,6 +90,7 @@ def plan(
     Raises:
         UserError: Whatever ``train`` would refuse before its first step.
     """
+    output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
     with process_group() as here:
         check_free(output, resume)
         parts = assemble(recipe, data, here, teacher_bank)

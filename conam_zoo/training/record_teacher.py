@@ -50,7 +50,8 @@ def record_teacher(recipe: Recipe, data: str | Path, bank: Path, *, epochs: int 
         "teacher": parts.facts["teacher"],
         "epochs": epochs,
     }
-    clear_temporaries(make_folder(bank))
+    bank = make_folder(bank)
+    clear_temporaries(bank)
     missing = [epoch for epoch in range(epochs) if not _has(bank, epoch, facts)]
     teacher = parts.teacher.to(here.device).to(memory_format=torch.channels_last)
     bf16 = precision_on(here.device, recipe.precision) == "bf16"

@@ -17,6 +17,7 @@ from conam_zoo.data.fingerprint import data_sha256, image_hashes
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole
+from conam_zoo.inputs import expand_path
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.export import export_model
 from conam_zoo.models.registry import check_model_name
@@ -74,6 +75,7 @@ def train(
         NonFiniteLossError: If the training diverges.
         TrainingStopped: On SIGTERM or SIGINT, once the state is saved.
     """
+    output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
     with process_group() as here, ExitStack() as held:
         run_on_primary(lambda: check_free(output, resume))
         environment = describe_environment()  # now: the checkout may have moved on when the training is done

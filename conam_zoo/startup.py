@@ -1,0 +1,83 @@
+"""What the ``conam`` command does before libraries are imported, which takes seconds; other programs are left alone.
+
+Ctrl-C ends the command with exit code 130 and nothing printed, at any moment. A working folder that is gone, without
+which MKL aborts the process, is one sentence.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+__all__ = ["begin_command", "interruptible", "is_our_command"]
+
+EXIT_CODE = 130  # 128 and the number of SIGINT, as shells have it
+
+_at_work = False  # else the command has not begun or is at its end, and nobody would catch a KeyboardInterrupt
+
+
+def is_our_command(argv: list[str], orig_argv: list[str]) -> bool:
+    """Whether this process is ``conam`` or ``python -m conam_zoo``, and not somebody else's program.
+
+    Args:
+        argv: ``sys.argv``.
+        orig_argv: ``sys.orig_argv``; while Python looks for a module, ``argv`` does not name it yet.
+    """
+    program = argv[0] if argv else ""
+    if program == "-m":
+        return orig_argv[orig_argv.index("-m") + 1 :][:1] == ["conam_zoo"] if "-m" in orig_argv else False
+    path = Path(program)
+    return path.stem == "conam" or path.parts[-2:] == ("conam_zoo", "__main__.py")
+
+
+def begin_command() -> None:
+    """Handle SIGINT, unless somebody has chosen otherwise, and check the working folder, if this is the command."""
+    if not is_our_command(sys.argv, sys.orig_argv):
+        return
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
+        signal.signal(signal.SIGINT, _on_interrupt)
+    try:
+        os.getcwd()
+    except OSError as error:
+        sys.exit(_refusal(f"The working folder cannot be used ({error.strerror}): change into another."))
+    if sys.stdout is None:
+        sys.exit(_refusal("Standard output is closed: send it to a file, or to /dev/null."))
+
+
+def _refusal(sentence: str) -> int:
+    if sys.stderr is not None:
+        sys.stderr.write(f"conam: {sentence}\n")
+    return 2
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """For as long as the block lasts, Ctrl-C is a KeyboardInterrupt, so that what is half done is cleared away."""
+    global _at_work
+    _at_work = True
+    try:
+        yield
+    finally:
+        _at_work = False
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    # Within an import it could be swallowed, or end in the traceback of an extension that did not expect it.
+    if not _at_work or _is_importing(frame):
+        os._exit(EXIT_CODE)
+    raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
