@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from hub_client import assert_one_sentence
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 
 import conam_zoo  # noqa: F401
 from conam_zoo.datasets import DATASETS
@@ -211,3 +211,36 @@ def test_a_file_is_not_loaded_into_other_patch_sizes(folder: Path) -> None:
     assert_one_sentence(str(refused.value))
     net = timm.create_model("resnet20_conam", pretrained_cfg=own, patch_sizes=(8, 8, 8), **options)
     assert net.patch_sizes == (8, 8, 8)
+
+
+def test_a_checkpoint_path_is_not_loaded_into_other_patch_sizes_nor_if_it_holds_nan(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    with pytest.raises(WeightsError, match=r"patch sizes \[8, 8, 8\]"):
+        timm.create_model("resnet20_conam", checkpoint_path=str(path))
+    net = timm.create_model("resnet20_conam", checkpoint_path=path, patch_sizes=(8, 8, 8))
+    assert torch.equal(net.fc.weight, load_file(path)["fc.weight"])
+    net.load_state_dict(load_file(path))
+    save_file(load_file(path) | {"fc.bias": torch.full((10,), torch.nan)}, path)
+    with pytest.raises(WeightsError, match=r"fc\.bias holds NaN"):
+        timm.create_model("resnet20_conam", checkpoint_path=path, patch_sizes=(8, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fc.weight": None, "fc.bias": None}, r"its fc\.weight has shape \(10, 64\) and theirs has none"),
+        ({"fc.bias": None}, r"its fc\.bias has shape \(10,\) and theirs has none"),
+        ({"fc.bias": torch.zeros(2)}, r"theirs has shape \(2,\)"),
+        ({"fc.weight": torch.zeros(10, 63)}, r"theirs has shape \(10, 63\)"),
+        ({"bn1.running_var": -torch.ones(16)}, r"bn1\.running_var holds a variance below zero"),
+        ({"fc.bias": torch.full((10,), torch.nan)}, r"fc\.bias holds NaN"),
+        ({"fc.bias": torch.zeros(10, dtype=torch.int8)}, "type torch.int8"),
+    ],
+)
+def test_tensors_without_a_fitting_head_or_sense_are_refused(
+    changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    tensors = timm.create_model("resnet20_conam").state_dict() | changes
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    with pytest.raises(WeightsError, match=message):
+        timm.create_model("resnet20_conam", pretrained=True, pretrained_cfg_overlay={"state_dict": tensors})

@@ -1,7 +1,9 @@
 """The part of timm's model contract that does not depend on the family: head, intermediates, pruning."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from conam_zoo.layers.conam_recompute import recompute_rescaled
 from conam_zoo.layers.registry import check_attention, create_attention
+from conam_zoo.models.config_schema import check_patch_sizes
+from conam_zoo.weights import read_safetensors
 
 __all__ = ["AttendedBlock", "StagedClassifier"]
 
@@ -159,6 +163,20 @@ class StagedClassifier(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module not in attention:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's; a file that timm reads itself, for ``checkpoint_path``, is checked as those that we read are.
+
+        Raises:
+            WeightsError: If it is none of trained weights, or was trained with patches of other sizes.
+        """
+        caller = sys._getframe(1)  # timm hands over the tensors alone
+        path = caller.f_locals.get("checkpoint_path")
+        if path and caller.f_globals.get("__name__") == "timm.models._helpers" and str(path).endswith(".safetensors"):
+            read_safetensors(Path(path))
+            check_patch_sizes(Path(path), self.patch_sizes)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

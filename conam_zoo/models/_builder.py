@@ -21,7 +21,7 @@ from timm.models._builder import pretrained_cfg_for_features
 from torch import Tensor, nn
 
 from conam_zoo.datasets import DATASETS
-from conam_zoo.models.config_schema import load_config
+from conam_zoo.models.config_schema import check_patch_sizes, load_config
 from conam_zoo.weights import (
     Manifest,
     ManifestError,
@@ -32,7 +32,8 @@ from conam_zoo.weights import (
     read_safetensors,
     read_verified,
 )
-from conam_zoo.weights.folder import fetch_config, read_config, read_folder, read_hub_folder
+from conam_zoo.weights.folder import fetch_config, read_folder, read_hub_folder
+from conam_zoo.weights.verify import check_values
 
 __all__ = ["build", "dataset_cfgs"]
 
@@ -188,15 +189,8 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg:
             channels and classes that the configuration states.
     """
     num_classes, in_chans = cfg.num_classes, cfg.input_size[0]
-    if cfg.file and cfg.source != "local-dir" and Path(cfg.file).with_name("config.json").is_file():
-        # The tensors fit patches of any size, so that only the config.json beside them tells.
-        stated = read_config(Path(cfg.file).with_name("config.json")).get("model_args")
-        sizes = stated.get("patch_sizes") if isinstance(stated, dict) else None
-        if isinstance(sizes, list) and tuple(sizes) != getattr(model, "patch_sizes", tuple(sizes)):
-            raise WeightsError(
-                f"The weights {cfg.file} were trained with the patch sizes {sizes} and the net has "
-                f"others: open local-dir:{Path(cfg.file).parent}, or pass patch_sizes={sizes}."
-            )
+    if cfg.file and cfg.source != "local-dir":
+        check_patch_sizes(Path(cfg.file), getattr(model, "patch_sizes", None))
     own = model.state_dict()
     head, stem = ("fc.weight", "fc.bias"), "conv1.weight"
     for name in sorted(set(own) ^ set(state_dict)):
@@ -224,6 +218,14 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg:
             f"These weights do not fit {variant} as asked for, they have {found} classes and its configuration says "
             f"{num_classes}: give num_classes={found} in pretrained_cfg_overlay if these are the right weights."
         )
+    if head[0] in own and model.num_classes == num_classes:  # else timm leaves the head out
+        for name in head:
+            if name not in state_dict or state_dict[name].shape != own[name].shape:
+                found_shape = f"shape {tuple(state_dict[name].shape)}" if name in state_dict else "none"
+                raise WeightsError(
+                    f"These weights do not fit {variant} as asked for, its {name} has shape {tuple(own[name].shape)} "
+                    f"and theirs has {found_shape}: use weights with a head, or num_classes=0."
+                )
     return state_dict
 
 
@@ -248,6 +250,10 @@ def _state_dict(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) 
                 return find_verified(known, cache_dir=cache_dir, namespace=namespace).state_dict
         return read_hub_folder(cfg.hf_hub_id, cache_dir)
     if cfg.state_dict:
+        try:
+            check_values(cfg.state_dict)
+        except ValueError as error:
+            raise WeightsError(f"The state dict for {name} is refused ({error}): pass trained weights.") from error
         return dict(cfg.state_dict)
     if cfg.file:
         path = Path(cfg.file)

@@ -4,7 +4,7 @@ The layout is timm's (``timm.models.save_for_hf``), with ``sha256`` and ``weight
 other files, choose a device or change what is built is no part of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from conam_zoo.weights import WeightsError
 from conam_zoo.weights.folder import read_config
 from conam_zoo.weights.manifest import FILE_PATTERN, SHA256_PATTERN
 
-__all__ = ["check_model_args", "load_config"]
+__all__ = ["check_model_args", "check_patch_sizes", "load_config"]
 
 LARGEST_SIDE = 1024  # pixels
 LARGEST_COUNT = 1 << 16  # classes
@@ -131,6 +131,24 @@ def check_model_args(arguments: Mapping[str, Any], what: str) -> None:
     """
     if said := _first_error(dict(arguments), MODEL_ARGS):
         raise UserError(f"{what} is refused, {said}: it knows {', '.join(MODEL_ARGS['properties'])}.")
+
+
+def check_patch_sizes(file: Path, patch_sizes: Sequence[int] | None) -> None:
+    """Check a net against the config.json beside a file of weights, if there is one: tensors fit patches of any size.
+
+    Raises:
+        WeightsError: If the weights were trained with others.
+    """
+    config = file.with_name("config.json")
+    if patch_sizes is None or not config.is_file():
+        return
+    arguments = read_config(config).get("model_args")
+    stated = arguments.get("patch_sizes") if isinstance(arguments, dict) else None
+    if isinstance(stated, list) and tuple(stated) != tuple(patch_sizes):
+        raise WeightsError(
+            f"The weights {file} were trained with the patch sizes {stated} and the net has others: open "
+            f"local-dir:{file.parent}, or pass patch_sizes={stated}."
+        )
 
 
 def _first_error(value: Any, schema: Mapping[str, Any]) -> str:

@@ -228,9 +228,7 @@ def parse_safetensors(data: bytes, path: Path) -> dict[str, "Tensor"]:
             if name != "__metadata__" and facts["dtype"] not in (*_FLOATS, *(("I64",) if count else ())):
                 raise ValueError(f"its tensor {name} is of type {facts['dtype']}, which no weights have")
         tensors = load(data)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"its tensor {name} holds NaN or infinity")
+        check_values(tensors)
     except (
         SafetensorError, AssertionError, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError
     ) as error:  # fmt: skip
@@ -239,6 +237,23 @@ def parse_safetensors(data: bytes, path: Path) -> dict[str, "Tensor"]:
             "safetensors.torch.save_file."
         ) from error
     return tensors
+
+
+def check_values(tensors: Mapping[str, "Tensor"]) -> None:
+    """Refuse tensors that no training ends in.
+
+    Raises:
+        ValueError: One holds NaN or infinity, a variance below zero, or is of another type than a float.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"its tensor {name} is of type {tensor.dtype}, which no weights have")
+        if not tensor.isfinite().all():
+            raise ValueError(f"its tensor {name} holds NaN or infinity")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"its tensor {name} holds a variance below zero")
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
