@@ -50,7 +50,7 @@ MODEL_ARGS = _object(
         "attn_layer": _SHORT,
         "attn_placement": _SHORT,
         "attn_site": _SHORT,
-        "patch_sizes": {"type": "array", "items": _SIDE | {"minimum": 0}, "minItems": 1, "maxItems": 8},  # 0: no attention
+        "patch_sizes": {"type": "array", "items": _SIDE | {"minimum": 0}, "minItems": 1, "maxItems": 8},
         "attn_args": _or_null(
             {
                 "type": "object",
