@@ -93,6 +93,7 @@ def test_links_that_lead_back_add_nothing(tmp_path: Path) -> None:
     (root / "kitty").symlink_to("cat")
     (root / "again").symlink_to(root)
     (root / "dog" / "loop").symlink_to("loop")
+    (root / "dog" / "above").symlink_to("../..")
     (root / "dog" / "cat.png").symlink_to(root / "cat" / "00.png")
     (root / "cow").symlink_to(tree(tmp_path / "elsewhere", ("brown",), 3))
     source = find_sources(root)["train"]

@@ -172,7 +172,7 @@ class _Walk:
         self._pictures: set[Identity] = set()
         self._folders: set[Identity] = set()
         for root in roots:
-            for folder in self._real_folders(root):
+            for folder in (*root.resolve().parents, *self._real_folders(root)):
                 self._folders.add(_identity(folder))
 
     def _real_folders(self, folder: Path) -> Iterator[Path]:
