@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from conam_zoo.data import ImageSplit
 from conam_zoo.layers.confidence import confidence_maps, liveness
@@ -83,6 +84,14 @@ def test_logs_that_began_without_it_go_on(tmp_path: Path) -> None:
     for length in (1, 2):
         draw_curves(rows[:length], tmp_path / "curves.png", title="begun by an older version")
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_a_single_epoch_show_a_point(tmp_path: Path) -> None:
+    row = {"epoch": 1, "lr": 0.1, "loss": 2.0, "train_top1_percent": 20.0, "holdout_top1_percent": None}
+    draw_curves([row], tmp_path / "curves.png", title="one epoch")
+    with Image.open(tmp_path / "curves.png") as picture:
+        loss = np.asarray(picture.convert("RGB"))[:, : picture.width // 3]  # the first of three panels, without legend
+    assert (loss == (0x1F, 0x77, 0xB4)).all(2).sum() > 20
 
 
 def test_monitored_images_are_spread_over_a_split_that_is_sorted_by_class() -> None:

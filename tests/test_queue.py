@@ -234,8 +234,8 @@ def test_the_command_prints_a_line_for_each_epoch_of_each_training(
     call = ["queue", NAME, "--data", tmp_path, "--output", tmp_path / "runs", "--set", "epochs=2", "--seed", 3]
     code, out, err = conam(*call, "--set", "warmup_epochs=0")
     assert code == 0, err
-    (line,) = [line for line in out.split("\n") if "epoch 1 of 2" in line]
-    assert line.startswith(f"{NAME}, seed 3: epoch 1 of 2, 20.50 % of the training images, ")
+    (line,) = [line for line in out.split("\n") if "epoch 1/2" in line]
+    assert line.startswith(f"{NAME}, seed 3: epoch 1/2, 20.50 % training, ")
     assert line.split(", ")[-1] in ("2:00:00 left", "1:59:59 left", "1:59:58 left")
 
 

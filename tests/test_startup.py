@@ -94,3 +94,23 @@ def test_output_that_cannot_be_written_is_told(
     assert done.returncode == code
     assert sentence in done.stderr
     assert done.stderr.count("\n") == (1 if sentence else 0)
+
+
+CHATTY = """
+import logging, typer, torch
+from torch.profiler import profile
+from conam_zoo.cli import run_app
+app = typer.Typer()
+@app.command()
+def measure():
+    with profile():
+        torch.ones(3).sum()
+    logging.getLogger("torch.utils.cpp_extension").warning("No CUDA runtime is found")
+    logging.getLogger("conam_zoo").warning("of ours")
+run_app(app, "measure")
+"""
+
+
+def test_chatter_of_libraries_stays_off_the_terminal() -> None:
+    done = conam_process(command=("-c", CHATTY))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "conam: of ours\n")

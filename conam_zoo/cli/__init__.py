@@ -50,6 +50,7 @@ def _run(app: typer.Typer, name: str) -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lasts)
     keep_freed_memory()
     _make_output_safe()
+    _silence_libraries()
     try:
         try:
             app(args=_with_json_place(sys.argv[1:]), prog_name=name)
@@ -103,6 +104,12 @@ class _PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return for_terminal(super().format(record), lines=True)
+
+
+def _silence_libraries() -> None:
+    """Keep off the terminal what is of no use to somebody who trains or measures."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of PyTorch's profiler, which tells that there is no GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # the same of torch.compile
 
 
 def _make_output_safe() -> None:

@@ -141,7 +141,7 @@ class _Lines:
         if self._live is not None:
             grid = Table.grid(padding=(0, 2))
             for job, progress in rows:
-                grid.add_row(job.name, *(_cells(progress) if progress else (f"epoch 1 of {job.recipe.epochs}",)))
+                grid.add_row(job.name, *(_cells(progress) if progress else (f"epoch 0/{job.recipe.epochs}",)))
             self._live.update(grid, refresh=True)
             return
         for job, progress in rows:
@@ -151,10 +151,10 @@ class _Lines:
 
 
 def _cells(progress: "Progress") -> tuple[str, str, str]:
-    images = "held-out" if progress.held_out else "training"
+    images = "held out" if progress.held_out else "training"
     left = timedelta(seconds=round(progress.seconds_left))
     return (
-        f"epoch {progress.epoch} of {progress.epochs}",
-        f"{progress.top1_percent:.2f} % of the {images} images",
+        f"epoch {progress.epoch}/{progress.epochs}",
+        f"{progress.top1_percent:.2f} % {images}",
         f"{left} left",
     )
