@@ -104,14 +104,9 @@ def test_the_test_split_is_not_opened_before_the_last_epoch_is_done(
     monkeypatch.setattr(np, "load", recording_load)
     monkeypatch.setattr(fit_module, "train_one_epoch", recording_epoch)
     train(recipe, small_data, tmp_path / "run")
-    assert events == [
-        "train_images.npy",
-        "train_labels.npy",
-        "epoch",
-        "epoch",
-        "test_images.npy",
-        "test_labels.npy",
-    ]
+    assert events[:4] == ["train_images.npy", "train_labels.npy", "epoch", "epoch"]
+    assert {"test_images.npy", "test_labels.npy"} <= set(events[4:])  # the training images' range of values serves both
+    assert "epoch" not in events[4:]
 
 
 def test_a_choosing_run_never_opens_the_test_split(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:

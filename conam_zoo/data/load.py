@@ -75,7 +75,7 @@ def find_sources(
         data: An image folder, with splits or with class folders directly; a folder with ``.npy`` arrays; an ``.npz``
             file; a name that timm knows (``hfds/…``, ``torch/…``, ``wds/…``, ``tfds/…``); or ``cifar10``/``cifar100``.
         training: Whether there have to be training images.
-        splits: Those of ``cifar10`` and ``cifar100`` that are wanted.
+        splits: Those of ``cifar10`` and ``cifar100`` that are wanted; of ``.npy`` arrays, whether only ``train`` is.
 
     Raises:
         UserError: If it is none of these.
@@ -84,7 +84,7 @@ def find_sources(
     found = status(path) if not str(data).startswith(NAME_PREFIXES) or path.exists() else None
     if found is not None and path.is_dir():
         if has_arrays(path):
-            return npy_sources(path, training=training)
+            return npy_sources(path, training=training, train_only=splits == ("train",))
         return folder_sources(path, training=training)
     if found is not None:
         if path.suffix.lower() == ".npz":

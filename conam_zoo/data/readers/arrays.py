@@ -25,19 +25,21 @@ def has_arrays(root: Path) -> bool:
     return any(status(root / f"{split}_images.npy") is not None for split in SPLITS)
 
 
-def npy_sources(root: Path, *, training: bool = True) -> dict[str, LazyImages]:
+def npy_sources(root: Path, *, training: bool = True, train_only: bool = False) -> dict[str, LazyImages]:
     """The splits in a folder with ``<split>_images.npy``, ``<split>_labels.npy`` and perhaps ``classes.txt``.
 
     Args:
         root: The folder.
         training: Whether there have to be training images.
+        train_only: Open no file of another split, if there are training images.
 
     Raises:
         UserError: If a file is missing or its content does not fit; see ``npz_sources`` for what fits.
     """
     arrays: dict[str, np.ndarray] = {}
     classes = None
-    for split in SPLITS:
+    only = ("train",) if train_only and status(root / "train_images.npy") is not None else SPLITS
+    for split in only:
         if status(root / f"{split}_images.npy") is not None:
             for kind in ("images", "labels"):
                 arrays[f"{split}_{kind}"] = _load(root / f"{split}_{kind}.npy")
