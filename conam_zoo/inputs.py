@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conam_zoo.errors import UserError
 
-__all__ = ["check_file", "expand_path", "refuse_overwriting", "status"]
+__all__ = ["check_file", "expand_path", "refuse_overwriting", "refuse_replacing", "status"]
 
 REASONS = {
     errno.EACCES: "permission is denied",
@@ -92,6 +92,23 @@ def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -
         if identity in written:
             raise UserError(f"{output} cannot be written twice: choose another name for {written[identity]}.")
         written[identity] = output
+
+
+def refuse_replacing(json_file: Path | None) -> None:
+    """Refuse to write JSON onto a file that is something else, such as a picture of a data set.
+
+    Raises:
+        UserError: If the file is there, is not called ``.json``, and does not begin as JSON does.
+    """
+    if json_file is None or json_file.suffix.lower() == ".json" or not json_file.is_file():
+        return
+    try:
+        with json_file.open("rb") as file:
+            begins = file.read(1)
+    except OSError:
+        return  # what writes it tells why it cannot
+    if begins not in (b"", b"{", b"["):
+        raise UserError(f"{json_file} is there and no JSON, so it is not replaced: choose another name.")
 
 
 def _identity(path: Path) -> object:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def test_json_is_not_written_onto_an_input_a_weight_or_the_sheet(conam: Command,
     folder = CHECKOUT / "weights" / MODEL
     before = (folder / "config.json").read_bytes()
     assert conam("predict", f"local-dir:{folder}", photo, "--json", folder / "config.json")[0] == 2
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_json_replaces_no_picture_of_a_data_set_and_no_config_of_a_folder(conam: Command, tmp_path: Path) -> None:
+    photo = copy_photo(tmp_path / "set" / "dog" / "in.jpg")
+    before = photo.read_bytes()
+    code, _, err = conam("evaluate", MODEL, "--data", tmp_path / "set", "--json", photo)
+    assert (code, photo.read_bytes()) == (2, before)
+    assert "is not replaced" in err
+    folder = tmp_path / "net"
+    shutil.copytree(CHECKOUT / "weights" / MODEL, folder)
+    before = (folder / "config.json").read_bytes()
+    assert conam("info", f"local-dir:{folder}", "--json", folder / "config.json")[0] == 2
     assert (folder / "config.json").read_bytes() == before
 
 

@@ -75,6 +75,8 @@ def json_only(result: Any, json_file: Path | None) -> bool:
         sys.stdout.write(text)
         return True
     from conam_zoo.files import write_text
+    from conam_zoo.inputs import refuse_replacing
 
+    refuse_replacing(json_file)
     write_text(json_file, text)
     return False

@@ -60,10 +60,13 @@ def info(
     """Show what a model is: size, input, where its attention stands, and its weights."""
     from timm.models import split_model_name_tag
 
+    from conam_zoo.inputs import expand_path, refuse_overwriting
     from conam_zoo.layers.confidence import has_confidence
     from conam_zoo.models.registry import count_params_and_macs, open_model
     from conam_zoo.weights import load_manifest
 
+    if model.startswith("local-dir:"):
+        refuse_overwriting([json_file], [expand_path(model.removeprefix("local-dir:")) / "config.json"])
     net = open_model(model, pretrained=False, **({} if ":" in model else {"device": "meta"}))
     cfg = net.pretrained_cfg
     params, macs = count_params_and_macs(model) if ":" not in model else (_parameters(net), None)

@@ -167,13 +167,17 @@ class Checkpointer(StopRequest):
         self._take_up(saved)
 
     def _read(self, tell: Callable[[str], object]) -> dict[str, Any]:
-        saved = load_latest(self.folder, self._check_facts, tell)
+        told: list[str] = []
+        saved = load_latest(self.folder, self._check_facts, told.append)
         before = recipe_from_dict(saved["facts"]["recipe"], str(self.folder)).to_dict()
         _check_same(f"{self.folder} was begun with another recipe", before, self.recipe.to_dict())
         begun = saved["facts"].get("record", self.record)
         known = {key: value for key, value in self.record.items() if key in begun or key not in LATER_FACTS}
         _check_same(f"{self.folder} was begun on other data", begun, known)
-        return load_latest(self.folder, self._take_up, tell)
+        taken = load_latest(self.folder, self._take_up, told.append)
+        for sentence in told[:1]:  # the second reading finds the damaged one gone
+            tell(sentence)
+        return taken
 
     def _check_facts(self, saved: dict[str, Any]) -> None:
         facts = saved["facts"]
