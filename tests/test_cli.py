@@ -186,7 +186,7 @@ BAD = {
     ),
     "unknown model argument": (
         ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "model_args={depth=3}"],
-        "which resnet20_conam refuses",
+        "has 'depth', which no model takes: it knows num_classes",
     ),
     "wrong number of classes": (["evaluate", "MODEL", "--data", "THREE"], "has 3 classes, but the model has 10"),
     "wrong number of classes in a setting": (

@@ -104,7 +104,8 @@ def test_the_document_s_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 2
-    assert names["mean_one"].attention_arguments()["attn_args"] == {"scaling": "mean_one", "shortcut": False}
+    assert names["plain"].attention_arguments()["attn_layer"] == "none"
+    assert names["every_block"].attention_arguments()["attn_placement"] == "block"
     assert names["explanation"].probabilities.shape == names["explanation"].sites[-1].most.probabilities.shape == (10,)
 
 

@@ -129,8 +129,11 @@ def check_model_args(arguments: Mapping[str, Any], what: str) -> None:
     Raises:
         UserError: With the argument and its value.
     """
+    known = MODEL_ARGS["properties"]
+    if unknown := [key for key in arguments if key not in known]:
+        raise UserError(f"{what} has {unknown[0]!r}, which no model takes: it knows {', '.join(known)}.")
     if said := _first_error(dict(arguments), MODEL_ARGS):
-        raise UserError(f"{what} is refused, {said}: it knows {', '.join(MODEL_ARGS['properties'])}.")
+        raise UserError(f"{what} is refused, {said}: it knows {', '.join(known)}.")
 
 
 def check_patch_sizes(file: Path, patch_sizes: Sequence[int] | None) -> None:
@@ -162,6 +165,9 @@ def _first_error(value: Any, schema: Mapping[str, Any]) -> str:
         return ""
     where = ".".join(str(step) for step in error.absolute_path)
     message = error.message if len(error.message) <= 160 else f"...{error.message[-157:]}"
+    if error.validator == "additionalProperties" and isinstance(error.schema.get("properties"), Mapping):
+        unknown = ", ".join(repr(key)[:60] for key in error.instance if key not in error.schema["properties"])
+        return f"{where or 'it'} has {unknown[:160]}, which is unknown"
     if error.validator in ("type", "enum", "const", "pattern", "minimum", "maximum", "anyOf"):
         shown = repr(error.instance)
         rule = {
