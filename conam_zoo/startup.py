@@ -1,7 +1,7 @@
 """What the ``conam`` command does before libraries are imported, which takes seconds; other programs are left alone.
 
 Ctrl-C ends the command with exit code 130 and nothing printed, at any moment. A working folder that is gone, without
-which MKL aborts the process, is one sentence.
+which MKL aborts the process, and an endpoint that huggingface_hub cannot be imported with, are one sentence.
 """
 
 import os
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 __all__ = ["begin_command", "interruptible", "is_our_command"]
 
@@ -47,6 +48,10 @@ def begin_command() -> None:
         os.getcwd()
     except OSError as error:
         sys.exit(_refusal(f"The working folder cannot be used ({error.strerror}): change into another."))
+    try:
+        _ = urlsplit(os.environ.get("HF_ENDPOINT", "")).port
+    except ValueError:  # huggingface_hub fails on it while it is imported; it may hold a password
+        sys.exit(_refusal("HF_ENDPOINT is no address of a Hub: give one such as https://huggingface.co."))
     if sys.stdout is None:
         sys.exit(_refusal("Standard output is closed: send it to a file, or to /dev/null."))
 

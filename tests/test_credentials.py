@@ -1,6 +1,8 @@
 """Tokens stay out of messages, and off unencrypted lines."""
 
 import os
+import subprocess
+import sys
 import urllib.parse
 from pathlib import Path
 
@@ -74,6 +76,14 @@ def test_a_malformed_endpoint_is_one_sentence(endpoint: str, monkeypatch: pytest
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     with pytest.raises(HubError, match=r"HF_ENDPOINT is .* no address of a Hub"):
         check_endpoint()
+
+
+@pytest.mark.parametrize("endpoint", ["http://me:secret@[::1", "https://me:secret@host:99999", "https://me:secret"])
+def test_an_endpoint_that_the_client_cannot_be_imported_with_is_one_sentence(endpoint: str) -> None:
+    command = [sys.executable, "-m", "conam_zoo", "list"]
+    done = subprocess.run(command, env={**os.environ, "HF_ENDPOINT": endpoint}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "conam: HF_ENDPOINT is no address of a Hub: give one such as https://huggingface.co.\n"
 
 
 @pytest.mark.parametrize("password", ["pa/ss@word", "p@ss:word", "pässword", "pass%2Fword", "pass'word"])
