@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from conam_zoo.data import ImageSplit, read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
-from conam_zoo.files import write_text
+from conam_zoo.files import write_atomically, write_text
 from conam_zoo.layers.confidence import EVEN
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.export import export_model
@@ -109,7 +110,7 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_eve
             **measured,
         )
         for extra in ("log.csv", "curves.png"):
-            shutil.copyfile(run / extra, folder / extra)
+            write_atomically(folder / extra, partial(shutil.copyfile, run / extra))
         manifest_path = checkout / "weights_manifest.json"
         manifest = load_manifest(manifest_path)
         write_text(folder / "README.md", model_card(entry, manifest))

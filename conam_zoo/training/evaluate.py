@@ -192,7 +192,7 @@ def _split_of_run(
     split = parts[chosen]
     if split is None:
         raise UserError(f"{data} has no {PARTS[chosen]} images: choose another split.")
-    notes = [note[0].upper() + note[1:] + "." for note in images.notes]
+    notes = [note + "." for note in images.notes]
     return read_source(split, size)[0] if isinstance(split, LazyImages) else split, PARTS[chosen], notes
 
 
@@ -211,7 +211,7 @@ def _split(data: str | Path, size: int, part: str | None, corrupt: str) -> tuple
         )
     if not len(split):
         raise UserError(f"{split.source} holds no image that can be read: check the files.")
-    notes = [note[0].upper() + note[1:] + "." for source in sources.values() for note in source.notes]
+    notes = [note + "." for source in sources.values() for note in source.notes]
     if unreadable:
         notes.append(f"{len(unreadable)} images cannot be read and are left out, such as {unreadable[0].name}.")
     return split, "all" if list(sources) == ["train"] else PARTS[chosen], notes
