@@ -14,7 +14,7 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models._base import StagedClassifier
 from conam_zoo.models.config_schema import load_config
-from conam_zoo.weights.folder import fetch_config
+from conam_zoo.weights.folder import fetch_config, read_config
 
 __all__ = ["check_model_name", "count_params_and_macs", "model_names", "open_model", "size_of"]
 
@@ -39,6 +39,14 @@ def check_model_name(name: str) -> None:
         raise UserError(f"{builder} has no tag {tag!r}: it has {', '.join(f'{builder}.{t}' for t in DATASETS)}.")
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder whose config.json names another package's net, or is not what it should be."""
+    named = read_config(folder / "config.json").get("architecture")
+    if isinstance(named, str):  # first of all: of a net that is not ours, nothing else is worth saying
+        check_model_name(named)
+    load_config(folder)
+
+
 def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedClassifier:
     """``timm.create_model`` for a name as typed: ``arch``, ``arch.tag``, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
@@ -50,14 +58,14 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
         folder = _expanded(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a model folder: it has no config.json.")
-        check_model_name(load_config(folder)["architecture"])
+        _check_folder(folder)
         name = f"local-dir:{folder}"
     elif name.startswith("hf-hub:"):
         # timm would wait half a minute for a Hub that is away, believe what it says, and read a net of its own in its
         # own ways. Of a pinned commit that is in the cache it asks nothing.
         hub_id = name.removeprefix("hf-hub:")
         config = fetch_config(hub_id, kwargs.get("cache_dir"))
-        check_model_name(load_config(config.parent)["architecture"])
+        _check_folder(config.parent)
         name = f"hf-hub:{hub_id.partition('@')[0]}@{config.parent.name}"
     else:
         check_model_name(name)
