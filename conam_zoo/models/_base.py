@@ -27,12 +27,18 @@ class AttendedBlock(nn.Module):
     """A block whose first convolution, ``conv1``, may stand behind its attention, ``attn``.
 
     A family sets ``attn`` in its place among the layers: their order is that of the parameters in optimisers' states.
+
+    Args:
+        attn_last: Whether the attention stands after the last norm instead; the block calls it there.
     """
 
     if TYPE_CHECKING:
         attn: nn.Module
         conv1: nn.Conv2d
-    attn_last = False  # whether it stands after the last norm instead; the block calls it there
+
+    def __init__(self, attn_last: bool = False) -> None:
+        super().__init__()
+        self.attn_last = attn_last
 
     def first_conv(self, x: Tensor) -> Tensor:
         """The attention, if it stands here, and the convolution, which need not keep the rescaled map."""

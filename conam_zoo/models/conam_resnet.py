@@ -33,8 +33,7 @@ class BasicBlock(AttendedBlock):
         attn_last: bool,
         **factory_kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.attn_last = attn_last
+        super().__init__(attn_last)
         self.attn = attn if attn is not None else nn.Identity()
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False, **factory_kwargs)
         self.bn1 = nn.BatchNorm2d(width, **factory_kwargs)
@@ -69,8 +68,7 @@ class Bottleneck(AttendedBlock):
         attn_last: bool,
         **factory_kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.attn_last = attn_last
+        super().__init__(attn_last)
         self.attn = attn if attn is not None else nn.Identity()
         out_channels = width * self.expansion
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False, **factory_kwargs)

@@ -35,8 +35,7 @@ class PreActBlock(AttendedBlock):
         attn_last: bool,
         **factory_kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.attn_last = attn_last
+        super().__init__(attn_last)
         self.bn1 = nn.BatchNorm2d(in_channels, **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
         self.attn = attn if attn is not None else nn.Identity()
