@@ -29,7 +29,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "conam_zoo needs Python 3.11 or newer: make PYTHON=python3.11")'
-	@echo "Installing conam_zoo with PyTorch and what the tests need into $(VENV): two to five minutes, once."
+	@echo "Installing conam_zoo with PyTorch and what the tests need into $(VENV), several GB, once: pip shows how far it is."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $(STAMP)

@@ -136,8 +136,11 @@ class _AugmentedBatches(Batches):
             labels = self._labels[order_here[part]]
             if augmentation.cutout:
                 images = cut_out(images, draws[part], augmentation.cutout)
+            if not augmentation.mixes:
+                yield images, labels
+                continue
             stream = random_stream(MIXING, seed, epoch, step, self._settings.rank)
-            if augmentation.mixes and (augmentation.mix_share == 1 or stream.random() < augmentation.mix_share):
+            if augmentation.mix_share == 1 or stream.random() < augmentation.mix_share:
                 yield mix(images, labels, len(self.classes), augmentation, stream)
             else:
                 yield images, labels

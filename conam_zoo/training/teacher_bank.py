@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conam_zoo.data import Batches, ImageSplit
+from conam_zoo.data.fingerprint import data_sha256, image_hashes
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 from conam_zoo.training.recipe import Recipe
@@ -50,11 +51,9 @@ SETTINGS = (
 def bank_facts(recipe: Recipe, split: ImageSplit, mean: Any, std: Any) -> dict[str, Any]:
     """What the images of a recipe's batches depend on: its settings, the training images, how they are normalised."""
     values = recipe.to_dict()
-    digest = hashlib.sha256(repr((split.classes, tuple(split.images.shape))).encode())
-    digest.update(split.labels.cpu().contiguous().numpy().data)
-    digest.update(split.images.cpu().contiguous().numpy().data)
+    images = data_sha256(image_hashes(split, split.images.shape[1]), split.labels.cpu().numpy())
     settings = {key: values[key] for key in SETTINGS}
-    return {**settings, "images": digest.hexdigest(), "mean": list(mean), "std": list(std)}
+    return {**settings, "images": images, "mean": list(mean), "std": list(std)}
 
 
 def epoch_file(bank: Path, epoch: int) -> Path:

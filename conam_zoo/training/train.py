@@ -163,7 +163,7 @@ class Assembly:
         model: The net, initialised by the recipe's seed.
         split: The training images.
         batches: Augmented training images, for the training device.
-        note: One line on where the images are kept, and why.
+        note: What a person should know about how the images were read, and where they are kept; a line each.
         num_images: How many training images there are; an epoch may leave some of them out.
         holdout: Training images kept out for choosing, or None.
         monitor: Some training images, the same ones for every training on them, to measure liveness on.
@@ -213,6 +213,7 @@ def assemble(recipe: Recipe, data: str | Path, here: Ranks, teacher_bank: Path |
     if teacher_bank is not None:
         bank = _open_bank(teacher_bank, recipe, split, cfg, here)
         batches, facts = BankedBatches(batches, bank, batch_size), bank.record
+    note = "\n".join((*split.notes, note))  # what was left out or rescaled, then where the images are kept
     monitor = split.spread(MONITORED_IMAGES)
     hashed = [part for part in (split, holdout) if part is not None]
     hashes = np.concatenate([image_hashes(part, part.images.shape[1]) for part in hashed])
