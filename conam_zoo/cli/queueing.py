@@ -109,9 +109,9 @@ def queue(
 
 
 def _ships_already(job: "Job", entries: "Mapping[str, WeightEntry]") -> bool:
-    """Whether the manifest has weights of this recipe, or of a longer one of the same net, which a suffix marks."""
+    """Whether the manifest has weights of this recipe, or of one of at least as many epochs."""
     entry = entries.get(job.weights)
-    return entry is not None and job.recipe_name in (job.weights, entry.recipe)
+    return entry is not None and (entry.recipe == job.recipe_name or entry.epochs >= job.recipe.epochs)
 
 
 def _is_packed(folder: Path, run: dict) -> bool:
