@@ -75,6 +75,7 @@ PLACES: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
     ("docs/recipes.md", "seeds", _seeds),
     ("docs/finetuning.md", "finetune", _finetune),
     ("docs/benchmarks.md", "benchmark train", _benchmark("train")),
+    ("docs/benchmarks.md", "benchmark step", _benchmark("step")),
     ("docs/benchmarks.md", "benchmark inference", _benchmark("inference")),
     ("experiments/LOG.md", "benchmark cost", _benchmark("cost")),
     ("docs/benchmarks.md", "benchmark densenet", _benchmark("densenet")),

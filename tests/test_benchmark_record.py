@@ -148,7 +148,7 @@ def test_the_documentation_gets_every_record_of_the_folder(tmp_path: Path) -> No
     (tmp_path / "cost_module.json").write_text(json.dumps(_cost_record().to_dict()))
     (tmp_path / "attention.json").write_text("{}")  # not one of ours
     tables = benchmark_tables(tmp_path)
-    assert list(tables) == ["train", "inference", "cost", "densenet"]
+    assert list(tables) == ["train", "step", "inference", "cost", "densenet"]
     assert tables["inference"] == "Not measured yet."
     assert "| resnet20_conam | 8 | timm | 20 ms (18 to 22) | 2.00 | 0.333 |" in tables["train"]
     assert "| --- | --- | --- | --: | --: | --: |" in tables["train"]

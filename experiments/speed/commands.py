@@ -1,4 +1,4 @@
-"""Commands that measure speed and cost: benchmark train, inference, cost, densenet."""
+"""Commands that measure speed and cost: train, step, inference, cost, densenet."""
 
 import shlex
 import sys
@@ -99,6 +99,24 @@ def train(
             quick=quick,
             command=typed_command(),
             progress=progress,
+        )
+    _show(record, json_file)
+
+
+@app.command(epilog="Example: python -m experiments step --model resnet56_conam --json step.json")
+def step(
+    model: Annotated[str, typer.Option(help="A ResNet of basic blocks.")] = "resnet20_conam",
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 128,
+    repeats: Repeats = 15,
+    quick: Quick = False,
+    json_file: Json = None,
+) -> None:
+    """Where the time of a training step goes, and what in-place joins and torch.compile save of it."""
+    from experiments.speed.step import benchmark_step
+
+    with progress_line() as progress:
+        record = benchmark_step(
+            model, batch_size=batch_size, repeats=repeats, quick=quick, command=typed_command(), progress=progress
         )
     _show(record, json_file)
 

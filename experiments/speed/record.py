@@ -73,7 +73,7 @@ class BenchmarkRecord:
     """A whole benchmark. It holds no date, so that the same measurement is the same file.
 
     Attributes:
-        what: ``"train"``, ``"inference"``, ``"cost"`` or ``"densenet"``.
+        what: ``"train"``, ``"step"``, ``"inference"``, ``"cost"`` or ``"densenet"``.
         command: The command line, or what was called.
         hardware: Processor or accelerator.
         threads: CPU threads within an operation.
@@ -201,7 +201,7 @@ def read_record(path: Path) -> BenchmarkRecord:
         raise UserError(f"{path} is not the record of a benchmark: write it again with --json.") from error
 
 
-BENCHMARKS = ("train", "inference", "cost", "densenet")
+BENCHMARKS = ("train", "step", "inference", "cost", "densenet")
 Cells = list[list[str]]  # the first row holds the titles
 
 
