@@ -6,6 +6,7 @@ process computes with one thread: two with all threads each would wait for one a
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported, and for what the tests start
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # of a page in Markdown
 
 
 @pytest.hookimpl(hookwrapper=True)

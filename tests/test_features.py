@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import PYTHON_BLOCK
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -62,7 +63,7 @@ def test_the_page_runs(conam, tmp_path: Path, checkout: Path, monkeypatch: pytes
     page = (checkout / "docs" / "features.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^conam .*$", page, re.MULTILINE)
     assert conam(*command.split()[1:])[0] == 0
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    blocks = PYTHON_BLOCK.findall(page)
     assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "docs/features.md", "exec"), {})

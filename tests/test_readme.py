@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import CHECKOUT
+from conftest import CHECKOUT, PYTHON_BLOCK
 from PIL import Image
 
 from conam_zoo.cli import app
 from experiments import __main__  # noqa: F401 (registers its commands)
 from experiments.speed.commands import app as research
 
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
 
 @pytest.mark.slow
 def test_every_python_block_runs(tmp_path: Path) -> None:
-    blocks = BLOCK.findall((CHECKOUT / "README.md").read_text(encoding="utf-8"))
+    blocks = PYTHON_BLOCK.findall((CHECKOUT / "README.md").read_text(encoding="utf-8"))
     assert len(blocks) == 4
     for name in ("ant", "bee", "cow"):
         folder = tmp_path / "my_pictures" / name
