@@ -147,7 +147,7 @@ def test_gradients(side: int) -> None:
 
     def both(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         output = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
-        return output, conam_zoo.layers.conam._confidence(x, module.patch_size, *parameters)
+        return output, equations.confidence_map(x, module.patch_size, *parameters)
 
     inputs = [noise(2, 3, side, side, dtype=torch.float64), *(p.detach().clone() for p in module.parameters())]
     for tensor in inputs:
@@ -401,10 +401,10 @@ def test_a_scripted_module_keeps_dot_product_and_softmax_in_float32_under_autoca
 
 
 def by_the_equations(module: ConAM, x: Tensor) -> Tensor:
-    confidence = equations._confidence(
+    confidence = equations.confidence_map(
         x, module.patch_size, module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias
     )
-    return equations._recalibrate(x, confidence, module.patch_size)
+    return equations.recalibrate(x, confidence, module.patch_size)
 
 
 def gradients_of(output: Tensor, module: ConAM, x: Tensor, weight: Tensor) -> list[Tensor]:

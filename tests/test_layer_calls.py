@@ -1,7 +1,10 @@
 """ConAM calls linear layers that are more than plain ones: tools that replace, hook or parametrise them work."""
 
 import copy
+import json
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -203,3 +206,39 @@ def test_nets_run_by_the_equations_without_private_names(net: str, owner: Any, n
         found = gradients()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+# Run with private names removed before the package is imported; prints what a net and a moving average come to.
+WITHOUT_NAMES = """
+import json, sys, warnings
+import timm, torch
+
+torch.manual_seed(0)
+if sys.argv[1] == "without":
+    del torch._C._are_functorch_transforms_active, torch._C._autograd, torch.autograd.forward_ad._current_level
+    del torch.nn.modules.module._has_any_global_hook, torch._foreach_lerp_, torch._foreach_copy_
+    sys.modules["torch._subclasses.fake_tensor"] = sys.modules["torch._subclasses.functional_tensor"] = None
+import conam_zoo
+from conam_zoo.training.moving_average import MovingAverage
+
+warnings.simplefilter("error")
+model = timm.create_model("resnet20_conam")
+average = MovingAverage(model, 0.5)
+output = model(torch.randn(2, 3, 16, 16))
+gradients = torch.autograd.grad(output.logsumexp(1).sum(), list(model.parameters()))
+for step in (1, 2, 3):
+    average.update(model, step=step)
+    model.conv1.weight.data.add_(1)
+values = [output, *gradients, *average.module.state_dict().values()]
+print(json.dumps([value.double().norm().item() for value in values]))
+"""
+
+
+@pytest.mark.slow
+def test_names_that_are_gone_before_the_import_change_no_result() -> None:
+    with_names, without = (
+        subprocess.run([sys.executable, "-c", WITHOUT_NAMES, which], capture_output=True, text=True, check=True)
+        for which in ("with", "without")
+    )
+    assert without.stderr == ""
+    assert json.loads(without.stdout) == pytest.approx(json.loads(with_names.stdout), rel=1e-4, abs=1e-6)

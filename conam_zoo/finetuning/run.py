@@ -27,9 +27,8 @@ from conam_zoo.inputs import expand_path
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.engine import score
-from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import TRAINED_ON
-from conam_zoo.training.precision import precision_on
+from conam_zoo.training.hardware import describe_environment, precision_on
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import check_free, hold
 

@@ -1,6 +1,7 @@
 """What this package asks of PyTorch by names that are private, each with an answer for the day when it is gone.
 
-Without a name the answer is the careful one: the equations instead of the fused pass, and no recomputing.
+Without a name the answer is the careful one: the equations instead of the fused pass, no recomputing, float32, and one
+tensor at a time.
 """
 
 from typing import Any
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["backward_node", "is_called_plainly", "saved_tensors_hooks_are_free", "transforms_are_active"]
+__all__ = [
+    "copy_all",
+    "has_bf16_convolutions",
+    "is_called_plainly",
+    "lerp_all",
+    "saved_tensors_hooks_are_free",
+    "transforms_are_active",
+]
 
 _PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter, torch.fx.Proxy)
 try:  # what stands for plain tensors while a net is exported
@@ -28,11 +36,6 @@ def transforms_are_active() -> bool:
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     level = getattr(forward_ad, "_current_level", None)
     return active is None or level is None or bool(active()) or level >= 0
-
-
-def backward_node(function: type[torch.autograd.Function]) -> Any:
-    """The type of the graph's nodes that a function makes, or None if PyTorch does not tell."""
-    return getattr(function, "_backward_cls", None)
 
 
 def saved_tensors_hooks_are_free() -> bool:
@@ -60,3 +63,29 @@ def is_called_plainly(layer: nn.Module) -> bool:
 def _has_global_hooks() -> bool:
     found = getattr(nn.modules.module, "_has_any_global_hook", None)
     return found is None or bool(found())
+
+
+def has_bf16_convolutions() -> bool:
+    """Whether this CPU has instructions for bfloat16: what PyTorch asks before it hands a convolution to oneDNN."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
+
+
+def lerp_all(ours: list[Tensor], theirs: list[Tensor], weight: float) -> None:
+    """``Tensor.lerp_`` of every tensor towards its partner, in one call where PyTorch has it."""
+    together = getattr(torch, "_foreach_lerp_", None)
+    if together is not None:
+        together(ours, theirs, weight=weight)
+        return
+    for own, other in zip(ours, theirs, strict=True):
+        own.lerp_(other, weight)
+
+
+def copy_all(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """``Tensor.copy_`` of every tensor from its partner, in one call where PyTorch has it."""
+    together = getattr(torch, "_foreach_copy_", None)
+    if together is not None:
+        together(ours, theirs)
+        return
+    for own, other in zip(ours, theirs, strict=True):
+        own.copy_(other)

@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._torch_private import is_called_plainly
-from .conam_equations import _confidence, _confidence_between, _contexts_of, _recalibrate
+from .conam_equations import confidence_between, confidence_map, contexts_of, recalibrate
 from .conam_fused import applies, attend
 
 __all__ = ["ConAM"]
 
-for _name in ("_confidence_between", "_contexts_of", "_recalibrate"):  # leaves for torch.fx in this module, too
+for _name in ("confidence_between", "contexts_of", "recalibrate"):  # leaves for torch.fx in this module, too
     torch.fx.wrap(_name)
 
 
@@ -43,11 +43,11 @@ for _name in ("_confidence_between", "_contexts_of", "_recalibrate"):  # leaves 
 def _attend(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """The whole module; a leaf for torch.fx, as the parts are. (N, C, H, W) -> (N, C, H, W)."""
     if torch.jit.is_scripting():
-        output = _recalibrate(x, _confidence(x, patch_size, w1, b1, w2, b2), patch_size)
+        output = recalibrate(x, confidence_map(x, patch_size, w1, b1, w2, b2), patch_size)
     elif applies(x, patch_size):
         output = attend(x, patch_size, w1, b1, w2, b2)
     else:
-        output = _recalibrate(x, _confidence(x, patch_size, w1, b1, w2, b2), patch_size)
+        output = recalibrate(x, confidence_map(x, patch_size, w1, b1, w2, b2), patch_size)
     return output
 
 
@@ -128,19 +128,19 @@ class ConAM(nn.Module):
     def confidence(self, x: Tensor) -> Tensor:
         """The confidence map: (N, C, H, W) -> (N, ceil(H/p), ceil(W/p)), at least float32, summing to 1 per image."""
         if self.has_plain_layers:
-            return _confidence(x, self.patch_size, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return confidence_map(x, self.patch_size, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         else:
-            contexts = _contexts_of(x, self.patch_size)
+            contexts = contexts_of(x, self.patch_size)
             if torch.jit.is_scripting():
                 embedded = F.relu(self.fc2(F.relu(self.fc1(contexts))))
             else:
                 embedded = _call_layers(self.fc1, self.fc2, contexts)
-            return _confidence_between(embedded, x, self.patch_size)
+            return confidence_between(embedded, x, self.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rescale the map: (N, C, H, W) -> (N, C, H, W)."""
         if not self.has_plain_layers:
-            return _recalibrate(x, self.confidence(x), self.patch_size)
+            return recalibrate(x, self.confidence(x), self.patch_size)
         else:
             return _attend(x, self.patch_size, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 

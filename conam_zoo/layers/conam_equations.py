@@ -14,7 +14,7 @@ from torch import Tensor
 LIMIT: Final[float] = 1e17
 
 
-def _patch_means(x: Tensor, patch_size: int) -> Tensor:
+def patch_means(x: Tensor, patch_size: int) -> Tensor:
     """Mean of every patch: (N, C, H, W) -> (N, C, ceil(H/p), ceil(W/p)). Reads the map once.
 
     PyTorch's average pooling of NCHW maps on a CPU is not vectorised: whole patches are added line by line there.
@@ -45,7 +45,7 @@ def _extents(size: int, patch_size: int, like: Tensor) -> Tensor:
     return (size - starts).clamp(max=patch_size).to(like.dtype)
 
 
-def _contexts(means: Tensor, height: int, width: int, patch_size: int, limit: float = LIMIT) -> Tensor:
+def contexts_of_means(means: Tensor, height: int, width: int, patch_size: int, limit: float = LIMIT) -> Tensor:
     """Local contexts with the global one behind them, in at least float32: (N, C, rows, columns) -> (N, P + 1, C).
 
     ``limit`` bounds the local contexts: two infinite sums of opposite sign would make the global one NaN.
@@ -63,7 +63,7 @@ def _contexts(means: Tensor, height: int, width: int, patch_size: int, limit: fl
     return torch.cat([local_contexts, global_context], dim=1)
 
 
-def _agreement(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, limit: float = LIMIT) -> Tensor:
+def agreement(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, limit: float = LIMIT) -> Tensor:
     """Dot product of each embedded local context with the embedded global one: (N, P + 1, C) -> (N, P).
 
     ``limit`` bounds the embeddings.
@@ -75,18 +75,18 @@ def _agreement(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     return (embedded[:, :-1] * embedded[:, -1:]).sum(dim=2)
 
 
-def _confidence_of(
+def confidence_of_means(
     means: Tensor, height: int, width: int, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> Tensor:
     """Confidence of every patch from the patch means: (N, C, rows, columns) -> (N, rows, columns)."""
-    contexts = _contexts(means, height, width, patch_size)
+    contexts = contexts_of_means(means, height, width, patch_size)
     if torch.jit.is_scripting():
-        logits = _agreement(contexts, w1, b1, w2, b2)
+        logits = agreement(contexts, w1, b1, w2, b2)
     elif means.device.type != "meta" and torch.is_autocast_enabled(means.device.type):
         with torch.autocast(means.device.type, enabled=False):
-            logits = _agreement(contexts, w1, b1, w2, b2)
+            logits = agreement(contexts, w1, b1, w2, b2)
     else:
-        logits = _agreement(contexts, w1, b1, w2, b2)
+        logits = agreement(contexts, w1, b1, w2, b2)
     return torch.softmax(logits, dim=1).unflatten(1, (means.shape[2], -1))
 
 
@@ -95,19 +95,19 @@ def _confidence_of(
 
 
 @torch.fx.wrap
-def _confidence(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+def confidence_map(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """Confidence of every patch, in at least float32: (N, C, H, W) -> (N, ceil(H/p), ceil(W/p))."""
-    return _confidence_of(_patch_means(x, patch_size), x.shape[2], x.shape[3], patch_size, w1, b1, w2, b2)
+    return confidence_of_means(patch_means(x, patch_size), x.shape[2], x.shape[3], patch_size, w1, b1, w2, b2)
 
 
 @torch.fx.wrap
-def _contexts_of(x: Tensor, patch_size: int) -> Tensor:
+def contexts_of(x: Tensor, patch_size: int) -> Tensor:
     """Local contexts with the global one behind them, in at least float32: (N, C, H, W) -> (N, P + 1, C)."""
-    return _contexts(_patch_means(x, patch_size), x.shape[2], x.shape[3], patch_size)
+    return contexts_of_means(patch_means(x, patch_size), x.shape[2], x.shape[3], patch_size)
 
 
 @torch.fx.wrap
-def _confidence_between(embedded: Tensor, x: Tensor, patch_size: int, limit: float = LIMIT) -> Tensor:
+def confidence_between(embedded: Tensor, x: Tensor, patch_size: int, limit: float = LIMIT) -> Tensor:
     """Confidence from embeddings of any type: (N, P + 1, C), map -> (N, ceil(H/p), ceil(W/p)), at least float32."""
     if embedded.dtype == torch.bfloat16 or embedded.dtype == torch.float16:
         embedded = embedded.float()
@@ -117,7 +117,7 @@ def _confidence_between(embedded: Tensor, x: Tensor, patch_size: int, limit: flo
 
 
 @torch.fx.wrap
-def _recalibrate(x: Tensor, confidence: Tensor, patch_size: int) -> Tensor:
+def recalibrate(x: Tensor, confidence: Tensor, patch_size: int) -> Tensor:
     """Multiply every pixel by one plus the confidence of its patch: (N, C, H, W) -> (N, C, H, W)."""
     scale = (confidence + 1).to(x.dtype)
     n, channels, height, width = x.shape

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ._torch_private import transforms_are_active
-from .conam_equations import LIMIT, _confidence, _patch_means, _recalibrate
+from .conam_equations import LIMIT, confidence_map, patch_means, recalibrate
 
-__all__ = ["applies", "attend"]
+__all__ = ["applies", "attend", "rescale"]
 
 
 def applies(x: Tensor, patch_size: int) -> bool:
@@ -74,7 +74,7 @@ def _per_pixel(values: Tensor, patch_size: int) -> Tensor:
     return pixels.reshape(n, 1, rows * patch_size, columns * patch_size)
 
 
-def _scaled(x: Tensor, scale: Tensor, patch_size: int) -> Tensor:
+def rescale(x: Tensor, scale: Tensor, patch_size: int) -> Tensor:
     """``x * scale``, with one scale a patch: (N, C, H, W), (N, rows, columns) -> (N, C, H, W)."""
     if not _channels_last(x):
         return x * _per_pixel(scale, patch_size)
@@ -130,12 +130,12 @@ def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2:
     dtype = torch.promote_types(x.dtype, torch.float32)
     contexts = x.new_empty((n, rows * columns + 1, channels), dtype=dtype)
     local_contexts = contexts[:, :-1]
-    local_contexts.copy_(_patch_means(x, patch_size).flatten(2).transpose(1, 2))
+    local_contexts.copy_(patch_means(x, patch_size).flatten(2).transpose(1, 2))
     torch.mean(local_contexts.clamp_(-LIMIT, LIMIT), dim=1, out=contexts[:, -1])
     embedded = _linear(_hidden(contexts, w1, b1), w2, b2).clamp_(0, LIMIT).view(contexts.shape)
     confidence = torch.softmax((embedded[:, :-1] * embedded[:, -1:]).sum(2), dim=1)
     scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
-    return _scaled(x, scale, patch_size), contexts, embedded, confidence, scale
+    return rescale(x, scale, patch_size), contexts, embedded, confidence, scale
 
 
 def _hidden(contexts: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
@@ -157,6 +157,7 @@ class _InFewPasses(torch.autograd.Function):
         output, contexts, embedded, confidence, scale = _forward(x, patch_size, w1, b1, w2, b2)
         ctx.save_for_backward(x, w1, b1, w2, b2, contexts, embedded, confidence, scale)
         ctx.patch_size = patch_size
+        ctx.rescales = True  # for conam_recompute, to which this object is the result's ``grad_fn``
         return output
 
     @staticmethod
@@ -173,26 +174,26 @@ class _InFewPasses(torch.autograd.Function):
         rows, columns = height // patch_size, width // patch_size
         dtype = contexts.dtype
 
-        of_confidence = _patch_dots(gradient, x, patch_size).view(n, -1).to(dtype)
-        grad_logits = confidence * (of_confidence - (confidence * of_confidence).sum(1, keepdim=True))
-        of_embedded = torch.empty_like(embedded)
-        torch.mul(grad_logits[:, :, None], embedded[:, -1:], out=of_embedded[:, :-1])
-        torch.bmm(grad_logits[:, None], embedded[:, :-1], out=of_embedded[:, -1:])
-        of_embedded = _within(of_embedded, embedded, 0, LIMIT).view(-1, channels)
+        grad_confidence = _patch_dots(gradient, x, patch_size).view(n, -1).to(dtype)
+        grad_logits = confidence * (grad_confidence - (confidence * grad_confidence).sum(1, keepdim=True))
+        grad_embedded = torch.empty_like(embedded)
+        torch.mul(grad_logits[:, :, None], embedded[:, -1:], out=grad_embedded[:, :-1])
+        torch.bmm(grad_logits[:, None], embedded[:, :-1], out=grad_embedded[:, -1:])
+        grad_embedded = _within(grad_embedded, embedded, 0, LIMIT).view(-1, channels)
         hidden = _hidden(contexts, w1, b1)  # made again, not kept
-        of_hidden = of_embedded @ w2.to(dtype)
-        of_hidden = _within(of_hidden, hidden, 0, math.inf)
-        of_contexts = (of_hidden @ w1.to(dtype)).view(contexts.shape)
-        of_means = torch.add(of_contexts[:, :-1], of_contexts[:, -1:], alpha=1 / (rows * columns))
-        of_means = _within(of_means, contexts[:, :-1], -LIMIT, LIMIT)
+        grad_hidden = grad_embedded @ w2.to(dtype)
+        grad_hidden = _within(grad_hidden, hidden, 0, math.inf)
+        grad_contexts = (grad_hidden @ w1.to(dtype)).view(contexts.shape)
+        grad_means = torch.add(grad_contexts[:, :-1], grad_contexts[:, -1:], alpha=1 / (rows * columns))
+        grad_means = _within(grad_means, contexts[:, :-1], -LIMIT, LIMIT)
 
-        of_x = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            share = (of_means / patch_size**2).to(x.dtype).view(n, rows, columns, channels).permute(0, 3, 1, 2)
-            of_x = _input_gradient(gradient, scale, share, patch_size)
-        of_w1 = (of_hidden.t() @ contexts.view(-1, channels)).to(w1.dtype)
-        of_w2 = (of_embedded.t() @ hidden).to(w2.dtype)
-        return of_x, None, of_w1, of_hidden.sum(0).to(b1.dtype), of_w2, of_embedded.sum(0).to(b2.dtype)
+            share = (grad_means / patch_size**2).to(x.dtype).view(n, rows, columns, channels).permute(0, 3, 1, 2)
+            grad_x = _input_gradient(gradient, scale, share, patch_size)
+        grad_w1 = (grad_hidden.t() @ contexts.view(-1, channels)).to(w1.dtype)
+        grad_w2 = (grad_embedded.t() @ hidden).to(w2.dtype)
+        return grad_x, None, grad_w1, grad_hidden.sum(0).to(b1.dtype), grad_w2, grad_embedded.sum(0).to(b2.dtype)
 
 
 def _within(gradient: Tensor, output: Tensor, low: float, high: float) -> Tensor:
@@ -202,9 +203,9 @@ def _within(gradient: Tensor, output: Tensor, low: float, high: float) -> Tensor
 
 def _twice_differentiable(ctx: Any, gradient: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients by way of the equations, for ``create_graph``: they can be differentiated again."""
-    output = _recalibrate(x, _confidence(x, ctx.patch_size, *parameters), ctx.patch_size)
+    output = recalibrate(x, confidence_map(x, ctx.patch_size, *parameters), ctx.patch_size)
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
     wanted = [tensor for tensor, need in zip((x, *parameters), needs, strict=True) if need]
     found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
-    of_x, *of_parameters = [next(found) if need else None for need in needs]
-    return of_x, None, *of_parameters
+    grad_x, *grad_parameters = [next(found) if need else None for need in needs]
+    return grad_x, None, *grad_parameters

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch_private import backward_node, saved_tensors_hooks_are_free
-from .conam_fused import _InFewPasses, _scaled
+from ._torch_private import saved_tensors_hooks_are_free
+from .conam_fused import rescale
 
 __all__ = ["recompute_rescaled"]
 
@@ -39,8 +39,7 @@ def recompute_rescaled(y: Tensor) -> AbstractContextManager[None]:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(y, Tensor):
         return nullcontext()
     node: Any = y.grad_fn
-    kind = backward_node(_InFewPasses)
-    if kind is None or type(node) is not kind or not saved_tensors_hooks_are_free():
+    if not getattr(node, "rescales", False) or not saved_tensors_hooks_are_free():
         return nullcontext()
     saved = node.saved_tensors
     return _forgetting(y, _again(saved[0].detach(), saved[-1], node.patch_size))
@@ -57,7 +56,7 @@ def _again(x: Tensor, scale: Tensor, patch_size: int) -> Callable[[], Tensor]:
                 "change a copy of it."
             )
         with torch.no_grad():
-            return _scaled(x, scale, patch_size)
+            return rescale(x, scale, patch_size)
 
     return rescaled
 

@@ -15,7 +15,7 @@ from conam_zoo.inputs import expand_path
 from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS
 from conam_zoo.training.distributed import process_group
-from conam_zoo.training.precision import precision_on
+from conam_zoo.training.hardware import precision_on
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import check_free
 from conam_zoo.training.train import assemble

@@ -6,6 +6,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from conam_zoo.layers._torch_private import copy_all, lerp_all
+
 __all__ = ["MovingAverage"]
 
 
@@ -32,9 +34,9 @@ class MovingAverage(ModelEmaV3):
             self._pairs = [[list(side) for side in zip(*group, strict=True)] for group in (floating, counters)]
             self.__dict__["_model"] = model  # not as a sub-module
         (ours, theirs), *copied = filter(None, self._pairs)
-        torch._foreach_lerp_(ours, theirs, weight=1.0 - decay)
+        lerp_all(ours, theirs, 1.0 - decay)
         for our_counters, their_counters in copied:
-            torch._foreach_copy_(our_counters, their_counters)
+            copy_all(our_counters, their_counters)
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:

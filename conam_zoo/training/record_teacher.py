@@ -12,7 +12,7 @@ from conam_zoo.escape import PlainConsole
 from conam_zoo.files import clear_temporaries, make_folder
 from conam_zoo.training.checkpointer import StopRequest, TrainingStopped
 from conam_zoo.training.distributed import ranks
-from conam_zoo.training.precision import precision_on
+from conam_zoo.training.hardware import precision_on
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.teacher_bank import bank_facts, epoch_file, read_epoch, to_float16, write_epoch
 from conam_zoo.training.train import assemble

@@ -24,10 +24,9 @@ from conam_zoo.models.registry import check_model_name
 from conam_zoo.training.curves import draw_curves
 from conam_zoo.training.distillation import known_sha256, open_teacher
 from conam_zoo.training.distributed import Ranks, process_group, run_on_primary
-from conam_zoo.training.environment import describe_environment
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.fit import FitResult, fit
-from conam_zoo.training.precision import precision_on
+from conam_zoo.training.hardware import describe_environment, precision_on
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import check_free, hold, write_recipe, write_run
 from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, bank_facts

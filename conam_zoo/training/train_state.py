@@ -18,8 +18,8 @@ from conam_zoo.data import AugmentationSettings, BatchSettings
 from conam_zoo.errors import UserError
 from conam_zoo.training.distillation import decoupled_loss, distillation_loss
 from conam_zoo.training.distributed import Ranks, ranks
+from conam_zoo.training.hardware import precision_on
 from conam_zoo.training.moving_average import MovingAverage
-from conam_zoo.training.precision import precision_on
 from conam_zoo.training.recipe import Recipe
 
 __all__ = ["TrainState", "batch_settings", "images_per_batch"]

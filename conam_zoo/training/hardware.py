@@ -1,4 +1,4 @@
-"""On what a training ran: hardware, library versions, state of the code."""
+"""On what a training runs: in which precision it computes there; hardware, library versions, state of the code."""
 
 import platform
 import subprocess
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from conam_zoo.layers._torch_private import has_bf16_convolutions
 from conam_zoo.training.distributed import ranks
 
-__all__ = ["describe_environment"]
+__all__ = ["describe_environment", "precision_on"]
 
 LIBRARIES = ("torch", "torchvision", "timm", "safetensors", "numpy")
 
@@ -55,3 +56,17 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None
+
+
+def precision_on(device: torch.device, wanted: str = "bf16") -> str:
+    """What a recipe's ``precision``, ``"bf16"`` or ``"fp32"``, comes to on a device.
+
+    Without instructions for bfloat16 a processor takes every number apart, and PyTorch's convolutions take several
+    times as long as in float32: there it is ``"fp32"`` in any case.
+    """
+    return "bf16" if wanted == "bf16" and has_bf16(device) else "fp32"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16_convolutions()
