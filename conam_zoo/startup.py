@@ -1,9 +1,11 @@
-"""What the ``conam`` command does before libraries are imported, which takes seconds; other programs are left alone.
+"""What the ``conam`` command does first, most of it before the libraries are imported, which takes seconds; other
+programs are left alone.
 
 Ctrl-C ends the command with exit code 130 and nothing printed, at any moment. A working folder that is gone, without
 which MKL aborts the process, and an endpoint that huggingface_hub cannot be imported with, are one sentence.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -14,9 +16,13 @@ from pathlib import Path
 from types import FrameType
 from urllib.parse import urlsplit
 
-__all__ = ["begin_command", "interruptible", "is_our_command"]
+__all__ = ["begin_command", "interruptible", "is_our_command", "keep_freed_memory"]
 
 EXIT_CODE = 130  # 128 and the number of SIGINT, as shells have it
+
+# Parameters of glibc's mallopt, from its malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 _at_work = False  # else the command has not begun or is at its end, and nobody would catch a KeyboardInterrupt
 
@@ -71,6 +77,26 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         _at_work = False
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep the memory of freed tensors for the next ones, instead of giving it back to the system.
+
+    By default the maps of every batch are given back and faulted in again page by page (tests/test_heap.py counts the
+    faults). The process holds on to what it needed at its peak. Nothing is changed where there is no glibc, and where
+    an environment variable of its allocator says that somebody has decided already.
+
+    Returns:
+        Whether it was set.
+
+    Source: mallopt(3).
+    """
+    if any(variable in os.environ for variable in VARIABLES):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0))
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """What the cost is measured of: the same module twice, and bytes that can be counted by hand."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -111,16 +112,22 @@ def test_the_peak_of_a_process_grows_by_what_it_touches() -> None:
     assert 60 <= growth / KIB / KIB <= 80
 
 
-def test_a_fresh_process_answers_and_says_when_it_cannot(capfd: pytest.CaptureFixture[str]) -> None:
-    with FreshProcesses("math") as processes:
+def test_a_fresh_process_answers_and_says_when_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "numbers_and_kills.py").write_text(
+        "import os\nfrom math import gcd, lcm\ndef kill_source():\n    os.kill(os.getppid(), 9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    with FreshProcesses("numbers_and_kills") as processes:
         assert processes.call("gcd") == 0
         with pytest.raises(RuntimeError, match="calls lcm failed"):
             processes.call("lcm", wrong=1)
         assert "TypeError" in capfd.readouterr().err
         assert processes.call("gcd") == 0  # the next one is not harmed
-        processes._server.kill()
-        with pytest.raises(RuntimeError, match="calls gcd failed"):
-            processes.call("gcd")
+        for function in ("kill_source", "gcd"):
+            with pytest.raises(RuntimeError, match=f"calls {function} failed"):
+                processes.call(function)
 
 
 def test_a_quick_run_of_modules_and_nets_prints_their_ratios(experiments, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from experiments.accuracy.compare import (
     attention_table,
     comparison_tables,
 )
-from experiments.accuracy.compare_plot import _draw
+from experiments.accuracy.compare_plot import draw_panel
 from experiments.accuracy.grid import Cell, Grid, grid_recipe, read_grid, run_grid
 from experiments.accuracy.statistics import compare, t_quantile
 from experiments.speed.record import BenchmarkRecord, Row
@@ -355,7 +355,7 @@ def test_the_plot_shows_the_difference_over_the_seeds_that_both_have() -> None:
 
     (panel,) = attention_panels(a_grid({"none": [90.0, 92.0, 97.0], "se": [91.0, 93.0]}))
     axes = Figure().subplots()
-    _draw(axes, panel)
+    draw_panel(axes, panel)
     means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
     assert means == pytest.approx([93.0, 94.0])  # one point above the plain net with either seed
 

@@ -21,7 +21,7 @@ from conam_zoo.errors import UserError
 from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
 from conam_zoo.training.distributed import ranks
-from conam_zoo.training.dry_run import plan
+from conam_zoo.training.dry_run import dry_run
 from conam_zoo.training.engine import NonFiniteLossError, score
 from conam_zoo.training.fit import fit
 from conam_zoo.training.hardware import precision_on
@@ -121,7 +121,7 @@ def test_a_choosing_run_never_opens_the_test_split(recipe: Recipe, small_data: P
 def test_images_can_be_averaged_down_for_a_cheap_comparison(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:
     small = replace(recipe, image_size=16, model_args={"patch_sizes": [4, 4, 2]}, holdout=40)
     assert assemble(small, small_data, ranks()).holdout.images.shape == (40, 16, 16, 3)
-    told = plan(small, small_data, tmp_path / "run")
+    told = dry_run(small, small_data, tmp_path / "run")
     assert 4 * told.macs == pytest.approx(count_params_and_macs("resnet20_conam.cifar10")[1], rel=0.01)
     for holdout, on in ((40, "held-out training images"), (0, "test images")):
         run = train(replace(small, holdout=holdout), small_data, tmp_path / f"run{holdout}")
@@ -162,7 +162,7 @@ def test_bf16_is_for_devices_that_multiply_in_it(
         return forward(conv, x)
 
     asked = replace(recipe, precision="bf16", epochs=1, warmup_epochs=0.0)
-    assert plan(asked, small_data, tmp_path / "run").device.endswith("bf16" if supported else "fp32")
+    assert dry_run(asked, small_data, tmp_path / "run").device.endswith("bf16" if supported else "fp32")
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
     learner = TrainState(timm.create_model("resnet20_conam"), asked, 1)
     learner.accumulate([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))], 2)
@@ -337,8 +337,6 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(recipe: Recipe, sm
         parts = assemble(changed, small_data, ranks())
         parts.model.requires_grad_(True).eval()
         learner = TrainState(parts.model, changed, parts.batches.steps)
-        learner._frozen = list(parts.model.modules())
-        learner.train()
         stream = parts.batches.epoch(0)
         group = [next(stream) for _ in range(accumulation)]
         loss, _ = learner.accumulate(group, sum(len(targets) for _, targets in group))
@@ -439,7 +437,7 @@ def test_a_plan_says_what_a_training_then_does_and_writes_nothing(
 ) -> None:
     output = tmp_path / "run"
     before = sorted(tmp_path.rglob("*"))
-    told = plan(replace(recipe, holdout=30), small_data, output)
+    told = dry_run(replace(recipe, holdout=30), small_data, output)
     assert sorted(tmp_path.rglob("*")) == before
     assert (told.images, told.held_out, told.classes) == (130, 30, 10)
     assert (told.steps_per_epoch, told.total_steps) == (5, 10)  # the last step has 2 images
@@ -451,7 +449,7 @@ def test_a_plan_says_what_a_training_then_does_and_writes_nothing(
     made = {f"{path.name}/" if path.is_dir() else path.name for path in output.iterdir()} - LOCK_FILES
     assert made == set(told.files)
     with pytest.raises(UserError, match="holds a training already"):
-        plan(recipe, small_data, output)
+        dry_run(recipe, small_data, output)
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,10 @@ from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
     publishing,
     queueing,
 )
-from conam_zoo.cli._heap import keep_freed_memory
 from conam_zoo.cli._shared import app
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_terminal
-from conam_zoo.startup import interruptible
+from conam_zoo.startup import interruptible, keep_freed_memory
 
 __all__ = ["app", "main", "run_app"]
 

@@ -10,7 +10,20 @@ import typer
 
 from conam_zoo.escape import PlainConsole, for_terminal
 
-__all__ = ["DATA_HELP", "MODEL_HELP", "Json", "app", "console", "json_only", "warn", "wide_console"]
+__all__ = [
+    "DATA_HELP",
+    "MODEL_HELP",
+    "Compile",
+    "Data",
+    "Json",
+    "Model",
+    "Settings",
+    "app",
+    "console",
+    "json_only",
+    "warn",
+    "wide_console",
+]
 
 app = typer.Typer(
     name="conam",
@@ -42,6 +55,12 @@ DATA_HELP = (
     "A folder with train/CLASS/* and test/CLASS/* pictures, or with arrays, train_images.npy, train_labels.npy and the "
     "same of test, and classes.txt; or the word cifar10 or cifar100, to have torchvision download it."
 )
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Data = Annotated[str, typer.Option(help=DATA_HELP)]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe. Repeatable.")
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Train with torch.compile, on a GPU with CUDA graphs.")]
 Json = Annotated[
     Path | None,
     typer.Option("--json", help="Also write the result as JSON to this file; without one, or with -, print only JSON."),
@@ -53,7 +72,7 @@ def console() -> PlainConsole:
     return PlainConsole(soft_wrap=not sys.stdout.isatty())
 
 
-def warn(note: str) -> None:
+def warn(note: object) -> None:
     """A sentence on standard error, beside the result."""
     sys.stderr.write(f"conam: {for_terminal(note)}\n")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Json, app, console, json_only, warn
+from conam_zoo.cli._shared import Data, Json, Model, app, console, json_only, warn
 
 
 @app.command(
@@ -15,8 +15,8 @@ from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Json, app, console, jso
     "conam evaluate local-dir:runs/my_pictures/final --data my_pictures"
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    model: Model,
+    data: Data,
     split: Annotated[
         str | None,
         typer.Option(help="test, val or train; the first of them that there is, or all images, if left out."),

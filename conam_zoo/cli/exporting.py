@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, app, console
+from conam_zoo.cli._shared import DATA_HELP, Model, app, console
 
 
 @app.command(epilog="Example: conam export resnet20_conam.cifar10 --output net.onnx --int8 --data cifar10")
 def export(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     output: Annotated[Path, typer.Option(help="The file: .onnx, or .pt2 for torch.export.")],
     int8: Annotated[
         bool, typer.Option("--int8", help="Quantise to int8, calibrated on training images of --data.")

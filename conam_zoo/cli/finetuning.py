@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from conam_zoo.cli._shared import MODEL_HELP, app
+from conam_zoo.cli._shared import MODEL_HELP, Settings, app
 from conam_zoo.escape import for_shell
 
 
@@ -51,10 +51,7 @@ def finetune(
         bool, typer.Option("--from-scratch", help="Begin with random weights, for comparison.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe, as in train. Repeatable."),
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Fine-tune a net on your own pictures, and write a report with accuracy, classes, and mistakes."""
     from conam_zoo.finetuning.run import finetune as run

@@ -1,6 +1,5 @@
 """Commands that look at pictures: predict and explain."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,9 +10,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from conam_zoo.cli._shared import MODEL_HELP, Json, app, console, json_only
+from conam_zoo.cli._shared import Json, Model, app, console, json_only, warn
 from conam_zoo.errors import UserError
-from conam_zoo.escape import for_rich, for_terminal
+from conam_zoo.escape import for_rich
 
 if TYPE_CHECKING:
     from conam_zoo.visualize.explain import Explanation
@@ -33,17 +32,13 @@ class _Failures:
         if self.pictures == 1:
             raise error
         self.count += 1
-        sys.stderr.write(f"conam: {for_terminal(error)}\n")
+        warn(error)
         if self.count == self.pictures:
             raise UserError(f"None of the {self.count} pictures can be read.")
 
     def exit(self) -> None:
         if self.count:
             raise typer.Exit(1)
-
-
-def _say_note(note: str) -> None:
-    sys.stderr.write(f"conam: {for_terminal(note)}\n")
 
 
 def _with_progress(paths: list[Path]) -> Iterable[Path]:
@@ -86,7 +81,7 @@ def _say_written(output: Path, pictures: int) -> None:
 
 @app.command(epilog="Example: conam predict resnet20_conam.cifar10 cat.jpg dog.png --output sheet.png")
 def predict(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     images: Annotated[
         list[Path],
         typer.Argument(help="Pictures (AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), folders, or - for standard input."),
@@ -111,7 +106,7 @@ def predict(
     _check_outputs(model, paths, output, json_file)
     failures = _Failures(len(paths))
     predictions: Iterator[Prediction] = predict_each(
-        open_classifier(model), _with_progress(paths), side=THUMBNAIL, skip=failures, say=_say_note
+        open_classifier(model), _with_progress(paths), side=THUMBNAIL, skip=failures, say=warn
     )
     if output is not None:
         predictions = _write_sheets(predictions, output, lambda rows, path: draw_sheet(rows, path, title=model))
@@ -138,7 +133,7 @@ def predict(
     "conam explain resnet20_conam.cifar10 FOLDER --output sheet.png"
 )
 def explain(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     images: Annotated[list[Path], typer.Argument(help="Pictures, shown in detail; or one folder of them.")],
     output: Annotated[
         Path,
@@ -214,7 +209,7 @@ def _sentence(e: "Explanation") -> str:
 
 @app.command(epilog="Example: conam features resnet20_conam.cifar10 my_pictures --output features.npz")
 def features(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     images: Annotated[
         list[Path], typer.Argument(help="Pictures, and folders, of which all pictures at any depth are taken.")
     ],

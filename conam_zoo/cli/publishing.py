@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from conam_zoo.cli._shared import DATA_HELP, app, console
+from conam_zoo.cli._shared import Data, app, console
 from conam_zoo.errors import UserError
 
 
@@ -15,7 +15,7 @@ from conam_zoo.errors import UserError
 )
 def pack(
     run: Annotated[Path, typer.Argument(help="A finished run folder, trained on all training images.")],
-    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    data: Data,
     allow_even_sites: Annotated[
         bool, typer.Option("--allow-even-sites", help="Pack a net with a ConAM that is the same for all patches, too.")
     ] = False,

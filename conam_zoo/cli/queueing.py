@@ -9,7 +9,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from conam_zoo.cli._shared import DATA_HELP, app, console
+from conam_zoo.cli._shared import DATA_HELP, Compile, app, console
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole
 from conam_zoo.inputs import expand_path
@@ -43,9 +43,7 @@ def queue(
             help="Logits that conam record-teacher kept, or a folder of such banks, named after the teachers."
         ),
     ] = None,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Train with torch.compile, on a GPU with CUDA graphs.")
-    ] = False,
+    compile: Compile = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what is done and what would be trained.")] = False,
 ) -> None:
     """Train all recipes whose weights are not there yet, one after the other or several at a time, and pack them.

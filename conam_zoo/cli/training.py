@@ -1,28 +1,24 @@
-"""Commands that train: train, distill."""
+"""Commands that train: train, record-teacher, distill."""
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, app, console
+from conam_zoo.cli._shared import MODEL_HELP, Compile, Data, Settings, app, console
 from conam_zoo.escape import for_shell
+
+if TYPE_CHECKING:
+    from conam_zoo.training.dry_run import DryRun
 
 RecipeName = Annotated[
     str, typer.Argument(help="A recipe of the package, such as resnet20_conam.cifar10, or a .toml file.")
 ]
-Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Output = Annotated[Path, typer.Option(help="The run folder: checkpoints, logs, curves, and final/ with the weights.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe. Repeatable."),
-]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the run folder.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Run the net through torch.compile.")]
 CheckpointMinutes = Annotated[
     float,
     typer.Option(min=0, metavar="MINUTES", help="Save the state this often within an epoch, too; 0 for every step."),
@@ -31,7 +27,9 @@ TeacherBank = Annotated[
     Path | None,
     typer.Option(help="Read the teacher's outputs from what conam record-teacher kept here, instead of running it."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, its time and memory; write nothing.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done, its time and memory; write nothing.")
+]
 
 
 @app.command(
@@ -45,7 +43,7 @@ def train(
     settings: Settings = None,
     teacher_bank: TeacherBank = None,
     resume: Resume = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     compile: Compile = False,
     checkpoint_minutes: CheckpointMinutes = 10.0,
 ) -> None:
@@ -53,7 +51,32 @@ def train(
 
     The test split is not opened before the end.
     """
-    _train(recipe, data, output, settings, resume, dry_run, compile, checkpoint_minutes, teacher_bank)
+    from conam_zoo.training.recipe import load_recipe
+
+    chosen = load_recipe(recipe, settings)
+    if dry_run:
+        from conam_zoo.training.dry_run import dry_run as try_steps
+
+        told = try_steps(chosen, data, output, teacher_bank=teacher_bank, resume=resume, compile=compile)
+        table = Table(box=None, show_header=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for row in _rows(told):
+            table.add_row(*row)
+        console().print(table)
+        return
+    from conam_zoo.training.train import train as run
+
+    run(
+        chosen,
+        data,
+        output,
+        teacher_bank=teacher_bank,
+        resume=resume,
+        compile=compile,
+        checkpoint_minutes=checkpoint_minutes,
+        command=for_shell("conam", *sys.argv[1:]),
+    )
 
 
 @app.command(
@@ -90,7 +113,7 @@ def distill(
     output: Output,
     settings: Settings = None,
     resume: Resume = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     compile: Compile = False,
     checkpoint_minutes: CheckpointMinutes = 10.0,
 ) -> None:
@@ -99,64 +122,22 @@ def distill(
     The settings distill_weight and distill_temperature say how much, and of how soft an output.
     """
     settings = [*(settings or []), f"teacher={json.dumps(teacher)}"]
-    _train(recipe, data, output, settings, resume, dry_run, compile, checkpoint_minutes)
+    train(recipe, data, output, settings, None, resume, dry_run, compile, checkpoint_minutes)
 
 
-def _train(
-    name: str,
-    data: str,
-    output: Path,
-    settings: list[str] | None,
-    resume: bool,
-    dry_run: bool,
-    compile: bool,
-    checkpoint_minutes: float,
-    teacher_bank: Path | None = None,
-) -> None:
-    from conam_zoo.training.recipe import load_recipe
-
-    recipe = load_recipe(name, settings)
-    if dry_run:
-        from conam_zoo.training.dry_run import plan
-
-        facts = asdict(plan(recipe, data, output, teacher_bank=teacher_bank, resume=resume, compile=compile))
-        table = Table(box=None, show_header=False)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for key, text in _plan_rows(facts):
-            table.add_row(key, text)
-        console().print(table)
-        return
-    from conam_zoo.training.train import train as run
-
-    run(
-        recipe,
-        data,
-        output,
-        teacher_bank=teacher_bank,
-        resume=resume,
-        compile=compile,
-        checkpoint_minutes=checkpoint_minutes,
-        command=for_shell("conam", *sys.argv[1:]),
-    )
-
-
-def _plan_rows(plan: dict) -> list[tuple[str, str]]:
-    held_out = f", and {plan['held_out']:,} held out" if plan["held_out"] else ""
-    minutes, compiled = plan["estimated_minutes"], plan["compile_seconds"]
-    compiling = f", and {compiled:.0f} s for torch.compile" if compiled is not None else ""
+def _rows(told: "DryRun") -> list[tuple[str, str]]:
+    held_out = f", and {told.held_out:,} held out" if told.held_out else ""
+    compiling = f", and {told.compile_seconds:.0f} s for torch.compile" if told.compile_seconds is not None else ""
+    steps = f"{told.epochs} epochs x {told.steps_per_epoch:,} = {told.total_steps:,}, of {told.batch_size} images"
+    milliseconds = 1000 * told.seconds_per_step
     return [
-        ("net", f"{plan['model']}, {plan['parameters']:,} parameters, {plan['macs']:,} multiply-accumulates an image"),
-        ("images", f"{plan['images']:,} of {plan['classes']} classes from {plan['source']}{held_out}"),
-        (
-            "steps",
-            f"{plan['epochs']} epochs x {plan['steps_per_epoch']:,} = {plan['total_steps']:,}, "
-            f"of {plan['batch_size']} images",
-        ),
-        ("loading", plan["loading"]),
-        ("device", plan["device"]),
-        ("time", f"{plan['seconds_per_step'] * 1000:.0f} ms a step, about {minutes:.1f} minutes in all{compiling}"),
-        ("memory", f"{plan['peak_memory_bytes'] / 2**20:,.0f} MiB at its peak"),
-        ("output", f"{plan['output']}: {', '.join(plan['files'])}"),
+        ("net", f"{told.model}, {told.parameters:,} parameters, {told.macs:,} multiply-accumulates an image"),
+        ("images", f"{told.images:,} of {told.classes} classes from {told.source}{held_out}"),
+        ("steps", steps),
+        ("loading", told.loading),
+        ("device", told.device),
+        ("time", f"{milliseconds:.0f} ms a step, about {told.estimated_minutes:.1f} minutes in all{compiling}"),
+        ("memory", f"{told.peak_memory_bytes / 2**20:,.0f} MiB at its peak"),
+        ("output", f"{told.output}: {', '.join(told.files)}"),
         ("written", "nothing yet: leave --dry-run out to start"),
     ]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from conam_zoo.cli._shared import MODEL_HELP, Json, app, console, json_only
+from conam_zoo.cli._shared import Json, Model, app, console, json_only
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_rich
 
@@ -54,7 +54,7 @@ def list_command(
 
 @app.command(epilog="Example: conam info resnet56_conam")
 def info(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     json_file: Json = None,
 ) -> None:
     """Show what a model is: size, input, where its attention stands, and its weights."""

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from hashlib import blake2b, sha256
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ __all__ = [
     "ImageSplit",
     "LazyImages",
     "Unreadable",
+    "data_sha256",
     "find_unreadable",
+    "image_hashes",
     "median_side",
     "pixel_statistics",
     "read_source",
@@ -284,3 +287,18 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
         means.append(float(mean))
         deviations.append(float((shares * (values - mean) ** 2).sum().sqrt()))
     return tuple(means), tuple(deviations)
+
+
+def image_hashes(images: ImageSplit | LazyImages, size: int) -> np.ndarray:
+    """64-bit hashes of the pixels of images of ``size`` x ``size``, uint64 (N,); a source is read once."""
+    if isinstance(images, ImageSplit):
+        pixels = iter(images.images.cpu().contiguous().numpy())
+    else:
+        pixels = (images.pixels(index, size).numpy() for index in range(len(images)))
+    digests = b"".join(blake2b(each.tobytes(), digest_size=8).digest() for each in pixels)
+    return np.frombuffer(digests, dtype="<u8")
+
+
+def data_sha256(hashes: np.ndarray, labels: np.ndarray) -> str:
+    """A hash of a whole split, in its order, with its labels (N,)."""
+    return sha256(hashes.tobytes() + labels.astype("<i8").tobytes()).hexdigest()

@@ -197,6 +197,7 @@ def open_images(
     seed: int = 0,
     corrupt: str = "stop",
     free: int | None = None,
+    sources: dict[str, LazyImages] | None = None,
 ) -> ImageData:
     """Read a data set of any kind, resized once to one size; every image is decoded before a training begins.
 
@@ -210,6 +211,7 @@ def open_images(
         corrupt: ``"stop"`` or ``"skip"``: what is done if images cannot be read.
         free: Free bytes of memory; None to ask the system. Training images that need more than half of it are not
             kept but read again in every epoch.
+        sources: What ``find_sources`` gave for ``data``, where that is known.
 
     Raises:
         UserError: If the set cannot be read, has fewer than two classes, or holds unreadable images with ``"stop"``.
@@ -220,7 +222,7 @@ def open_images(
         raise UserError(f"The image size is {image_size}, but it must be a multiple of 8, such as 32, 64 or 96.")
     if not 0 <= val_share < 1:
         raise UserError(f"The share for validation is {val_share}, but it must lie in [0, 1).")
-    sources = find_sources(data)
+    sources = sources or find_sources(data)
     train = sources["train"]
     if not len(train):
         raise UserError(f"{data} holds no training images: add some.")

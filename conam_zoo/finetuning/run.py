@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from conam_zoo.data import ImageData, open_images
-from conam_zoo.data.fingerprint import data_sha256, image_hashes
+from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole, for_shell
 from conam_zoo.files import write_atomically, write_text

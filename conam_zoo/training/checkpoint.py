@@ -21,12 +21,24 @@ from torch import Tensor, nn
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 
-__all__ = ["CHECKPOINT", "PREVIOUS", "has_checkpoint", "load_checkpoint", "load_latest", "save_checkpoint"]
+__all__ = [
+    "CHECKPOINT",
+    "PREVIOUS",
+    "OtherTrainingError",
+    "has_checkpoint",
+    "load_checkpoint",
+    "load_latest",
+    "save_checkpoint",
+]
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 # In the header. The quotes of the state within it are escaped, so it cannot look like this.
 HASH = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+
+
+class OtherTrainingError(UserError):
+    """A checkpoint is whole, but of a training with another recipe or on other data."""
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -121,7 +133,7 @@ def load_latest(
 
     Args:
         folder: The run folder.
-        check: Raises an exception if a state is not what it should be.
+        check: Raises an exception if a state is not what it should be; ``OtherTrainingError`` ends the search.
         tell: Gets one sentence if the newest checkpoint is damaged or missing and the one before is taken.
 
     Raises:
@@ -130,6 +142,8 @@ def load_latest(
     newest, previous = folder / CHECKPOINT, folder / PREVIOUS
     try:
         return load_checkpoint(newest, check)
+    except OtherTrainingError:
+        raise
     except UserError:
         if not previous.exists():
             raise
@@ -169,6 +183,8 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
         if missing := {"model", "ema", "optimizer", "facts"} - set(state):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         check(state)
+    except OtherTrainingError:
+        raise
     except (
         SafetensorError,
         OSError,

@@ -10,8 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from conam_zoo.errors import UserError
-from conam_zoo.training.checkpoint import CHECKPOINT, load_latest, save_checkpoint
+from conam_zoo.training.checkpoint import CHECKPOINT, OtherTrainingError, load_latest, save_checkpoint
 from conam_zoo.training.distributed import ranks, run_on_primary
 from conam_zoo.training.recipe import Recipe, recipe_from_dict
 from conam_zoo.training.train_state import TrainState
@@ -163,38 +162,26 @@ class Checkpointer(StopRequest):
         Raises:
             UserError: If there is no good state, or it is one of another training.
         """
-        saved = run_on_primary(lambda: self._read(tell))
-        self._take_up(saved)
-
-    def _read(self, tell: Callable[[str], object]) -> dict[str, Any]:
-        told: list[str] = []
-        saved = load_latest(self.folder, self._check_facts, told.append)
-        before = recipe_from_dict(saved["facts"]["recipe"], str(self.folder)).to_dict()
-        _check_same(f"{self.folder} was begun with another recipe", before, self.recipe.to_dict())
-        begun = saved["facts"].get("record", self.record)
-        known = {key: value for key, value in self.record.items() if key in begun or key not in LATER_FACTS}
-        _check_same(f"{self.folder} was begun on other data", begun, known)
-        taken = load_latest(self.folder, self._take_up, told.append)
-        for sentence in told[:1]:  # the second reading finds the damaged one gone
-            tell(sentence)
-        return taken
-
-    def _check_facts(self, saved: dict[str, Any]) -> None:
-        facts = saved["facts"]
-        recipe_from_dict(facts["recipe"], "in it")
-        if not isinstance(facts.get("record", {}), dict):
-            raise ValueError("its record is no table")
-        _check_rows(facts["log"])
+        saved = run_on_primary(lambda: load_latest(self.folder, self._take_up, tell))
+        if not ranks().first:
+            self._take_up(saved)
 
     def _take_up(self, saved: dict[str, Any]) -> None:
         """Put a state into the net and what changes it, all of it checked, whatever wrote it.
 
         Raises:
-            ValueError, RuntimeError, KeyError, TypeError: If it is not one of this training.
+            OtherTrainingError: If it was begun with another recipe or on other data.
+            ValueError, RuntimeError, KeyError, TypeError: If it is damaged.
         """
-        facts, steps = saved["facts"], self.state.steps_per_epoch
-        rows = facts["log"]
+        facts, rows, steps = saved["facts"], saved["facts"]["log"], self.state.steps_per_epoch
+        record = facts.get("record", self.record)
+        before = recipe_from_dict(facts["recipe"], "in it").to_dict()
+        if not isinstance(record, dict):
+            raise ValueError("its record is no table")
         _check_rows(rows)
+        _check_same(f"{self.folder} was begun with another recipe", before, self.recipe.to_dict())
+        known = {key: value for key, value in self.record.items() if key in record or key not in LATER_FACTS}
+        _check_same(f"{self.folder} was begun on other data", record, known)
         epoch = _whole("epoch", facts.get("epoch", len(rows)), self.recipe.epochs)
         step = _whole("step", facts.get("step", 0), steps if epoch < self.recipe.epochs else 0)
         if epoch != len(rows):
@@ -213,7 +200,7 @@ class Checkpointer(StopRequest):
 def _check_same(begun: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
         names = ", ".join("pixels or labels" if key == "data_sha256" else key for key in changed)
-        raise UserError(f"{begun} ({names} differ): resume it unchanged.")
+        raise OtherTrainingError(f"{begun} ({names} differ): resume it unchanged.")
 
 
 def _whole(name: str, value: Any, most: int) -> int:

@@ -21,13 +21,13 @@ from conam_zoo.training.run_folder import check_free
 from conam_zoo.training.train import assemble
 from conam_zoo.training.train_state import TrainState
 
-__all__ = ["TrainingPlan", "plan"]
+__all__ = ["DryRun", "dry_run"]
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 5
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class DryRun:
     """What ``train`` would do.
 
     Attributes:
@@ -73,7 +73,7 @@ class TrainingPlan:
     files: tuple[str, ...]
 
 
-def plan(
+def dry_run(
     recipe: Recipe,
     data: str | Path,
     output: Path,
@@ -81,7 +81,7 @@ def plan(
     teacher_bank: Path | None = None,
     resume: bool = False,
     compile: bool = False,
-) -> TrainingPlan:
+) -> DryRun:
     """Find out what ``train`` with the same arguments would do, and try a few steps on a net that is thrown away.
 
     Nothing is written and the test split is not opened. ``cifar10`` and ``cifar100`` as ``data`` are downloaded if they
@@ -108,7 +108,7 @@ def plan(
         weights = ["final/"]
         if recipe.ema_decay:
             weights.append("raw/" if recipe.final_weights == "ema" else "ema/")
-        return TrainingPlan(
+        return DryRun(
             model=name,
             source=parts.batches.source,
             loading=parts.note,

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from conam_zoo.data import ImageSplit, open_images
-from conam_zoo.data.dataset import LazyImages, read_source
-from conam_zoo.data.fingerprint import image_hashes
+from conam_zoo.data.dataset import LazyImages, image_hashes, read_source
 from conam_zoo.data.load import find_sources
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
@@ -98,7 +97,9 @@ def evaluate(
     trained_on = _trained_on(run) if run is not None else None
     size = model.pretrained_cfg["input_size"][1]
     root = _root(data, dataset)
-    found = _split_of_run(root, size, facts, trained_on, part, corrupt) or _split(root, size, part, corrupt)
+    sources = find_sources(root, training=False)
+    found = _split_of_run(root, sources, size, facts, trained_on, part, corrupt)
+    found = found or _split(root, sources, size, part, corrupt)
     split, name, notes = replace(found[0], labels=_labels(found[0], model)), found[1], list(found[2])
     names = model.pretrained_cfg.get("label_names")
     split = replace(split, classes=tuple(names) if names else split.classes)
@@ -168,6 +169,7 @@ def _root(data: str | Path, dataset: str | None) -> str | Path:
 
 def _split_of_run(
     data: str | Path,
+    sources: dict[str, LazyImages],
     size: int,
     facts: dict[str, Any],
     trained_on: np.ndarray | None,
@@ -176,13 +178,12 @@ def _split_of_run(
 ) -> tuple[ImageSplit, str, list[str]] | None:
     """The split that the run's own rule gives, if these are the images that it was trained on."""
     counts = facts.get("classes")
-    if not isinstance(counts, dict):
-        return None
-    sources = find_sources(data, training=False)
-    if "train" not in sources or list(sources["train"].classes) != list(counts):
+    if not isinstance(counts, dict) or "train" not in sources or list(sources["train"].classes) != list(counts):
         return None
     rule = {"val_share": 0.1, "seed": facts.get("recipe", {}).get("seed", 0), **facts.get("split_rule", {})}
-    images = open_images(data, image_size=size, val_share=rule["val_share"], seed=rule["seed"], corrupt=corrupt)
+    images = open_images(
+        data, image_size=size, val_share=rule["val_share"], seed=rule["seed"], corrupt=corrupt, sources=sources
+    )
     if list(images.counts) != list(counts.values()):
         return None
     if trained_on is not None and not np.array_equal(np.sort(image_hashes(images.train, size)), trained_on):
@@ -196,9 +197,10 @@ def _split_of_run(
     return read_source(split, size)[0] if isinstance(split, LazyImages) else split, PARTS[chosen], notes
 
 
-def _split(data: str | Path, size: int, part: str | None, corrupt: str) -> tuple[ImageSplit, str, list[str]]:
+def _split(
+    data: str | Path, sources: dict[str, LazyImages], size: int, part: str | None, corrupt: str
+) -> tuple[ImageSplit, str, list[str]]:
     """The split as the data set has it."""
-    sources = find_sources(data, training=False)
     chosen = part or next(each for each in PARTS if each in sources)
     if chosen not in sources:
         there = " and ".join(PARTS[each] for each in sources)

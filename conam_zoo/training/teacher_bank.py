@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conam_zoo.data import Batches, ImageSplit
-from conam_zoo.data.fingerprint import data_sha256, image_hashes
+from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 from conam_zoo.training.recipe import Recipe

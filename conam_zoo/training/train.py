@@ -13,7 +13,7 @@ from timm.optim import list_optimizers
 from torch import nn
 
 from conam_zoo.data import Batches, ImageSplit, create_loader, read_split
-from conam_zoo.data.fingerprint import data_sha256, image_hashes
+from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole

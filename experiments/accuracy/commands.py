@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Json, console, json_only, wide_console
+from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Compile, Json, Settings, console, json_only, wide_console
 from experiments.speed.commands import app, progress_line, typed_command
 
 if TYPE_CHECKING:
@@ -18,11 +18,7 @@ RecipeName = Annotated[str, typer.Option("--recipe", help="short (15 epochs, lab
 Holdout = Annotated[
     int, typer.Option(help="Training images kept out and evaluated instead of the test images, for choosing.")
 ]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe. Repeatable.")
-]
 Jobs = Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the cores.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Train with torch.compile, on a GPU with CUDA graphs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the cells.")]
 DataFolder = Annotated[str, typer.Option(help=f"A folder with all the data sets, or one of them: {DATA_HELP}")]
 

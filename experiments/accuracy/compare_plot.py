@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from conam_zoo.files import write_atomically
 from experiments.accuracy.statistics import Comparison
 
-__all__ = ["Panel", "draw_panels"]
+__all__ = ["Panel", "draw_panel", "draw_panels"]
 
 DOT, MEAN, REFERENCE = "#6cb4c9", "#1c4f63", "#b35806"
 
@@ -46,7 +46,7 @@ def draw_panels(panels: list[Panel], path: Path, title: str) -> None:
     figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        _draw(axes, panel)
+        draw_panel(axes, panel)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle(fill(title.replace("**", ""), int(13 * width)), fontsize=9)
@@ -58,7 +58,8 @@ def draw_panels(panels: list[Panel], path: Path, title: str) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """Draw one panel into the axes."""
     labels = list(panel.rows)
     reference = fmean(panel.rows[panel.reference].values) if panel.reference in panel.rows else None
     for position, label in enumerate(labels):
