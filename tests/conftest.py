@@ -70,6 +70,12 @@ def small_data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings leave ``curves.png`` out, which takes as long as an epoch on a few small images."""
+    monkeypatch.setattr("conam_zoo.training.train.draw_curves", lambda *args, **kwargs: None)
+
+
 Command = Callable[..., tuple[int, str, str]]
 
 

@@ -19,7 +19,7 @@ from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.train import assemble, train
 from conam_zoo.training.train_state import TrainState
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]
 
 SETTINGS = ["epochs=1", "warmup_epochs=0", "batch_size=16", "precision=fp32"]
 

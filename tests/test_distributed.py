@@ -32,7 +32,11 @@ from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.train import train
 from conam_zoo.training.train_state import TrainState
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("no_curves"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
 
 SETTINGS = ["epochs=2", "warmup_epochs=0.5", "batch_size=8", "lr=0.05", "ema_decay=0.5", "precision=fp32"]
 IMAGES = 29  # three steps of 8 images, and one of 5: two for a rank, three for the other

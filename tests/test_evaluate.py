@@ -19,6 +19,8 @@ from conam_zoo.finetuning.run import finetune
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.evaluate import evaluate, run_folder_of
 
+pytestmark = pytest.mark.slow
+
 NET = "resnet20_conam.cifar10"
 Conam = Callable[..., tuple[int, str, str]]
 

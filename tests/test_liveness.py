@@ -58,6 +58,7 @@ def test_measuring_changes_nothing_of_the_net() -> None:
     model(images).sum().backward()  # nothing of inference mode is left behind
 
 
+@pytest.mark.slow
 def test_every_epoch_logs_it(small_data: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -25,6 +25,8 @@ from conam_zoo.training.record_teacher import record_teacher
 from conam_zoo.training.teacher_bank import epoch_file, read_epoch, to_float16
 from conam_zoo.training.train import assemble, train
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]
+
 SETTINGS = [
     "epochs=3", "warmup_epochs=0", "batch_size=16", "image_size=8", "crop_padding=2", "alternate_flip=true", "cutmix=1",
     "mix_share=0.5", "cutout=4", "lr=0.05", "ema_decay=0.9", "final_weights=ema", "min_lr=0", "early_epochs=0",

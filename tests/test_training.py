@@ -32,7 +32,10 @@ from conam_zoo.training.train_state import TrainState
 
 pytestmark = pytest.mark.slow
 
-TINY = ["epochs=2", "warmup_epochs=0.5", "batch_size=32", "lr=0.05", "ema_decay=0.5", "precision=fp32"]
+TINY = [
+    *("epochs=2", "warmup_epochs=0.5", "batch_size=32", "lr=0.05", "ema_decay=0.5", "precision=fp32", "image_size=16"),
+    "model_args={patch_sizes=[4, 4, 2]}",  # an image of a quarter of the size has as many patches
+]
 
 LOCK_FILES = {".conam-lock", ".conam-holder"}
 
@@ -64,6 +67,7 @@ def test_a_run_learns_and_writes_what_it_promises(recipe: Recipe, small_data: Pa
     assert load_recipe(str(tmp_path / "run" / "recipe.toml")) == replace(recipe, epochs=6)
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_tensorboard_shows_every_epoch_once_after_a_resume(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -77,6 +81,7 @@ def test_tensorboard_shows_every_epoch_once_after_a_resume(recipe: Recipe, small
         assert logged == [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in rows]
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     recipe: Recipe, small_data: Path, tmp_path: Path
 ) -> None:
@@ -87,6 +92,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_the_test_split_is_not_opened_before_the_last_epoch_is_done(
     recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +115,7 @@ def test_the_test_split_is_not_opened_before_the_last_epoch_is_done(
     assert "epoch" not in events[4:]
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_choosing_run_never_opens_the_test_split(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:
     for name in ("test_images.npy", "test_labels.npy"):
         (small_data / "cifar10" / name).unlink()
@@ -118,6 +125,7 @@ def test_a_choosing_run_never_opens_the_test_split(recipe: Recipe, small_data: P
     assert all(0 <= float(row["holdout_top1_percent"]) <= 100 for row in rows)
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_images_can_be_averaged_down_for_a_cheap_comparison(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:
     small = replace(recipe, image_size=16, model_args={"patch_sizes": [4, 4, 2]}, holdout=40)
     assert assemble(small, small_data, ranks()).holdout.images.shape == (40, 16, 16, 3)
