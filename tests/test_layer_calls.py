@@ -158,6 +158,7 @@ def test_a_quantised_net_agrees_with_the_net() -> None:
         torch.testing.assert_close(quantised(x), net(x), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["adapters", "parametrisation"])
 def test_compilers_and_transforms_see_changed_layers(change: str) -> None:
     module, x = attention(), images(SHAPES[0])
