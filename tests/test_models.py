@@ -597,6 +597,7 @@ def test_export_with_dynamic_batch(name: str) -> None:
         torch.testing.assert_close(run(program, x), run(model, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_compiles_to_one_graph(name: str) -> None:
     torch.compiler.reset()
