@@ -4,17 +4,16 @@ import ctypes
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-STARTUP = Path(__file__).parents[1] / "conam_zoo" / "startup.py"
 # Page faults while a tensor of 64 MiB, 16,384 pages or 32 huge ones, is made and freed over and over.
 COUNT_FAULTS = """
-import resource, runpy, sys
+import resource, sys
 import torch
+from conam_zoo.startup import keep_freed_memory
 
-kept = runpy.run_path(sys.argv[2])["keep_freed_memory"]() if sys.argv[1] == "keep" else None
+kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 for _ in range(3):
     torch.zeros(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -31,7 +30,7 @@ glibc = pytest.mark.skipif(
 def faults(what: str, **environment: str) -> tuple[str, int]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | environment
     done = subprocess.run(
-        [sys.executable, "-c", COUNT_FAULTS, what, STARTUP], capture_output=True, text=True, check=True, env=env
+        [sys.executable, "-c", COUNT_FAULTS, what], capture_output=True, text=True, check=True, env=env
     )
     kept, count = done.stdout.split()
     return kept, int(count)
