@@ -1,4 +1,4 @@
-"""Commands that look at pictures: predict and explain."""
+"""Commands that look at pictures: predict, explain and features."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -226,7 +226,7 @@ def features(
     from conam_zoo.inputs import expand_path
     from conam_zoo.models.registry import open_model
     from conam_zoo.training.evaluate import check_npz
-    from conam_zoo.visualize.features import pooled_features
+    from conam_zoo.visualize.predict import pooled_features
 
     check_npz(output)
     paths: list[Path] = []

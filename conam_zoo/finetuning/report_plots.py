@@ -8,10 +8,10 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from conam_zoo.escape import for_matplotlib, for_terminal
 from conam_zoo.files import write_figure
 from conam_zoo.finetuning.report import Report
 from conam_zoo.training.curves import draw_curves
+from conam_zoo.visualize.plots import caption
 from conam_zoo.visualize.predict import percent
 
 __all__ = ["draw_confusion", "draw_mistakes", "draw_report"]
@@ -65,14 +65,15 @@ def draw_confusion(report: Report, path: Path) -> None:
     if classes > CELLS:
         starts = np.arange(0, classes, -(-classes // CELLS))
         shares = np.maximum.reduceat(np.maximum.reduceat(shares, starts, axis=0), starts, axis=1)
-    names = [_short(row.name, 24) for row in report.classes] if classes <= LABELLED else []
+    names = [caption(row.name.replace("_", " "), 24) for row in report.classes] if classes <= LABELLED else []
     cell = 0.42 if classes <= NUMBERED else 0.16
     side = max(2.6, cell * min(classes, LABELLED) / (1 if names else 2))
     text = 0.085 * max(map(len, names), default=0) * (1 if classes <= NUMBERED else 0.65) + 0.5
     figure = Figure(figsize=(side + text + 0.9, side + text + 0.5), layout="constrained")
     axes = figure.subplots()
     norm = PowerNorm(0.5, 0, 1)  # rare confusions are what one looks for
-    image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest", extent=_extent(classes))
+    extent = (-0.5, classes - 0.5, classes - 0.5, -0.5)  # the axes count classes, however many share a cell
+    image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest", extent=extent)
     size = 9 if classes <= NUMBERED else 6
     if names:
         axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
@@ -101,16 +102,6 @@ def draw_confusion(report: Report, path: Path) -> None:
     write_figure(path, figure, dpi=130, bbox_inches="tight")
 
 
-def _extent(classes: int) -> tuple[float, float, float, float]:
-    """The axes count classes, however many share a cell."""
-    return (-0.5, classes - 0.5, classes - 0.5, -0.5)
-
-
-def _short(name: str, width: int) -> str:
-    text = for_terminal(name.replace("_", " "))
-    return for_matplotlib(text if len(text) <= width else text[: width - 1] + "…")
-
-
 def draw_mistakes(report: Report, images: Tensor, path: Path) -> None:
     """Draw up to 24 mistakes, the most confident first: image, what it is, what it was taken for.
 
@@ -129,11 +120,11 @@ def draw_mistakes(report: Report, images: Tensor, path: Path) -> None:
         axes.axis("off")
     for axes, mistake in zip(figure.axes, shown, strict=False):
         axes.imshow(images[mistake.index].cpu().numpy(), interpolation="nearest")
-        axes.set_title(_short(mistake.truth, 22), fontsize=9, pad=3)
+        axes.set_title(caption(mistake.truth.replace("_", " "), 22), fontsize=9, pad=3)
         axes.text(
             0.5,
             -0.05,
-            f"{_short(mistake.predicted, 22)}: {percent(mistake.probability)}",
+            f"{caption(mistake.predicted.replace('_', ' '), 22)}: {percent(mistake.probability)}",
             transform=axes.transAxes,
             ha="center",
             va="top",

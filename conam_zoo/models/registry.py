@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
+from conam_zoo.inputs import expand_path
 from conam_zoo.models._base import StagedClassifier
 from conam_zoo.models.config_schema import load_config
 from conam_zoo.weights.folder import fetch_config, read_config
@@ -55,7 +56,7 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
         WeightsError: If no verified weights can be had.
     """
     if name.startswith("local-dir:"):
-        folder = _expanded(name.removeprefix("local-dir:"))
+        folder = expand_path(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a model folder: it has no config.json.")
         _check_folder(folder)
@@ -76,13 +77,6 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
             raise
         raise UserError(f"The config.json of {name} describes a net that cannot be built: {error}") from error
     return model
-
-
-def _expanded(folder: str) -> Path:
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"There is no folder {folder}: {error}") from error
 
 
 def size_of(name: str) -> tuple[int, int]:

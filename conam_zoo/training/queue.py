@@ -224,10 +224,10 @@ def run_queue(
         try:
             on_done(job)
         except UserError as error:
-            results[job.name], event = f"failed: {error}", f"failed: {error}"
+            fail(job, error)
         else:
             results[job.name] = "done"
-        on_event(job, event)
+            on_event(job, event)
 
     def fail(job: Job, reason: object) -> None:
         results[job.name] = f"failed: {reason}"
@@ -270,12 +270,10 @@ def run_queue(
                     results[job.name] = "stopped"
                     on_event(job, "stopped")
                 else:
-                    results[job.name] = f"failed: {job.last_words()}"
-                    on_event(job, results[job.name])
+                    fail(job, job.last_words())
             if waiting and not running and not moved:
                 for job in waiting:
-                    results[job.name] = f"failed: its teacher {job.recipe.teacher} waits for it in turn"
-                    on_event(job, results[job.name])
+                    fail(job, f"its teacher {job.recipe.teacher} waits for it in turn")
                 waiting.clear()
             on_poll(list(running))
             if running:

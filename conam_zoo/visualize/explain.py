@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from conam_zoo.errors import UserError
+from conam_zoo.layers.confidence import has_confidence
 from conam_zoo.models import StagedClassifier
 from conam_zoo.visualize.predict import Prediction, class_names, predict_each, split_transform
 
@@ -112,7 +113,7 @@ def explain_each(
     skip: Callable[[Path, UserError], object] | None = None,
 ) -> Iterator[Explanation]:
     """The explanations one after the other; for ``side`` and ``skip`` see ``predict_each``."""
-    known = [name for name, module in model.named_modules() if callable(getattr(module, "confidence", None))]
+    known = [name for name, module in model.named_modules() if has_confidence(module)]
     if not known:
         raise UserError(
             f"A net with attn_layer {model.attn_layer!r} has no confidence maps to explain: use 'conam predict'."

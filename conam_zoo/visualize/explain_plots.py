@@ -8,7 +8,7 @@ from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from conam_zoo.errors import UserError
-from conam_zoo.files import write_atomically
+from conam_zoo.files import write_figure
 from conam_zoo.visualize.explain import Explanation, PatchEffect, SiteExplanation
 from conam_zoo.visualize.plots import (
     PALE,
@@ -70,7 +70,7 @@ def draw_explanations(explanations: list[Explanation], path: Path, title: str, *
     assert overlay is not None  # there is at least one explanation with one site
     draw_scale(figure, overlay, list(grid[:, 2:].flat), maps)
     figure.suptitle(caption(title, 80), fontsize=11)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    write_figure(path, figure, dpi=130, format="png")
 
 
 def _draw_upper(axes: list[Axes], explanation: Explanation, largest: float) -> AxesImage | None:

@@ -1,6 +1,5 @@
 """Predictions as a picture, and the panels of it: photograph, top-5 bars, confidence map of every ConAM site."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_matplotlib
-from conam_zoo.files import write_atomically
+from conam_zoo.files import write_figure
 from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.predict import Prediction, percent, predict
 
@@ -50,8 +49,6 @@ COLOURS = "PuOr_r"
 STRONG, PALE = "#6cb4c9", "#d3dfe4"
 OUTLINE: list[AbstractPathEffect] = [withStroke(linewidth=1.6, foreground="white")]
 SHORT = 4.0  # inches: in a figure that is lower, the label of the colour bar takes two lines
-
-warnings.filterwarnings("ignore", "Glyph .* missing from", module=r"matplotlib|conam_zoo")  # drawn as a box instead
 
 
 def caption(text: str, longest: int = 30) -> str:
@@ -217,7 +214,7 @@ def draw_sheet(predictions: list[Prediction], path: Path, title: str) -> None:
     if overlay is not None:
         draw_scale(figure, overlay, list(grid[:, 2:].flat), maps)
     figure.suptitle(caption(title, 80), fontsize=11)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    write_figure(path, figure, dpi=130, format="png")
 
 
 def draw_card_picture(folder: Path, photographs: Path) -> Path:

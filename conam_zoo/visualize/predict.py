@@ -1,9 +1,10 @@
-"""Classifying picture files."""
+"""Picture files through a net: classes with confidence maps, or pooled features."""
 
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "expand_pictures",
     "percent",
     "pictures_in",
+    "pooled_features",
     "predict",
     "predict_each",
     "split_transform",
@@ -129,14 +131,7 @@ def predict_each(
     """
     resize, normalize = split_transform(model)
     waiting: list[tuple[Path, Image.Image, Image.Image]] = []
-    for path in map(Path, paths):
-        try:
-            image = _read_standard_input() if path == STANDARD_INPUT else read_image(path)
-        except UserError as error:
-            if skip is None:
-                raise
-            skip(path, error)
-            continue
+    for path, image in _read_each(paths, skip):
         if say is not None and NOTE in image.info:
             say(image.info[NOTE])
         seen = resize(image)
@@ -149,6 +144,20 @@ def predict_each(
             waiting = []
     if waiting:
         yield from _predict_batch(model, waiting, normalize)
+
+
+def _read_each(
+    paths: Iterable[str | Path], skip: Callable[[Path, UserError], object] | None
+) -> Iterator[tuple[Path, Image.Image]]:
+    for path in map(Path, paths):
+        try:
+            image = _read_standard_input() if path == STANDARD_INPUT else read_image(path)
+        except UserError as error:
+            if skip is None:
+                raise
+            skip(path, error)
+            continue
+        yield path, image
 
 
 def _read_standard_input() -> Image.Image:
@@ -191,3 +200,32 @@ def expand_pictures(paths: list[Path]) -> list[Path]:
     if expanded.count(STANDARD_INPUT) > 1:
         raise UserError("Standard input (-) was named twice: it can be read once.")
     return expanded
+
+
+@torch.inference_mode()
+def pooled_features(
+    model: StagedClassifier, paths: Iterable[Path], *, skip: Callable[[Path, UserError], object] | None = None
+) -> tuple[Tensor, list[Path]]:
+    """What the classifier of a net sees of each picture, which is resized as for ``predict``.
+
+    Args:
+        model: A net in evaluation mode, made by timm.
+        paths: Picture files.
+        skip: Called for a picture that cannot be read, which is left out then.
+
+    Returns:
+        Features, float32 (N, num_features), and the files that they belong to.
+
+    Raises:
+        UserError: If a file cannot be read and there is no ``skip``.
+    """
+    resize, normalize = split_transform(model)
+    device = next(model.parameters()).device
+    inputs = ((path, normalize(resize(image))) for path, image in _read_each(paths, skip))
+    kept: list[Path] = []
+    parts = [torch.empty(0, model.num_features)]
+    while batch := list(islice(inputs, BATCH)):
+        kept += [path for path, _ in batch]
+        maps = model.forward_features(torch.stack([picture for _, picture in batch]).to(device))
+        parts.append(model.forward_head(maps, pre_logits=True).float().cpu())
+    return torch.cat(parts), kept

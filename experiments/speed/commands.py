@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -47,10 +47,14 @@ def typed_command() -> str:
     return shlex.join(words)
 
 
-def _show(record: "BenchmarkRecord", json_file: Path | None) -> None:
-    """Print the tables of a record, and write it where that was asked for."""
+def _measure(
+    benchmark: "Callable[..., BenchmarkRecord]", json_file: Path | None, *arguments: Any, **options: Any
+) -> None:
+    """Run a benchmark, print its tables, and write its record where that was asked for."""
     from experiments.speed.record import record_tables
 
+    with progress_line() as progress:
+        record = benchmark(*arguments, **options, command=typed_command(), progress=progress)
     if json_only(record.to_dict(), json_file):
         return
     out = wide_console()
@@ -86,21 +90,19 @@ def train(
     """Images per second of our training loop, beside a plain DataLoader loop and timm's loop."""
     from experiments.speed.train import benchmark_train
 
-    with progress_line() as progress:
-        record = benchmark_train(
-            model,
-            batch_size=batch_size,
-            steps=steps,
-            repeats=repeats,
-            workers=workers,
-            data=data,
-            compile=compile,
-            teacher=teacher,
-            quick=quick,
-            command=typed_command(),
-            progress=progress,
-        )
-    _show(record, json_file)
+    _measure(
+        benchmark_train,
+        json_file,
+        model,
+        batch_size=batch_size,
+        steps=steps,
+        repeats=repeats,
+        workers=workers,
+        data=data,
+        compile=compile,
+        teacher=teacher,
+        quick=quick,
+    )
 
 
 @app.command(epilog="Example: python -m experiments step --model resnet56_conam --json step.json")
@@ -114,11 +116,7 @@ def step(
     """Where the time of a training step goes, and what in-place joins and torch.compile save of it."""
     from experiments.speed.step import benchmark_step
 
-    with progress_line() as progress:
-        record = benchmark_step(
-            model, batch_size=batch_size, repeats=repeats, quick=quick, command=typed_command(), progress=progress
-        )
-    _show(record, json_file)
+    _measure(benchmark_step, json_file, model, batch_size=batch_size, repeats=repeats, quick=quick)
 
 
 @app.command(epilog="Example: python -m experiments inference resnet56_conam --batch 1 --batch 64 --mode 'eager bf16'")
@@ -138,17 +136,15 @@ def inference(
     """Latency and throughput of models and their plain twins: eager, compiled, ONNX Runtime."""
     from experiments.speed.inference import BATCH_SIZES, benchmark_inference
 
-    with progress_line() as progress:
-        record = benchmark_inference(
-            models or ["resnet20_conam"],
-            batch=batch or BATCH_SIZES,
-            modes=mode,
-            repeats=repeats,
-            quick=quick,
-            command=typed_command(),
-            progress=progress,
-        )
-    _show(record, json_file)
+    _measure(
+        benchmark_inference,
+        json_file,
+        models or ["resnet20_conam"],
+        batch=batch or BATCH_SIZES,
+        modes=mode,
+        repeats=repeats,
+        quick=quick,
+    )
 
 
 @app.command(epilog="Example: python -m experiments cost --part module --image-size 32 --json cost_module.json")
@@ -185,21 +181,19 @@ def cost(
     """What ConAM costs in time and memory, beside the rearrange formulation and six other attentions."""
     from experiments.speed.cost import NETS, PARTS, benchmark_cost
 
-    with progress_line() as progress:
-        record = benchmark_cost(
-            parts=part or PARTS,
-            models=model or NETS,
-            image_sizes=image_size,
-            layouts=layout,
-            precisions=precision,
-            batch_size=batch_size,
-            repeats=repeats,
-            compile=compile,
-            quick=quick,
-            command=typed_command(),
-            progress=progress,
-        )
-    _show(record, json_file)
+    _measure(
+        benchmark_cost,
+        json_file,
+        parts=part or PARTS,
+        models=model or NETS,
+        image_sizes=image_size,
+        layouts=layout,
+        precisions=precision,
+        batch_size=batch_size,
+        repeats=repeats,
+        compile=compile,
+        quick=quick,
+    )
 
 
 @app.command(epilog="Example: python -m experiments densenet --batch-size 32 --json densenet.json")
@@ -215,8 +209,4 @@ def densenet(
     """A DenseNet's training step beside torchvision's DenseNet of the same configuration: time and memory."""
     from experiments.speed.densenet import benchmark_densenet
 
-    with progress_line() as progress:
-        record = benchmark_densenet(
-            model, batch_size=batch_size, repeats=repeats, quick=quick, command=typed_command(), progress=progress
-        )
-    _show(record, json_file)
+    _measure(benchmark_densenet, json_file, model, batch_size=batch_size, repeats=repeats, quick=quick)
