@@ -120,13 +120,14 @@ def validate_card(task):
 def forked(task):
     # The same task in several processes at once; with "kill_after_s", one that does not live to tell, so many seconds
     # after its download has begun.
-    ends = []
-    incomplete = lambda: set(Path(task["task"]["cache_dir"]).rglob("*.incomplete"))
+    ends, cache = [], task["task"].get("cache_dir")
+    incomplete = lambda: set(Path(cache).rglob("*.incomplete")) if cache else set()
     before = incomplete()
     for _ in range(task["processes"]):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
+            sys.path[:0] = [task["site"]] if "site" in task else []
             with os.fdopen(writer, "w") as pipe:
                 pipe.write(json.dumps(answer_to(task["task"])))
             os._exit(0)

@@ -1,12 +1,10 @@
 """From a manifest entry to a verified state dict, against a Hub on the loopback interface.
 
-huggingface_hub reads its ``HF_…`` variables when it is imported, so whatever asks the Hub runs in a process of
-its own, on a copy of ``conam_zoo/weights`` alone: that it needs nothing else of conam_zoo is tested along the
-way.
+huggingface_hub reads its ``HF_…`` variables when it is imported, so whatever asks the Hub runs in a new process, on a
+copy of ``conam_zoo/weights`` alone: that it needs nothing else of conam_zoo is tested along the way.
 """
 
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -15,13 +13,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from hub_client import HubClient, assert_one_sentence
 from hub_server import HubServer, Mode, refusing_url, serve
 from safetensors.torch import save
 
@@ -47,31 +47,6 @@ pytestmark = pytest.mark.enable_socket  # pytest-socket's mark: the loopback ser
 
 NAME, NAMESPACE, REVISION = "tiny_conam.cifar10", "some-lab", "0a" * 20
 HUB_ID = f"{NAMESPACE}/{NAME}"
-
-# Reads a task from standard input, does it, and tells what happened as one line of JSON.
-CLIENT = """
-import json, logging, sys, time
-from pathlib import Path
-from conam_zoo.weights import WeightsError, check_copies, find_verified, load_manifest
-
-logging.basicConfig(stream=sys.stderr)
-task = json.load(sys.stdin)
-manifest = load_manifest(Path(task["manifest"]))
-entry = manifest.entry(task["name"])
-options = {"cache_dir": task["cache_dir"], "namespace": manifest.hub_namespace}
-start = time.monotonic()
-try:
-    if task["action"] == "check":
-        answer = {"copies": [[c.place, c.status, c.detail] for c in check_copies(entry, **options)]}
-    else:
-        found = find_verified(entry, **options)
-        sums = {key: float(value.sum()) for key, value in found.state_dict.items()}
-        answer = {"source": found.source, "path": str(found.path), "sums": sums}
-except WeightsError as error:
-    answer = {"error": type(error).__name__, "message": str(error)}
-answer["seconds"] = time.monotonic() - start
-print(json.dumps(answer))
-"""
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -119,11 +94,6 @@ def damaged(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
-def assert_one_sentence(text: str) -> None:
-    assert re.fullmatch(r"[^\n]*\.", text), text
-    assert not re.search(r"[.!?]\s+[A-Z]", text), text
-
-
 @pytest.fixture
 def data() -> bytes:
     return save(tensors())
@@ -143,6 +113,7 @@ class Client:
     endpoint: str
     namespace: str | None = NAMESPACE
     cache_dir: str | None = None
+    process: ClassVar[HubClient]
 
     def __post_init__(self) -> None:
         package = self.folder / "installed" / "conam_zoo"
@@ -158,50 +129,35 @@ class Client:
         folder = Path(self.cache_dir) if self.cache_dir else self.folder / "home" / "hub"
         return folder / f"models--{NAMESPACE}--{NAME}" / "snapshots" / REVISION / "model.safetensors"
 
-    def start(self, action: str = "find", **environment: str) -> subprocess.Popen[str]:
+    def find(self, action: str = "find", **environment: str) -> dict[str, Any]:
+        return self.find_together(1, action, **environment)[0]
+
+    def find_together(self, processes: int, action: str = "find", **environment: str) -> list[dict[str, Any]]:
+        """What several new processes tell that begin at once."""
         manifest = self.folder / "manifest.json"
         dump_manifest(Manifest({NAME: self.entry}, self.namespace), manifest)
-        task = {"manifest": str(manifest), "name": NAME, "cache_dir": self.cache_dir, "action": action}
-        kept = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("HF_", "CONAM_", "PYTHON")) and not key.lower().endswith("_proxy")
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self.folder,  # ``python -c`` imports from the current folder first
-            env=kept
-            | {
-                "PYTHONPATH": str(self.folder / "installed"),
-                "HF_ENDPOINT": self.endpoint,
-                "HF_HOME": str(self.folder / "home"),
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "HF_HUB_DISABLE_XET": "1",
-                "NO_PROXY": "127.0.0.1",
-            }
-            | environment,
+        environment |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.folder / "home")}
+        task = {"action": action, "manifest": str(manifest), "name": NAME, "cache_dir": self.cache_dir}
+        answer = self.process.do(
+            "forked",
+            processes=processes,
+            site=str(self.folder / "installed"),
+            task=task | {"environment": environment},
+            patience_s=300,
         )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(task))
-        process.stdin.close()
-        process.stdin = None
-        return process
+        for told in answer["told"]:
+            if "message" in told:
+                assert_one_sentence(told["message"])
+        return [told | {"log": answer["log"]} for told in answer["told"]]
 
-    def find(self, action: str = "find", **environment: str) -> dict[str, Any]:
-        return self.finish(self.start(action, **environment))
 
-    @staticmethod
-    def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-        output, log = process.communicate(timeout=300)
-        assert process.returncode == 0, log
-        answer: dict[str, Any] = json.loads(output)
-        if "message" in answer:
-            assert_one_sentence(answer["message"])
-        return answer | {"log": log}
+@pytest.fixture(scope="module", autouse=True)
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the processes are forked from: it has imported PyTorch, which takes seconds, and no huggingface_hub."""
+    Client.process = HubClient(tmp_path_factory.mktemp("process"), "")
+    Client.process.do("get_ready", imports=["torch", "safetensors.torch"])
+    yield
+    Client.process.close()
 
 
 def serving(data: bytes, mode: Mode = "ok") -> AbstractContextManager[HubServer]:
@@ -414,10 +370,10 @@ def test_first_use_downloads_and_later_ones_ask_nobody(tmp_path: Path, entry: We
 
     offline = client.find(HF_HUB_OFFLINE="1")  # and the server is gone
     assert (offline["source"], offline["sums"]) == ("cache", SUMS)
-    assert [copy[:2] for copy in client.find("check")["copies"]] == [
-        ["mirror", "missing"],
-        ["checkout", "missing"],
-        ["cache", "good"],
+    assert list(client.find("check")["copies"].items()) == [
+        ("mirror", "missing"),
+        ("checkout", "missing"),
+        ("cache", "good"),
     ]
 
 
@@ -587,7 +543,7 @@ def test_processes_that_start_together_all_get_the_right_file(tmp_path: Path, en
     """Even where the first download is a corrupt one."""
     with serving(data, "corrupt-once") as server:
         client = Client(tmp_path, entry, server.url)
-        answers = [client.finish(process) for process in [client.start() for _ in range(4)]]
+        answers = client.find_together(4)
         downloads = sum(request.startswith("GET") for request in server.requests)
     assert [answer.get("sums") for answer in answers] == [SUMS] * 4, answers
     assert sorted(answer["source"] for answer in answers) == ["cache", "cache", "cache", "hub"]
