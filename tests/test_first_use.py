@@ -25,7 +25,7 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.models.export import export_model
 from conam_zoo.weights import Manifest, dump_manifest, load_manifest
 
-pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(300)]
 
 NAME = "resnet20_conam.cifar10"
 HUB_ID = f"{NAMESPACE}/{NAME}"
