@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter
 from timm.data import create_transform, resolve_model_data_config
 
 import conam_zoo  # noqa: F401 (registers the models)
+import experiments  # noqa: F401 (registers the forms of ConAM)
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model
