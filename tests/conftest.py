@@ -1,8 +1,9 @@
 """What all tests share: the real images where they are given, and small synthetic ones everywhere.
 
 Where ``CONAM_DATA`` names a folder with ``cifar10/`` and ``cifar100/`` in one of the layouts of ``conam_zoo.data``, the
-tests on real images run, and a skip of any test is a failure. Where pytest shares the tests out over processes, each
-process computes with one thread: two with all threads each would wait for one another.
+tests on real images run, and a skip of any test is a failure, unless it needs a browser: that is up to ``CONAM_BROWSER``.
+Where pytest shares the tests out over processes, each process computes with one thread: two with all threads each would
+wait for one another.
 """
 
 import os
@@ -25,7 +26,8 @@ PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)  
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CONAM_DATA"):
+    excused = hasattr(report, "wasxfail") or item.get_closest_marker("browser")
+    if report.skipped and not excused and os.environ.get("CONAM_DATA"):
         report.outcome = "failed"
         report.longrepr = f"skipped although CONAM_DATA is set: {item.nodeid}: {report.longrepr}"
 

@@ -1,4 +1,4 @@
-"""Commands that look at pictures: predict, explain and features."""
+"""Commands that look at pictures: predict, explain, features and demo."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -242,3 +242,17 @@ def features(
     write_atomically(output, lambda temporary: np.savez(temporary, features=vectors.numpy(), names=names))
     console().print(f"written: {output}, {len(vectors):,} pictures, {vectors.shape[1]} features each")
     failures.exit()
+
+
+@app.command(epilog="Example: conam demo resnet20_conam.cifar10")
+def demo(
+    model: Annotated[
+        str | None, typer.Argument(help=f"The net to begin with; the most accurate one by default. {MODEL_HELP}")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to serve: 0.0.0.0 for other machines too.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the page; the first free one from 7860.")] = None,
+) -> None:
+    """Serve a page to try nets in: classes of a picture, and ConAM's confidences over it, for one net or two."""
+    from conam_zoo.deploy.demo import serve
+
+    serve(model, host, port, console().print)

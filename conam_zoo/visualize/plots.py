@@ -22,12 +22,14 @@ from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.predict import Prediction, percent, predict
 
 __all__ = [
+    "COLOURS",
     "PALE",
     "SHEET_ROWS",
     "STRONG",
     "THUMBNAIL",
     "caption",
     "check_png",
+    "colour_scale",
     "draw_bars",
     "draw_card_picture",
     "draw_frame",
@@ -107,6 +109,11 @@ def relative(confidence: NDArray[np.float32]) -> NDArray[np.float32]:
     return confidence / mean if mean > 0 else confidence * confidence.size
 
 
+def colour_scale(largest: float) -> TwoSlopeNorm:
+    """Where a multiple of the mean stands in ``COLOURS``: 1 in the middle, ``largest`` at the upper end."""
+    return TwoSlopeNorm(1, 0, max(largest, 1.5))
+
+
 def draw_map(
     axes: Axes, seen: NDArray[np.uint8], confidence: NDArray[np.float32], largest: float, fontsize: float = 7.5
 ) -> AxesImage:
@@ -127,8 +134,7 @@ def draw_map(
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     grey = np.asarray(Image.fromarray(seen).convert("L"))
     axes.imshow(grey, cmap="gray", vmin=-60, vmax=255, extent=extent)  # no deep black: the colours have to show
-    scale = TwoSlopeNorm(1, 0, max(largest, 1.5))
-    overlay = axes.imshow(relative(confidence), cmap=COLOURS, alpha=0.6, norm=scale, extent=extent)
+    overlay = axes.imshow(relative(confidence), cmap=COLOURS, alpha=0.6, norm=colour_scale(largest), extent=extent)
     if max(rows, columns) <= 8:
         for row in range(rows):
             for column in range(columns):

@@ -69,9 +69,14 @@ def class_names(model: StagedClassifier) -> list[str]:
     return list(model.pretrained_cfg.get("label_names") or [f"class {index}" for index in range(model.num_classes)])
 
 
-def split_transform(model: StagedClassifier) -> tuple[Compose, Compose]:
-    """The model's evaluation transform in two halves: picture to picture seen, and that to a normalised tensor."""
-    steps = create_transform(**resolve_model_data_config(model)).transforms
+def split_transform(model: StagedClassifier, scale: int = 1) -> tuple[Compose, Compose]:
+    """The model's evaluation transform in two halves: picture to picture seen, and that to a normalised tensor.
+
+    With ``scale`` the picture seen is the same part of the picture with so many times the pixels, for people.
+    """
+    config = resolve_model_data_config(model)
+    channels, height, width = config["input_size"]
+    steps = create_transform(**config | {"input_size": (channels, height * scale, width * scale)}).transforms
     resizes = [type(step).__name__ in ("Resize", "CenterCrop") for step in steps]
     last = max((index + 1 for index, resize in enumerate(resizes) if resize), default=0)
     return Compose(steps[:last]), Compose(steps[last:])
