@@ -1,9 +1,9 @@
 """What all tests share: the real images where they are given, and small synthetic ones everywhere.
 
 Where ``CONAM_DATA`` names a folder with ``cifar10/`` and ``cifar100/`` in one of the layouts of ``conam_zoo.data``, the
-tests on real images run, and a skip of any test is a failure, unless it needs a browser: that is up to ``CONAM_BROWSER``.
-Where pytest shares the tests out over processes, each process computes with one thread: two with all threads each would
-wait for one another.
+tests on real images run, and a skip of any test is a failure; for tests that need a browser, ``CONAM_BROWSER=1`` says
+so. Where pytest shares the tests out over processes, each process computes with one thread: two with all threads each
+would wait for one another.
 """
 
 import os

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
@@ -98,7 +99,9 @@ def chromium(needed: None) -> Iterator[Any]:
 @pytest.fixture
 def page(chromium: Any, address: str) -> Iterator[Any]:
     """The page in a window of its own, once it shows the first photograph; it may ask nobody but its server."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900}, permissions=["clipboard-read", "clipboard-write"])
+    context = chromium.new_context(
+        viewport={"width": 1280, "height": 900}, permissions=["clipboard-read", "clipboard-write"]
+    )
     page = context.new_page()
     page.set_default_timeout(60_000)
     asked: list[str] = []
@@ -274,3 +277,12 @@ def test_without_gradio_it_is_one_sentence(conam: Any, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "gradio", None)
     code, out, err = conam("demo")
     assert (code, out, err) == (2, "", "conam: The page needs gradio: pip install 'conam-zoo[demo]'.\n")
+
+
+def test_an_address_that_cannot_be_served_is_one_sentence(conam: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for at, options in ((f"127.0.0.1, port {port}", ("--port", port)), ("192.0.2.1", ("--host", "192.0.2.1"))):
+            code, out, err = conam("demo", *options)
+            assert (code, out, err.count("\n")) == (2, "", 1)
+            assert f"cannot be served at {at} (" in err

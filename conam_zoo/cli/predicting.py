@@ -250,7 +250,9 @@ def demo(
         str | None, typer.Argument(help=f"The net to begin with; the most accurate one by default. {MODEL_HELP}")
     ] = None,
     host: Annotated[str, typer.Option(help="Where to serve: 0.0.0.0 for other machines too.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the page; the first free one from 7860.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of the page; the first free one from 7860.")
+    ] = None,
 ) -> None:
     """Serve a page to try nets in: classes of a picture, and ConAM's confidences over it, for one net or two."""
     from conam_zoo.deploy.demo import serve

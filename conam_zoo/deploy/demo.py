@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -36,8 +37,8 @@ NO_NET, NO_SITE = "nothing", -1
 FADE = "strength => { document.documentElement.style.setProperty('--strength', strength) }"  # no round trip
 
 INTRODUCTION = """# Try a ConAM net
-Drop, paste or photograph a picture. The map shows how a ConAM in the net spreads its confidence over the patches: orange
-ones have more than an even share, purple ones less.
+Drop, paste or photograph a picture. The map shows how a ConAM in the net spreads its confidence over the patches:
+orange ones have more than an even share, purple ones less.
 """
 
 
@@ -76,7 +77,9 @@ def build_page(model: str | None = None, photographs: Path | None = None) -> Any
         except (UserError, WeightsError) as error:
             return f'<p class="problem" role="alert">{_about(path, error)}</p>', gr.skip()
         choices = _site_choices(chosen[net])
-        return html, gr.Radio(choices, value=min(site, choices[-2:][0][1]))
+        last = choices[-2:][0][1]
+        # A value would undo what was chosen in the meantime.
+        return html, gr.Radio(choices) if site <= last else gr.Radio(choices, value=last)
 
     with gr.Blocks(title="conam_zoo", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
@@ -137,21 +140,29 @@ def serve(model: str | None, host: str, port: int | None, say: Callable[[str], o
         UserError: If it cannot be built, or not be served there.
         WeightsError: If no verified weights of ``model`` can be had.
     """
+    _check_address(host, port or 0)
     checkout = find_checkout()
     with tempfile.TemporaryDirectory(prefix="conam-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(model, checkout and checkout / "examples" / "photos")
-        try:
-            _, url, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **look())
-        except OSError as error:
-            at = f"{host}, port {port}" if port else host
-            raise UserError(f"The page cannot be served at {at}: choose another --host or --port.") from error
+        _, url, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **look())
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the pictures go then too
         try:
             say(f"The page is at {url} until Ctrl-C.")
             threading.Event().wait()
         finally:
             page.close(verbose=False)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse what cannot be listened on; Gradio would try it for minutes, with tracebacks."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except (OSError, UnicodeError) as error:
+        at = f"{host}, port {port}" if port else host
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"The page cannot be served at {at} ({reason}): choose another --host or --port.") from error
 
 
 def _about(path: str, message: object) -> str:
@@ -192,22 +203,26 @@ def _panel(name: str, net: StagedClassifier, prediction: Prediction, site: int, 
     known = class_names(net)
     words = ", ".join(known) if len(known) <= 12 else f"{len(known)} classes"
     bars = "".join(
-        f'<li><span>{for_html(label.replace("_", " "))}</span><span>{for_html(percent(share))}</span>'
+        f"<li><span>{for_html(label.replace('_', ' '))}</span><span>{for_html(percent(share))}</span>"
         f'<i style="--share: {share:.2%}"></i></li>'
         for label, share in prediction.top
     )
     return f"""<article><h2>{for_html(name)}</h2><ol>{bars}</ol>
 <figure><div class="picture {"mapped" if chosen else ""}"><img src="{_address(sharp, "JPEG")}" alt="">{drawn[0]}</div>
 {drawn[1]}<figcaption><img src="{_address(prediction.seen, "PNG")}" alt="">
-<span>The net sees {size[0]} × {size[1]} pixels and knows {for_html(words)}.</span></figcaption></figure></article>"""
+<span>The net sees {size[0]} x {size[1]} pixels and knows {for_html(words)}.</span></figcaption></figure></article>"""
 
 
 def _map(site: str, confidence: NDArray[np.float32], largest: float) -> tuple[str, str]:
     """A confidence map as SVG in the colours of ``draw_map``, and the scale below it."""
-    scale, colours = colour_scale(largest), colormaps[COLOURS]
+    scale = colour_scale(largest)
+
+    def colour(times: float) -> str:
+        return to_hex(colormaps[COLOURS](float(scale(times))))
+
     rows, columns = confidence.shape
     patches = "".join(
-        f'<rect x="{column}" y="{row}" width="1" height="1" fill="{to_hex(colours(scale(times)))}"/>'
+        f'<rect x="{column}" y="{row}" width="1" height="1" fill="{colour(float(times))}"/>'
         for (row, column), times in np.ndenumerate(relative(confidence))
     )
     numbers = "".join(
@@ -215,7 +230,7 @@ def _map(site: str, confidence: NDArray[np.float32], largest: float) -> tuple[st
         for (row, column), share in np.ndenumerate(confidence if max(rows, columns) <= 8 else confidence[:0])
     )
     top, mean = float(scale.vmax or 1), float(confidence.mean())
-    ramp = ", ".join(to_hex(colours(scale(top * step / 20))) for step in range(21))
+    ramp = ", ".join(colour(top * step / 20) for step in range(21))
     word = "even share" if abs(confidence.sum() - 1) < 1e-3 else "mean"
     even = "; nearly the same everywhere" if confidence.std() < EVEN * mean else ""
     title = f"Confidence of {for_html(site)} in percent{even}"
