@@ -63,6 +63,8 @@ def build_page(model: str | None = None, photographs: Path | None = None) -> Any
     nets = sorted(entries, key=lambda name: -entries[name].metrics.top1_percent)
     if model is not None and model not in nets:
         nets.insert(0, model)
+    if not nets:
+        raise UserError("The manifest has no weights: name a model, such as local-dir:FOLDER.")
     opened = lru_cache(maxsize=4)(open_classifier)
     first = model or nets[0]
     choices = _site_choices(opened(first))
@@ -151,6 +153,7 @@ def serve(model: str | None, host: str, port: int | None, say: Callable[[str], o
             say(f"The page is at {url} until Ctrl-C.")
             threading.Event().wait()
         finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would leave them
             page.close(verbose=False)
 
 
