@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from conam_zoo.cli._shared import Json, Model, app, console, json_only, warn
+from conam_zoo.cli._shared import MODEL_HELP, Json, Model, app, console, json_only, warn
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_rich
 
