@@ -109,13 +109,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
-    """Write a matplotlib figure atomically, without warnings about letters that its font lacks.
-
-    Args:
-        path: The picture.
-        figure: What to draw.
-        **options: Of ``Figure.savefig``, such as ``dpi``.
-    """
+    """Write a matplotlib figure atomically, with options of ``savefig``, silent about letters that its font lacks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         write_atomically(path, lambda temporary: figure.savefig(temporary, **options))

@@ -48,10 +48,6 @@ def status(path: Path) -> os.stat_result | None:
 def check_file(path: Path, kind: str = "file") -> None:
     """Refuse what is no regular file that can be read; nothing is opened that could wait for ever.
 
-    Args:
-        path: The file.
-        kind: What it should be, for the message.
-
     Raises:
         UserError: If it is missing, a folder, a pipe, a device or a socket, or may not be read.
     """

@@ -44,7 +44,7 @@ def acted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def act(scripts: dict[str, str]) -> None:
         def command(job: Job, *arguments: object) -> list[str]:
-            prelude = f"import pathlib, signal, sys, time; folder = pathlib.Path({str(job.folder)!r})\n"
+            prelude = f"import os, pathlib, signal, sys, time; folder = pathlib.Path({str(job.folder)!r})\n"
             done = "\nfolder.mkdir(parents=True, exist_ok=True); (folder / 'run.json').write_text('{}')"
             return [sys.executable, "-S", "-c", prelude + scripts.get(job.weights, "") + done]
 
@@ -119,22 +119,28 @@ def test_teachers_of_each_other_are_told_instead_of_waited_for(tmp_path: Path, a
     assert all("waits for it in turn" in result for result in results.values())
 
 
-def test_a_signal_is_handed_on_and_ends_the_queue(tmp_path: Path, acted: Callable[..., None]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_handed_on_and_ends_the_queue(
+    number: signal.Signals, tmp_path: Path, acted: Callable[..., None]
+) -> None:
+    """Once: the trainings are no part of the process group that Ctrl-C goes to, and a second signal would end them."""
     saved = tmp_path / "saved"
     stop = f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(saved)!r}).touch(), sys.exit(143)))"
-    acted({"resnet32_conam.cifar100": f"{stop}; pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"})
+    ready = f"pathlib.Path({str(tmp_path / 'ready')!r}).write_text(str(os.getpgrp()))"
+    acted({"resnet32_conam.cifar100": f"{stop}; {ready}; time.sleep(60)"})
 
     def interrupt() -> None:
         while not (tmp_path / "ready").exists():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     threading.Thread(target=interrupt, daemon=True).start()
     jobs = _jobs(tmp_path, resnet32="", resnet44="")
     assert run_queue(jobs, "data") == {jobs[0].name: "stopped"}
     assert saved.exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "ready").read_text() != str(os.getpgrp())
+    assert signal.getsignal(number) is before
 
 
 def test_the_command_trains_two_seeds_and_a_second_call_finds_them_done(

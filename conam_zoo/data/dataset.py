@@ -256,12 +256,7 @@ def _each(source: LazyImages, work: Callable[[int], object]) -> list[Unreadable]
 
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split images class by class: the same share of each, at least one image, and never the only one.
-
-    Args:
-        labels: Label of each image, (N,).
-        share: Share of every class that is held out.
-        seed: Which images.
+    """Split images with labels (N,) class by class: the same share of each, at least one image, and never the only one.
 
     Returns:
         Indices that are kept and indices that are held out, both sorted.

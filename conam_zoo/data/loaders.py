@@ -162,10 +162,6 @@ class _AugmentedBatches(Batches):
 class DeviceLoader(_AugmentedBatches):
     """Batches of a split that lies on the training device as a whole, as uint8.
 
-    Args:
-        split: The training images, on the training device.
-        settings: How the batches are made.
-
     Raises:
         UserError: If the settings do not fit the images.
     """

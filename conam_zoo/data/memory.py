@@ -34,13 +34,6 @@ def _lines(path: Path) -> list[str]:
 
 
 def fits(count: int, size: int, device: torch.device | str, *, free: int | None = None) -> bool:
-    """Whether images take at most half of the free memory of a device, as uint8.
-
-    Args:
-        count: How many images.
-        size: Side of an image, in pixels.
-        device: The device.
-        free: Its free bytes; None to ask it.
-    """
+    """Whether uint8 images of ``size`` x ``size`` take at most half of a device's ``free`` bytes; None to ask it."""
     available = free_bytes(device) if free is None else free
     return 3 * count * size * size <= SHARE_OF_MEMORY * available

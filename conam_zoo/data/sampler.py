@@ -41,12 +41,6 @@ class Shards:
     number of steps. The last, smaller global batch is shared out as evenly as it goes; it is left out if a rank would
     get fewer than two images of it, because batch norm cannot train on a single one.
 
-    Args:
-        count: Images of an epoch.
-        batch_size: Images of a full batch of one rank.
-        rank: This device.
-        world_size: How many there are.
-
     Raises:
         UserError: If the images are too few for a single step.
     """

@@ -92,15 +92,7 @@ class Report:
 def build_report(
     logits: Tensor, flipped_logits: Tensor, labels: Tensor, classes: tuple[str, ...], names: tuple[str, ...] = ()
 ) -> Report:
-    """Count a report.
-
-    Args:
-        logits: (N, classes).
-        flipped_logits: Of the mirrored images, (N, classes).
-        labels: int64, (N,).
-        classes: Class names in label order.
-        names: What the images are called, (N,), or nothing.
-    """
+    """Count a report of logits (N, classes), those of the mirrored images, labels (N,) and the images' names."""
     count = len(classes)
     probabilities = logits.double().softmax(1)
     both = (probabilities + flipped_logits.double().softmax(1)) / 2

@@ -26,13 +26,6 @@ COLUMNS = 6
 def draw_report(report: Report, images: Tensor, log: list[dict[str, Any]], folder: Path, title: str) -> list[str]:
     """Draw ``curves.png``, ``confusion.png`` and ``mistakes.png``, each whether or not the others can be drawn.
 
-    Args:
-        report: What was counted.
-        images: The images that it is about, uint8 (N, H, W, 3).
-        log: One row for each epoch.
-        folder: Where to write.
-        title: Headline of the curves.
-
     Returns:
         A sentence for each picture that could not be drawn.
     """
@@ -105,10 +98,7 @@ def draw_confusion(report: Report, path: Path) -> None:
 def draw_mistakes(report: Report, images: Tensor, path: Path) -> None:
     """Draw up to 24 mistakes, the most confident first: image, what it is, what it was taken for.
 
-    Args:
-        report: What was counted; without mistakes, nothing is drawn.
-        images: The images that it is about, uint8 (N, H, W, 3).
-        path: The PNG.
+    ``images`` are those that the report is about, uint8 (N, H, W, 3); without mistakes nothing is drawn.
     """
     shown = report.mistakes[:MISTAKES]
     if not shown:

@@ -157,9 +157,7 @@ def load_latest(
 def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lambda state: None) -> dict[str, Any]:
     """Read a state that ``save_checkpoint`` wrote: ``model``, ``ema``, ``optimizer`` and ``facts``.
 
-    Args:
-        path: The file.
-        check: Raises an exception if the state is not what it should be.
+    ``check`` raises an exception if the state is not what it should be.
 
     Raises:
         UserError: If the file is missing, damaged or no checkpoint.

@@ -24,10 +24,7 @@ __all__ = ["Renormalized", "decoupled_loss", "distillation_loss", "known_sha256"
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 times the Kullback-Leibler divergence of the student's softened outputs from the teacher's, per image.
 
-    Args:
-        student: Logits, (N, classes), float32.
-        teacher: Logits, (N, classes), float32.
-        temperature: T, which divides both; T^2 keeps the gradients' size independent of it.
+    Logits are (N, classes) in float32. T divides both; T^2 keeps the gradients' size independent of it.
     """
     divergence = F.kl_div(
         F.log_softmax(student / temperature, dim=1),
@@ -82,14 +79,9 @@ def _decoupled(student: Tensor, teacher: Tensor, targets: Tensor, alpha: float, 
 
 
 class Renormalized(nn.Module):
-    """A net that gets images normalised with statistics other than its own.
+    """A net that gets images normalised with statistics, (mean, std), other than its own.
 
     Shape: (N, C, H, W) -> that of the net's output.
-
-    Args:
-        net: The net.
-        own: Its mean and standard deviation for each channel.
-        given: Those that the images were normalised with.
     """
 
     scale: Tensor

@@ -196,8 +196,8 @@ def run_queue(
     """Train all jobs, several at a time; those that are done are not trained again.
 
     A job whose teacher is trained by other jobs of the queue waits for these, but for those that wait for it in turn,
-    if there is another. SIGTERM and SIGINT are handed on to the trainings, which save their state, and end the queue.
-    The cores are shared out evenly.
+    if there is another. SIGTERM, SIGINT and SIGHUP are handed on to the trainings, which save their state, and end the
+    queue. The cores are shared out evenly.
 
     Args:
         jobs: What ``plan_queue`` gave.
@@ -330,7 +330,10 @@ def _start(job: Job, command: list[str], parallel: int) -> subprocess.Popen[byte
         environment |= dict.fromkeys(THREADS, share)
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # huge pages: 6 to 9 % faster on a CPU
     with open(job.log, "ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        # A session of its own: Ctrl-C reaches the queue alone, whose one signal lets the training save its state.
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
 
 
 @contextmanager
@@ -341,7 +344,8 @@ def _stop_requests() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield received
     finally:

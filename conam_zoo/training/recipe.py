@@ -173,11 +173,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 
 def recipe_from_dict(values: dict[str, Any], name: str) -> Recipe:
-    """The recipe that ``Recipe.to_dict`` made, of this version or an earlier one.
-
-    Args:
-        values: Settings; those with a default may be absent.
-        name: What to call it in messages.
+    """The recipe that ``Recipe.to_dict`` made, of this version or an earlier one; ``name`` is for messages.
 
     Raises:
         UserError: If a setting is unknown, missing or out of its range.

@@ -62,13 +62,9 @@ def epoch_file(bank: Path, epoch: int) -> Path:
 
 
 def write_epoch(bank: Path, epoch: int, logits: Tensor, facts: dict[str, Any]) -> None:
-    """Write the float16 logits (N, classes) of an epoch atomically.
+    """Write the float16 logits (N, classes) of an epoch, in the order in which the images are shown, atomically.
 
-    Args:
-        bank: The folder.
-        epoch: From 0.
-        logits: In the order in which the images are shown.
-        facts: ``recipe`` from ``bank_facts``, ``teacher`` from ``open_teacher``, ``epochs`` that the bank shall have.
+    ``facts`` are ``recipe`` from ``bank_facts``, ``teacher`` from ``open_teacher``, and the planned ``epochs``.
 
     Raises:
         UserError: If it cannot be written.
@@ -185,12 +181,9 @@ def _check_same(folder: Path, recorded: dict[str, Any], facts: dict[str, Any]) -
 
 
 class BankedBatches(Batches):
-    """Batches that carry the teacher's logits as a third tensor, float16 (B, classes).
+    """Batches of a single process that carry the teacher's logits as a third tensor, float16 (B, classes).
 
-    Args:
-        batches: Images and targets, of a single process.
-        bank: The logits; past its last epoch the first one follows again, its images included.
-        batch_size: Images of a full batch.
+    Past the bank's last epoch the first one follows again, its images included.
     """
 
     def __init__(self, batches: Batches, bank: TeacherBank, batch_size: int) -> None:

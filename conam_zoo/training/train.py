@@ -134,12 +134,6 @@ def train(
 def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Write what a finished training leaves: curves, recipe, weights, and ``run.json`` at the very end.
 
-    Args:
-        result: What ``fit`` gave.
-        recipe: How it was trained.
-        output: The run folder.
-        run: Facts for ``run.json``.
-
     Returns:
         The facts, with ``sha256`` of the weights in ``final/`` and, if there is a moving average, ``other_sha256`` of
         those that were not chosen: ``raw/`` where the average is final, ``ema/`` where it is not.

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -44,29 +45,13 @@ def images_per_batch(recipe: Recipe, here: Ranks) -> int:
 def batch_settings(
     recipe: Recipe, mean: Sequence[float], std: Sequence[float], here: Ranks, *, balance: bool = False
 ) -> BatchSettings:
-    """How this process makes its batches.
-
-    Args:
-        recipe: Augmentation, seed and batch size.
-        mean: Mean of each channel, in [0, 1].
-        std: Standard deviation of each channel.
-        here: This process among the others.
-        balance: Show every class equally often.
+    """How this process makes its batches; with ``balance`` every class is shown equally often.
 
     Raises:
         UserError: If the batch size cannot be shared out evenly, or an augmentation is out of range.
     """
-    augmentation = AugmentationSettings(
-        recipe.crop_padding,
-        recipe.flip,
-        recipe.cutout,
-        recipe.mixup,
-        recipe.cutmix,
-        recipe.early_size,
-        recipe.early_epochs,
-        recipe.alternate_flip,
-        recipe.mix_share,
-    )
+    shared = {field.name: getattr(recipe, field.name) for field in fields(AugmentationSettings)}
+    augmentation = AugmentationSettings(**shared)
     size = images_per_batch(recipe, here)
     return BatchSettings(augmentation, size, recipe.seed, mean, std, here.rank, here.world_size, balance)
 

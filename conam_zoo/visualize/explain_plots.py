@@ -36,12 +36,6 @@ def draw_explanations(explanations: list[Explanation], path: Path, title: str, *
     most confident patch framed; below, what the net was shown, the probability of its answer after a patch is blurred,
     and the blurred pictures. On a contact sheet a picture takes one row, with the probabilities below the maps.
 
-    Args:
-        explanations: What ``explain`` gave, at least one.
-        path: The PNG.
-        title: Stands above.
-        contact_sheet: One row for each picture instead of two.
-
     Raises:
         UserError: If the file cannot be written, or there are too many pictures for one.
     """

@@ -165,14 +165,7 @@ def draw_frame(axes: Axes, seen: NDArray[np.uint8], patch: tuple[int, int], grid
 
 
 def draw_scale(figure: Figure, overlay: AxesImage, axes: list[Axes], maps: Sequence[NDArray[np.float32]]) -> Colorbar:
-    """The colour bar of all maps, with their mean marked.
-
-    Args:
-        figure: Where to draw.
-        overlay: What ``draw_map`` gave.
-        axes: The panels that the bar stands beside.
-        maps: What was drawn.
-    """
+    """The colour bar of all maps, with their mean marked, beside their panels; ``overlay`` is one of ``draw_map``."""
     bar = figure.colorbar(overlay, ax=axes, shrink=0.9, aspect=40, pad=0.01)
     top = bar.norm.vmax or 1.0
     ticks = [tick for tick in MaxNLocator(5).tick_values(0, top) if 0 <= tick <= top and abs(tick - 1) > 0.15]
@@ -224,11 +217,7 @@ def draw_sheet(predictions: list[Prediction], path: Path, title: str) -> None:
 
 
 def draw_card_picture(folder: Path, photographs: Path) -> Path:
-    """Write the picture of a model card, ``confidence.png``, beside the weights of a folder.
-
-    Args:
-        folder: ``weights/<name>`` of a checkout.
-        photographs: The folder of the example photographs.
+    """Write the picture of a model card, ``confidence.png``, into a folder of weights.
 
     Raises:
         UserError: If a photograph is missing or the picture cannot be written.

@@ -57,10 +57,6 @@ def npz_sources(path: Path, *, training: bool = True) -> dict[str, LazyImages]:
     ``conam_zoo.data.images.full_scale`` says, all splits alike. Labels are whole numbers from 0 of any type, or names,
     (N,) or (N, 1).
 
-    Args:
-        path: The file.
-        training: Whether there have to be training images.
-
     Raises:
         UserError: If the file cannot be read or its content does not fit.
     """

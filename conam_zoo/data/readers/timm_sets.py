@@ -1,6 +1,6 @@
 """Data sets that timm opens by name: ``hfds/…``, ``torch/…``, and the streams ``wds/…``, ``tfds/…``, ``hfids/…``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -58,11 +58,8 @@ def _open(full_name: str, split: str, *, required: bool) -> Any:
         dataset = create_dataset(
             name, root=root or (TORCH_FOLDER if torch_set else None), split=split, download=torch_set, is_training=False
         )
-        return (
-            _stream(dataset, f"{full_name}, {split}")
-            if hasattr(dataset, "set_epoch")
-            else _map(dataset, f"{full_name}, {split}")
-        )
+        read = _stream if hasattr(dataset, "set_epoch") else _map
+        return read(dataset, f"{full_name}, {split}")
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever the set's library raises: no network, no such split, no package
@@ -95,27 +92,19 @@ def _reader_picture(reader: Any, source: str, index: int) -> Image.Image:
 
 def _stream(dataset: Any, source: str) -> LazyImages:
     """A set that is read from its beginning to its end, once."""
-    budget = free_bytes("cpu") // 2
+    budget, used = free_bytes("cpu") // 2, 0
     pictures: list[Image.Image] = []
     labels: list[int] = []
-    for picture, label in _within(dataset, budget, source):
-        pictures.append(picture)
-        labels.append(label)
-    classes = _classes(dataset.reader) or tuple(str(number) for number in range(max(labels, default=-1) + 1))
-    return _source(np.array(labels, dtype=np.int64), classes, source, pictures.__getitem__)
-
-
-def _within(dataset: Any, budget: int, source: str) -> Iterator[tuple[Image.Image, int]]:
-    used = 0
     for picture, label, *_ in dataset:
-        picture = to_rgb(picture)
+        pictures.append(to_rgb(picture))
+        labels.append(int(label))
         used += 3 * picture.width * picture.height
         if used > budget:
             raise UserError(
                 f"The stream {source} does not fit into {budget / 1e9:.1f} GB, half of the free memory: use its hfds/ "
                 "form or an image folder, which are read from the disk."
             )
-        yield picture, int(label)
+    return _source(np.array(labels, dtype=np.int64), _classes(dataset.reader), source, pictures.__getitem__)
 
 
 def _classes(reader: Any) -> tuple[str, ...]:
