@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conam_zoo.errors import UserError
 
-__all__ = ["check_file", "expand_path", "refuse_overwriting", "refuse_replacing", "status"]
+__all__ = ["check_file", "check_suffix", "expand_path", "refuse_overwriting", "refuse_replacing", "status"]
 
 REASONS = {
     errno.EACCES: "permission is denied",
@@ -60,6 +60,16 @@ def check_file(path: Path, kind: str = "file") -> None:
         raise UserError(f"{path} is a pipe, a device or a socket, but it should be {kind_with_article(kind)}.")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path} cannot be opened, because permission is denied: check its rights.")
+
+
+def check_suffix(path: Path, suffix: str) -> None:
+    """Refuse a name for output that does not end in ``suffix``, such as ``.png``.
+
+    Raises:
+        UserError: If it does not.
+    """
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{path} cannot be written: its name has to end in {suffix}.")
 
 
 def kind_with_article(kind: str) -> str:

@@ -176,7 +176,7 @@ def test_no_cell_is_trained_twice(small_data: Path, tmp_path: Path) -> None:
         cells = attention_cells(["resnet20"], ["cifar10"], layers, [0], grid_recipe("short", settings))
         events.clear()
         return run_grid(
-            "compare", cells, small_data, output, jobs=2, command=command, on_event=lambda *e: events.append(e)
+            "compare", cells, small_data, output, parallel=2, command=command, on_event=lambda *e: events.append(e)
         )
 
     first = run(["none", "simam"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import experiments.accuracy.forms
 from conam_zoo import ConAM
-from experiments.accuracy.forms import ConfidenceAttentionVariant, ConfidenceForm
+from experiments.accuracy.forms import ConAMVariant, ConAMVariantConfig
 
 DIVIDED, UNDIVIDED = (2, 6, 8, 12), (2, 6, 7, 10)
 FORMS: dict[str, dict[str, Any]] = {
@@ -60,9 +60,9 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
 
 
-def variant(dtype: torch.dtype = torch.float32, **switches: Any) -> ConfidenceAttentionVariant:
+def variant(dtype: torch.dtype = torch.float32, **switches: Any) -> ConAMVariant:
     """A module of 6 channels with weights that make its confidences uneven, t and s among them."""
-    module = ConfidenceAttentionVariant(6, 4, ConfidenceForm(**switches), dtype=dtype)
+    module = ConAMVariant(6, 4, ConAMVariantConfig(**switches), dtype=dtype)
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters(), start=1):
             parameter.copy_(noise(*parameter.shape, seed=seed) * 2 / math.sqrt(6))
@@ -109,7 +109,7 @@ def test_every_form_equals_its_equations(name: str, shape: tuple[int, ...]) -> N
     ones = torch.zeros(6, dtype=torch.float64)
     temperature = (module.log_temperature if module.log_temperature is not None else ones).exp().detach().numpy()
     gain = (module.gain if module.gain is not None else ones).detach().numpy()
-    expected = conam_variant(x.numpy(), 4, *arrays, asdict(ConfidenceForm(**FORMS[name])), temperature, gain)
+    expected = conam_variant(x.numpy(), 4, *arrays, asdict(ConAMVariantConfig(**FORMS[name])), temperature, gain)
     np.testing.assert_allclose(module(x).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -148,7 +148,7 @@ def test_a_global_context_alone_is_a_constant_behind_a_softmax() -> None:
 @pytest.mark.parametrize("scaling", ["none", "mean_one", "mean_zero"])
 def test_identity_start(scaling: str) -> None:
     torch.manual_seed(0)
-    module = ConfidenceAttentionVariant(16, 4, ConfidenceForm(scaling=scaling, identity_start=True, heads=2))
+    module = ConAMVariant(16, 4, ConAMVariantConfig(scaling=scaling, identity_start=True, heads=2))
     x = noise(2, 16, 7, 10)
     output = module(x)
     assert torch.equal(output, x)
@@ -160,12 +160,10 @@ def test_identity_start(scaling: str) -> None:
 
 def test_unit_start() -> None:
     torch.manual_seed(0)
-    module = ConfidenceAttentionVariant(
-        16, 4, ConfidenceForm(gate="sigmoid", heads=0, second_relu=False, unit_start=True)
-    )
+    module = ConAMVariant(16, 4, ConAMVariantConfig(gate="sigmoid", heads=0, second_relu=False, unit_start=True))
     assert torch.equal(module.fc2.bias, torch.ones(16))
     torch.manual_seed(0)
-    plain = ConfidenceAttentionVariant(16, 4, ConfidenceForm(gate="sigmoid", heads=0, second_relu=False))
+    plain = ConAMVariant(16, 4, ConAMVariantConfig(gate="sigmoid", heads=0, second_relu=False))
     assert torch.equal(module.fc1.weight, plain.fc1.weight)
     assert torch.equal(module.fc2.weight, plain.fc2.weight)
     x = noise(2, 16, 8, 8)
@@ -219,7 +217,7 @@ def test_bad_switches_are_refused(switches: dict[str, Any], sentence: str) -> No
 @pytest.mark.parametrize("value", [0, 2.0, True])
 def test_bad_sizes_are_refused(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{argument} is {value!r}, but it must be a positive integer"):
-        ConfidenceAttentionVariant(**{"channels": 6, "patch_size": 4, argument: value})
+        ConAMVariant(**{"channels": 6, "patch_size": 4, argument: value})
 
 
 # In the nets
@@ -233,7 +231,7 @@ def net(name: str = "resnet20_conam", **arguments: Any) -> nn.Module:
 @pytest.mark.parametrize("name", ["resnet20_conam", "wide_resnet16_4_conam", "densenet40_12_conam"])
 def test_nets_train_with_a_variant(name: str) -> None:
     model = net(name, attn_layer="conam_variant", attn_args={"agreement": "cosine", "scaling": "mean_zero", "heads": 2})
-    assert sum(isinstance(module, ConfidenceAttentionVariant) for module in model.modules()) == 3
+    assert sum(isinstance(module, ConAMVariant) for module in model.modules()) == 3
     model(noise(2, 3, 16, 16)).square().sum().backward()
     assert [n for n, parameter in model.named_parameters() if parameter.grad is None] == []
 
@@ -356,8 +354,8 @@ def test_a_net_with_the_other_site_is_scripted(name: str) -> None:
 
 
 def test_meta_device_and_dtype() -> None:
-    form = ConfidenceForm(identity_start=True, agreement="cosine")
-    module = ConfidenceAttentionVariant(6, 4, form, device="meta", dtype=torch.bfloat16)
+    form = ConAMVariantConfig(identity_start=True, agreement="cosine")
+    module = ConAMVariant(6, 4, form, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
     x = torch.empty(UNDIVIDED, device="meta", dtype=torch.bfloat16)
     assert (module(x).shape, module(x).dtype) == (x.shape, torch.bfloat16)

@@ -38,13 +38,13 @@ def evaluate(
 
     from conam_zoo.datasets import DATASETS
     from conam_zoo.deploy.command import open_classifier
-    from conam_zoo.inputs import expand_path, refuse_overwriting, refuse_replacing
-    from conam_zoo.training.evaluate import check_npz, run_folder_of, write_logits
+    from conam_zoo.inputs import check_suffix, expand_path, refuse_overwriting, refuse_replacing
     from conam_zoo.training.evaluate import evaluate as run
+    from conam_zoo.training.evaluate import run_folder_of, write_logits
     from conam_zoo.weights import load_manifest
 
     if logits is not None:
-        check_npz(logits)
+        check_suffix(logits, ".npz")
     read = expand_path(data), expand_path(model.removeprefix("local-dir:"))
     refuse_replacing(json_file)
     refuse_overwriting([logits, json_file], [*read, read[1] / "config.json", read[1] / "model.safetensors"])

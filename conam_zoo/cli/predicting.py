@@ -60,12 +60,12 @@ def _write_sheets(items: Iterator[Any], output: Path, draw: Callable[[list[Any],
 
 
 def _check_outputs(model: str, paths: list[Path], output: Path | None, json_file: Path | None) -> None:
-    from conam_zoo.inputs import expand_path, refuse_overwriting
-    from conam_zoo.visualize.plots import SHEET_ROWS, check_png, sheet_path
+    from conam_zoo.inputs import check_suffix, expand_path, refuse_overwriting
+    from conam_zoo.visualize.plots import SHEET_ROWS, sheet_path
 
     sheets: list[Path] = []
     if output is not None:
-        check_png(output)
+        check_suffix(output, ".png")
         sheets = [sheet_path(output, number) for number in range(1, -(-len(paths) // SHEET_ROWS) + 1)]
     place = expand_path(model.removeprefix("local-dir:"))  # a name of the zoo is no file, and harmless here
     read = [place, *(place / name for name in ("config.json", "model.safetensors"))]
@@ -223,12 +223,11 @@ def features(
 
     from conam_zoo.data.images import PICTURE_SUFFIXES
     from conam_zoo.files import write_atomically
-    from conam_zoo.inputs import expand_path
+    from conam_zoo.inputs import check_suffix, expand_path
     from conam_zoo.models.registry import open_model
-    from conam_zoo.training.evaluate import check_npz
     from conam_zoo.visualize.predict import pooled_features
 
-    check_npz(output)
+    check_suffix(output, ".npz")
     paths: list[Path] = []
     for path in map(expand_path, images):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES) if path.is_dir() else [path]

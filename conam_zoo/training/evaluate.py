@@ -16,6 +16,7 @@ from conam_zoo.data.dataset import LazyImages, image_hashes, read_source
 from conam_zoo.data.load import find_sources
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
+from conam_zoo.inputs import check_suffix
 from conam_zoo.models import StagedClassifier
 from conam_zoo.training.engine import predict_logits, score
 from conam_zoo.weights import Metrics
@@ -23,7 +24,6 @@ from conam_zoo.weights import Metrics
 __all__ = [
     "TRAINED_ON",
     "Evaluation",
-    "check_npz",
     "evaluate",
     "evaluate_on",
     "logits_on",
@@ -114,19 +114,9 @@ def evaluate(
     return Evaluation(split, name, logits, score(logits, split.labels.cpu()), known, tuple(notes))
 
 
-def check_npz(path: Path) -> None:
-    """Refuse a name for arrays that is none of an ``.npz`` file.
-
-    Raises:
-        UserError: If the name does not end in ``.npz``.
-    """
-    if path.suffix.lower() != ".npz":
-        raise UserError(f"{path} cannot be written: its name has to end in .npz.")
-
-
 def write_logits(evaluation: Evaluation, path: Path) -> None:
     """Write ``logits`` (N, classes) as float32, ``labels`` (N,) as int64, ``classes`` and the images' ``names``."""
-    check_npz(path)
+    check_suffix(path, ".npz")
     split = evaluation.split
     arrays: dict[str, Any] = {
         "logits": evaluation.logits.numpy(),

@@ -9,12 +9,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_figure
+from conam_zoo.inputs import check_suffix
 from conam_zoo.visualize.explain import Explanation, PatchEffect, SiteExplanation
 from conam_zoo.visualize.plots import (
     PALE,
     STRONG,
     caption,
-    check_png,
     draw_bars,
     draw_frame,
     draw_map,
@@ -39,7 +39,7 @@ def draw_explanations(explanations: list[Explanation], path: Path, title: str, *
     Raises:
         UserError: If the file cannot be written, or there are too many pictures for one.
     """
-    check_png(path)
+    check_suffix(path, ".png")
     if len(explanations) > MOST_PICTURES:
         raise UserError(f"{len(explanations)} pictures are too many for one sheet: explain at most {MOST_PICTURES}.")
     sites = len(explanations[0].sites)

@@ -15,9 +15,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from conam_zoo.errors import UserError
 from conam_zoo.escape import for_matplotlib
 from conam_zoo.files import write_figure
+from conam_zoo.inputs import check_suffix
 from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.predict import Prediction, percent, predict
 
@@ -28,7 +28,6 @@ __all__ = [
     "STRONG",
     "THUMBNAIL",
     "caption",
-    "check_png",
     "colour_scale",
     "draw_bars",
     "draw_card_picture",
@@ -58,16 +57,6 @@ def caption(text: str, longest: int = 30) -> str:
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[len(text) - (longest - longest // 2 - 1) :]}"
     return for_matplotlib(text)
-
-
-def check_png(path: Path) -> None:
-    """Refuse a name for a sheet that is none of a PNG.
-
-    Raises:
-        UserError: If the name does not end in ``.png``.
-    """
-    if path.suffix.lower() != ".png":
-        raise UserError(f"{path} cannot be written: the sheet is a PNG, so its name has to end in .png.")
 
 
 def sheet_path(path: Path, number: int) -> Path:
@@ -192,7 +181,7 @@ def draw_sheet(predictions: list[Prediction], path: Path, title: str) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    check_png(path)
+    check_suffix(path, ".png")
     sites = list(predictions[0].maps)
     columns = 2 + len(sites)
     figure = Figure(figsize=(2.1 * columns + 1.2, 2.05 * len(predictions) + 0.7), layout="constrained")

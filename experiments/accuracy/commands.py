@@ -18,7 +18,7 @@ RecipeName = Annotated[str, typer.Option("--recipe", help="short (15 epochs, lab
 Holdout = Annotated[
     int, typer.Option(help="Training images kept out and evaluated instead of the test images, for choosing.")
 ]
-Jobs = Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the cores.")]
+Parallel = Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the cores.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the cells.")]
 DataFolder = Annotated[str, typer.Option(help=f"A folder with all the data sets, or one of them: {DATA_HELP}")]
 
@@ -39,7 +39,7 @@ def compare(
     output: Annotated[
         Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
     ] = Path("experiments/results/compare"),
-    jobs: Jobs = 1,
+    parallel: Parallel = 1,
     compile: Compile = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -54,7 +54,7 @@ def compare(
     cells = attention_cells(
         models or ["resnet20"], datasets or ["cifar10"], layers or LAYERS, seeds or [0, 1, 2], shared
     )
-    _run("compare", cells, data, output, jobs, compile, dry_run)
+    _run("compare", cells, data, output, parallel, compile, dry_run)
 
 
 @app.command(epilog="Example: python -m experiments ablation --data data --axis shortcut --axis patches")
@@ -81,7 +81,7 @@ def ablation(
     output: Annotated[
         Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
     ] = Path("experiments/results/ablation"),
-    jobs: Jobs = 1,
+    parallel: Parallel = 1,
     compile: Compile = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -97,7 +97,7 @@ def ablation(
     cells = ablation_cells(
         models or ["resnet20"], datasets or ["cifar10"], axes or list(AXES), seeds or [0, 1, 2], shared, only or ()
     )
-    _run("ablation", cells, data, output, jobs, compile, dry_run)
+    _run("ablation", cells, data, output, parallel, compile, dry_run)
 
 
 @app.command(epilog="Example: python -m experiments knockout resnet20_conam.cifar10 --data data")
@@ -168,7 +168,7 @@ def tables() -> None:
     console().print("\n".join(f"written: {path}" for path in changed) or "All tables are up to date.", highlight=False)
 
 
-def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, compile: bool, dry_run: bool) -> None:
+def _run(what: str, cells: "list[Cell]", data: str, output: Path, parallel: int, compile: bool, dry_run: bool) -> None:
     """Train what is missing, and print the table; exit code 1 if a cell failed or is still missing."""
     from dataclasses import asdict
 
@@ -187,7 +187,7 @@ def _run(what: str, cells: "list[Cell]", data: str, output: Path, jobs: int, com
         cells,
         data,
         output,
-        jobs=jobs,
+        parallel=parallel,
         compile=compile,
         command=typed_command(),
         on_event=lambda name, event: out.print(f"{name}: {event}", highlight=False, markup=False),

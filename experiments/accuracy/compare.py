@@ -96,7 +96,7 @@ def run_comparison(
     data: str | Path,
     output: Path,
     *,
-    jobs: int = 1,
+    parallel: int = 1,
     compile: bool = False,
     command: str = "",
     on_event: Callable[[str, str], None] = lambda name, event: None,
@@ -108,7 +108,7 @@ def run_comparison(
         cells: What ``attention_cells`` or ``ablation_cells`` gave.
         data: Folder with the data sets.
         output: Path without ending.
-        jobs: Trainings at a time.
+        parallel: Trainings at a time.
         compile: Train with ``torch.compile``.
         command: The command line, for the record.
         on_event: Called with a cell's name and what happened to it.
@@ -116,7 +116,7 @@ def run_comparison(
     Raises:
         UserError: If the file holds cells of another recipe, or cannot be written.
     """
-    grid = run_grid(what, cells, data, output, jobs=jobs, compile=compile, command=command, on_event=on_event)
+    grid = run_grid(what, cells, data, output, parallel=parallel, compile=compile, command=command, on_event=on_event)
     panels = attention_panels(grid) if what == "compare" else ablation_panels(grid)
     if panels:
         draw_panels(panels, output.with_name(f"{output.name}.png"), title=_conditions(grid))

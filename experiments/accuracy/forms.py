@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from conam_zoo.layers.registry import register_attention
 
-__all__ = ["ConfidenceAttentionVariant", "ConfidenceForm"]
+__all__ = ["ConAMVariant", "ConAMVariantConfig"]
 
 CHOICES = {
     "context": ("both", "local", "global"),
@@ -54,7 +54,7 @@ FIRST_TEMPERATURE = {"scaled_dot": 1.0, "cosine": 10.0}
 
 
 @dataclass(frozen=True)
-class ConfidenceForm:
+class ConAMVariantConfig:
     """The switches. Their defaults are the paper's form.
 
     Attributes:
@@ -117,7 +117,7 @@ class ConfidenceForm:
             )
 
     @classmethod
-    def from_args(cls, switches: dict[str, Any]) -> "ConfidenceForm":
+    def from_args(cls, switches: dict[str, Any]) -> "ConAMVariantConfig":
         """The form that some switches describe; the others keep their defaults.
 
         Raises:
@@ -189,13 +189,13 @@ def _rescale(x: Tensor, factors: Tensor, patch_size: int) -> Tensor:
     return x * factors.repeat_interleave(patch_size, dim=3)[:, :, :, : x.shape[3]]
 
 
-class ConfidenceAttentionVariant(nn.Module):
+class ConAMVariant(nn.Module):
     """A form of ConAM; the module's docstring has the equations.
 
     Shape: (N, C, H, W) -> (N, C, H, W), any H and W. The keys of its state dict are those of ``ConAM``, and
     ``log_temperature``, (heads,), and ``gain``, one number for each gate, where the form learns them.
 
-    >>> attention = ConfidenceAttentionVariant(16, patch_size=8, form=ConfidenceForm(gate="sigmoid", heads=4))
+    >>> attention = ConAMVariant(16, patch_size=8, form=ConAMVariantConfig(gate="sigmoid", heads=4))
     >>> attention(torch.randn(2, 16, 32, 32)).shape
     torch.Size([2, 16, 32, 32])
     """
@@ -204,7 +204,7 @@ class ConfidenceAttentionVariant(nn.Module):
         self,
         channels: int,
         patch_size: int,
-        form: ConfidenceForm | None = None,
+        form: ConAMVariantConfig | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -220,7 +220,7 @@ class ConfidenceAttentionVariant(nn.Module):
             ValueError: If a size is not a positive integer, or the heads do not divide the channels.
         """
         super().__init__()
-        form = ConfidenceForm() if form is None else form
+        form = ConAMVariantConfig() if form is None else form
         for name, value in {"channels": channels, "patch_size": patch_size}.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"conam_variant: {name} is {value!r}, but it must be a positive integer.")
@@ -317,9 +317,9 @@ class ConfidenceAttentionVariant(nn.Module):
 
 
 def _make(channels: int, patch_size: int, *, device: Any = None, dtype: Any = None, **switches: Any) -> nn.Module:
-    """The factory of ``attn_layer="conam_variant"``; ``attn_args`` are the switches of ``ConfidenceForm``."""
-    form = ConfidenceForm.from_args(switches)
-    return ConfidenceAttentionVariant(channels, patch_size, form, device=device, dtype=dtype)
+    """The factory of ``attn_layer="conam_variant"``; ``attn_args`` are the switches of ``ConAMVariantConfig``."""
+    form = ConAMVariantConfig.from_args(switches)
+    return ConAMVariant(channels, patch_size, form, device=device, dtype=dtype)
 
 
 register_attention("conam_variant", _make)

@@ -139,7 +139,7 @@ def run_grid(
     data: str | Path,
     output: Path,
     *,
-    jobs: int = 1,
+    parallel: int = 1,
     compile: bool = False,
     command: str = "",
     on_event: Callable[[str, str], None] = lambda name, event: None,
@@ -152,7 +152,7 @@ def run_grid(
         data: Folder with the data sets; see ``conam_zoo.data.read_split``.
         output: Path without ending: ``results/compare`` makes ``results/compare.json`` and the run folders in
             ``results/compare/``.
-        jobs: Trainings at a time, each a process; the cores are shared out evenly.
+        parallel: Trainings at a time, each a process; the cores are shared out evenly.
         compile: Train with ``torch.compile``.
         command: The command line, for the record.
         on_event: Called with a cell's name and a word: ``is there``, ``started``, ``resumed``, ``done``,
@@ -189,7 +189,7 @@ def run_grid(
         outcomes = run_queue(
             queue,
             str(data),
-            parallel=jobs,
+            parallel=parallel,
             compile=compile,
             on_event=lambda job, event: on_event(by_folder[job.folder].name, event),
             on_done=on_done,
