@@ -20,6 +20,7 @@ EVEN = 0.01  # a map whose confidences differ by less than this share of their m
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float32]
+_Key = tuple[str, str]  # a site, and which of its patches: the most confident or the least
 
 
 @dataclass(frozen=True)
@@ -128,22 +129,14 @@ def explain_each(
 
 def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) -> Explanation:
     maps = {site: prediction.maps[site].numpy() for site in sites}
-    uneven = [site for site, map_ in maps.items() if np.ptp(map_) > EVEN * abs(map_.mean())]
-    most = {site: _position(maps[site].argmax(), maps[site]) for site in uneven}
-    least = {site: _position(maps[site].argmin(), maps[site]) for site in uneven}
-    blurred = {
-        (site, patch): _blur(prediction.seen, patch, maps[site].shape)
-        for site in uneven
-        for patch in (most[site], least[site])
-    }
+    patches: dict[_Key, tuple[int, int]] = {}
+    for site, map_ in maps.items():
+        if np.ptp(map_) > EVEN * abs(map_.mean()):
+            patches[site, "most"] = _position(map_.argmax(), map_)
+            patches[site, "least"] = _position(map_.argmin(), map_)
+    blurred = {key: _blur(prediction.seen, patch, maps[key[0]].shape) for key, patch in patches.items()}
     after = _classify(model, blurred)
-
-    def effect(site: str, patches: dict[str, tuple[int, int]]) -> PatchEffect | None:
-        if site not in patches:
-            return None
-        patch = patches[site]
-        return PatchEffect(*patch, np.asarray(blurred[site, patch]), after[site, patch])
-
+    effects = {key: PatchEffect(*patch, np.asarray(blurred[key]), after[key]) for key, patch in patches.items()}
     return Explanation(
         path=prediction.path,
         image=np.asarray(prediction.image),
@@ -151,14 +144,13 @@ def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) 
         classes=tuple(class_names(model)),
         probabilities=prediction.probabilities.numpy(),
         sites=tuple(
-            SiteExplanation(site, maps[site], most=effect(site, most), least=effect(site, least)) for site in sites
+            SiteExplanation(site, maps[site], most=effects.get((site, "most")), least=effects.get((site, "least")))
+            for site in sites
         ),
     )
 
 
-def _classify(
-    model: StagedClassifier, pictures: dict[tuple[str, tuple[int, int]], Image.Image]
-) -> dict[tuple[str, tuple[int, int]], Values]:
+def _classify(model: StagedClassifier, pictures: dict[_Key, Image.Image]) -> dict[_Key, Values]:
     """The probabilities of all classes for pictures of the size that the net takes."""
     if not pictures:
         return {}
