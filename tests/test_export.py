@@ -195,6 +195,25 @@ def test_what_does_not_fit_is_one_sentence(
     assert not (tmp_path / arguments[1]).exists()
 
 
+def test_an_export_does_not_overwrite_what_it_reads(net: StagedClassifier, tmp_path: Path, conam) -> None:
+    export_model(net, tmp_path / "final", tag=None)
+    weights = tmp_path / "final" / "model.safetensors"
+    before = weights.read_bytes()
+    (tmp_path / "net.onnx").symlink_to(weights)
+    code, _, err = conam("export", f"local-dir:{tmp_path / 'final'}", "--output", tmp_path / "net.onnx")
+    assert code == 2
+    assert "net.onnx cannot be written: it is the input" in err
+    assert weights.read_bytes() == before
+
+
+def test_the_file_names_the_hash_of_the_weights_that_were_read(net: StagedClassifier, tmp_path: Path, conam) -> None:
+    sha256 = export_model(net, tmp_path / "final", tag=None)
+    code, _, err = conam("export", f"local-dir:{tmp_path / 'final'}", "--output", tmp_path / "net.onnx")
+    assert code == 0, err
+    facts = {entry.key: entry.value for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
+    assert (facts["name"], facts["sha256"]) == ("resnet20_conam", sha256)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -1,6 +1,5 @@
 """Exporting by name: what ``conam export`` does, and opening what it wrote."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,12 +12,13 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.deploy.export import EXPORT_OPSET, export
 from conam_zoo.deploy.runtime import OnnxClassifier
 from conam_zoo.errors import UserError
+from conam_zoo.inputs import expand_path, refuse_overwriting
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.registry import open_model
+from conam_zoo.models.registry import open_model, weights_sha256
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.weights import load_manifest
 
-__all__ = ["export_named", "open_classifier"]
+__all__ = ["calibration_images", "export_named", "open_classifier"]
 
 CALIBRATION_IMAGES = 500
 
@@ -72,9 +72,13 @@ def export_named(
         raise UserError("--int8 is calibrated on training images: say where they are with --data.")
     if data is not None and not int8:
         raise UserError("--data is for the calibration of --int8: add --int8, or leave --data out.")
+    kind, _, place = name.partition(":")
+    folder = expand_path(place if kind == "local-dir" else "")
+    weights = [folder / "config.json", *folder.glob("*.safetensors*")] if kind == "local-dir" else []
+    refuse_overwriting([expand_path(output)], [*weights, *([expand_path(data)] if data else [])])
     model = open_model(name)
     dataset = _dataset(model)
-    calibration = _calibration_images(model, data, dataset) if data is not None else None
+    calibration = calibration_images(model, data, dataset) if data is not None else None
     done = export(
         model,
         output,
@@ -109,7 +113,7 @@ def _dataset(model: StagedClassifier) -> str | None:
     return next((facts.name for facts in DATASETS.values() if facts.classes == names), None)
 
 
-def _calibration_images(model: StagedClassifier, data: str | Path, dataset: str | None) -> Tensor:
+def calibration_images(model: StagedClassifier, data: str | Path, dataset: str | None) -> Tensor:
     """Training images, the same ones each time: uint8 (N, H, W, 3)."""
     size = model.pretrained_cfg["input_size"][1]
     images = read_split(data, "train", dataset, image_size=None if dataset else size).images
@@ -119,13 +123,11 @@ def _calibration_images(model: StagedClassifier, data: str | Path, dataset: str 
 
 def _facts(name: str, model: StagedClassifier) -> dict[str, Any]:
     """Where the weights came from, for the file's metadata."""
-    kind, _, place = name.partition(":")
-    facts: dict[str, Any] = {"name": name}
-    if kind == "local-dir":
-        facts["name"] = model.pretrained_cfg["architecture"]
-        stated = json.loads((Path(place) / "config.json").read_text(encoding="utf-8")).get("sha256")
-        return facts | ({"sha256": stated} if stated else {})
-    entry = load_manifest().entries.get(f"{model.pretrained_cfg['architecture']}.{model.pretrained_cfg.get('tag')}")
-    if place or entry is None:
+    cfg = model.pretrained_cfg
+    facts: dict[str, Any] = {"name": cfg["architecture"] if name.startswith("local-dir:") else name}
+    if sha256 := weights_sha256(name):
+        facts["sha256"] = sha256
+    entry = load_manifest().entries.get(f"{cfg['architecture']}.{cfg.get('tag')}")
+    if ":" in name or entry is None:
         return facts
-    return {"name": entry.name, "sha256": entry.sha256, "top1_percent": entry.metrics.top1_percent}
+    return facts | {"name": entry.name, "top1_percent": entry.metrics.top1_percent}

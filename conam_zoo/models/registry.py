@@ -1,13 +1,14 @@
 """From what a person typed to a model: known names, near misses, and counts."""
 
 import difflib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import list_models, split_model_name_tag
+from timm.models import get_pretrained_cfg, list_models, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
 from conam_zoo.datasets import DATASETS
@@ -15,9 +16,10 @@ from conam_zoo.errors import UserError
 from conam_zoo.inputs import expand_path
 from conam_zoo.models._base import StagedClassifier
 from conam_zoo.models.config_schema import load_config
-from conam_zoo.weights.folder import fetch_config, read_config
+from conam_zoo.weights import load_manifest
+from conam_zoo.weights.folder import fetch_config, read_config, weights_file
 
-__all__ = ["check_model_name", "count_params_and_macs", "model_names", "open_model", "size_of"]
+__all__ = ["check_model_name", "count_params_and_macs", "model_names", "open_model", "size_of", "weights_sha256"]
 
 
 def model_names() -> list[str]:
@@ -77,6 +79,27 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
             raise
         raise UserError(f"The config.json of {name} describes a net that cannot be built: {error}") from error
     return model
+
+
+def weights_sha256(name: str) -> str | None:
+    """The SHA-256 of a model's weights, or of their index, by a name as ``open_model`` takes it; None if none is known.
+
+    That of a folder is its file's, that of a Hub repository the one its config.json states, any other the manifest's.
+
+    Raises:
+        WeightsError: If a config.json cannot be had.
+    """
+    kind, _, place = name.partition(":")
+    if kind == "local-dir":
+        folder = expand_path(place)
+        file = folder / weights_file(read_config(folder / "config.json"), folder)
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    if kind == "hf-hub":
+        stated = read_config(fetch_config(place)).get("sha256")
+        return str(stated) if stated else None
+    cfg = get_pretrained_cfg(name)
+    entry = load_manifest().entries.get(f"{cfg.architecture}.{cfg.tag}") if cfg else None
+    return entry.sha256 if entry else None
 
 
 def size_of(name: str) -> tuple[int, int]:

@@ -4,8 +4,6 @@ Sources: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network
 Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679, section 3.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conam_zoo.errors import UserError
-from conam_zoo.models.registry import open_model
-from conam_zoo.weights import load_manifest
-from conam_zoo.weights.folder import fetch_config, weights_file
+from conam_zoo.models.registry import open_model, weights_sha256
 
 __all__ = ["Renormalized", "decoupled_loss", "distillation_loss", "known_sha256", "open_teacher"]
 
@@ -135,27 +131,11 @@ def open_teacher(name: str, student: nn.Module, classes: tuple[str, ...]) -> tup
     statistics = [(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in (own, given)]
     if statistics[0] != statistics[1]:
         teacher = Renormalized(net, *statistics)
-    return teacher.eval().requires_grad_(False), {"name": name, "sha256": _sha256(name, own)}
+    return teacher.eval().requires_grad_(False), {"name": name, "sha256": weights_sha256(name)}
 
 
 def known_sha256(name: str) -> str | None:
     """Hash of a teacher's weights as far as it is known without opening them; None for what is not at hand."""
     kind, _, place = name.partition(":")
-    if kind == "local-dir":
-        return _sha256(name, {}) if (Path(place) / "config.json").is_file() else None
-    entry = load_manifest().entries.get(name)
-    return entry.sha256 if entry else None
-
-
-def _sha256(name: str, cfg: dict[str, Any]) -> str | None:
-    """The hash that the weights were checked against, or that of the file in a folder."""
-    kind, _, place = name.partition(":")
-    if kind == "local-dir":
-        folder = Path(place).expanduser()
-        file = weights_file(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
-        return hashlib.sha256((folder / file).read_bytes()).hexdigest()
-    if kind == "hf-hub":
-        stated = json.loads(fetch_config(place).read_text(encoding="utf-8")).get("sha256")
-        return str(stated) if stated else None
-    entry = load_manifest().entries.get(f"{cfg['architecture']}.{cfg.get('tag')}")
-    return entry.sha256 if entry else None
+    there = kind == "local-dir" and (Path(place).expanduser() / "config.json").is_file()
+    return weights_sha256(name) if there or not place else None
