@@ -1,5 +1,8 @@
 """Tables that are written from the manifest, and the figures of others that stand beside ours."""
 
+import csv
+import json
+import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +12,7 @@ import pytest
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import model_names
-from conam_zoo.release.documents import fill_table, result_table
+from conam_zoo.release.documents import fill_table, generated_files, result_table, results_csv
 from conam_zoo.release.peers import best_peer, like_for_like
 from conam_zoo.weights import load_manifest
 
@@ -64,3 +67,41 @@ def test_a_table_stands_between_its_markers(tmp_path: Path) -> None:
     assert fill_table(filled, "results", "| new |", tmp_path) == filled
     with pytest.raises(UserError, match="no place for its table results"):
         fill_table("nothing", "results", "| new |", tmp_path)
+
+
+def test_the_csv_holds_what_is_measured_and_leaves_the_rest_empty() -> None:
+    manifest = load_manifest()
+    rows = list(csv.DictReader(results_csv(manifest, {NAME: 1234.56}).splitlines()))
+    assert [row["name"] for row in rows] == sorted(manifest.entries)
+    for row in rows:
+        entry = manifest.entry(row["name"])
+        assert (row["dataset"], row["sha256"]) == (entry.dataset, entry.sha256)
+        assert float(row["top1_percent"]) == entry.metrics.top1_percent
+        assert float(row["ece"]) == entry.metrics.ece
+        assert [int(row[key]) for key in ("params", "macs", "size_bytes", "epochs")] == [
+            entry.params,
+            entry.macs,
+            entry.size_bytes,
+            entry.epochs,
+        ]
+        assert (row["teacher"], row["revision"]) == (entry.teacher or "", entry.revision or "")
+        assert row["images_per_second"] == ("1235" if entry.name == NAME else "")
+
+
+def test_the_csv_takes_its_speed_from_the_record(checkout: Path, tmp_path: Path) -> None:
+    for file in ("README.md", "weights_manifest.json"):
+        shutil.copy(checkout / file, tmp_path)
+    results = tmp_path / "docs" / "results.csv"
+    before = generated_files(tmp_path)[results]
+    rows = [
+        {"name": way, "group": {"weights": NAME, "batch": batch}, "facts": {"images_per_second": batch * speed}}
+        for way, speed in (("eager fp32", 2.0), ("onnx fp32", 5.0))
+        for batch in (1, 64)
+    ]
+    record = tmp_path / "experiments" / "results" / "onnx_speed.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"rows": rows}))
+    after = generated_files(tmp_path)[results]
+    (line,) = set(after.splitlines()) - set(before.splitlines())
+    assert line.startswith(f"{NAME},")
+    assert ",128," in line

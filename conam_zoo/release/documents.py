@@ -1,5 +1,10 @@
-"""Documents that are written from the manifest: the README's result table, the model cards, the recipes' heads."""
+"""Documents that are written from the manifest: tables of results, the model cards, the recipes' heads."""
 
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from conam_zoo.errors import UserError
@@ -7,9 +12,9 @@ from conam_zoo.files import write_text
 from conam_zoo.models.export import for_transformers
 from conam_zoo.release.card import even_sites, model_card
 from conam_zoo.release.peers import best_peer, like_for_like
-from conam_zoo.weights import Manifest, find_checkout, load_manifest
+from conam_zoo.weights import Manifest, Metrics, find_checkout, load_manifest
 
-__all__ = ["fill_table", "generated_files", "recipe_head", "result_table", "rewrite", "rewrite_tables"]
+__all__ = ["fill_table", "generated_files", "recipe_head", "result_table", "results_csv", "rewrite", "rewrite_tables"]
 
 
 def generated_files(checkout: Path) -> dict[Path, str]:
@@ -22,6 +27,7 @@ def generated_files(checkout: Path) -> dict[Path, str]:
     readme = checkout / "README.md"
     text = readme.read_text(encoding="utf-8")
     files = {readme: fill_table(text, "results", result_table(manifest), readme)}
+    files[checkout / "docs" / "results.csv"] = results_csv(manifest, _images_per_second(checkout))
     for name, entry in manifest.entries.items():
         files[checkout / "weights" / name / "README.md"] = model_card(entry, manifest)
         config = checkout / "weights" / name / "config.json"
@@ -56,6 +62,30 @@ def result_table(manifest: Manifest) -> str:
             f"| {even} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def results_csv(manifest: Manifest, images_per_second: Mapping[str, float]) -> str:
+    """All weights as CSV, one a line; what is not known is empty."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    described = ("params", "macs", "size_bytes", "epochs", "teacher")
+    pinned = ("sha256", "revision")
+    metrics = [field.name for field in fields(Metrics)]
+    writer.writerow(["name", "dataset", *metrics, *described, "images_per_second", *pinned])
+    for name, entry in sorted(manifest.entries.items()):
+        facts = asdict(entry)
+        speed = images_per_second.get(name)
+        values = [*facts["metrics"].values(), *(facts[key] for key in described), speed and round(speed)]
+        writer.writerow([name, entry.dataset, *values, *(facts[key] for key in pinned)])
+    return table.getvalue()
+
+
+def _images_per_second(checkout: Path) -> dict[str, float]:
+    """Of eager PyTorch at batch 64, as far as a checkout's record of ``experiments onnx-speed`` has it."""
+    record = checkout / "experiments" / "results" / "onnx_speed.json"
+    rows = json.loads(record.read_text(encoding="utf-8"))["rows"] if record.is_file() else ()
+    timed = [row for row in rows if (row["name"], row["group"]["batch"]) == ("eager fp32", 64)]
+    return {row["group"]["weights"]: row["facts"]["images_per_second"] for row in timed}
 
 
 def recipe_head(name: str, manifest: Manifest) -> str:
