@@ -104,10 +104,26 @@ def torch_hub(task):
     return {"sums": sums, "imported": conam_zoo.__file__}
 
 
+def onnx_files(made):
+    import hashlib
+    from conam_zoo.weights import OnnxFile
+    contents = {path: (top1, text.encode()) for path, (top1, text) in made.items()}
+    return {
+        path: (OnnxFile(hashlib.sha256(content).hexdigest(), len(content), top1), content)
+        for path, (top1, content) in contents.items()
+    }
+
+
 def publish(task):
     from conam_zoo.release.publish import publish as run
     options = task["options"]
     options["manifest_path"] = Path(options["manifest_path"])
+    cards = options.pop("cards")
+    options["card"] = lambda entry: cards[entry.name] + "".join(
+        f"{file.top1_percent} % in {path}\\n" for path, file in (entry.onnx or {}).items()
+    )
+    if isinstance(made := options.setdefault("onnx", "none"), dict):
+        options["onnx"] = lambda entry, folder: onnx_files(made)
     return {"done": [[p.name, p.hub_id, p.tag, dict(p.files), p.revision, p.changed] for p in run(**options)]}
 
 

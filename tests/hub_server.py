@@ -172,7 +172,7 @@ def commit_of(revision: str) -> str:
 
 def is_large(file: str) -> bool:
     """Whether the Hub keeps a file outside git; its ETag is a SHA-256 then, and a git hash otherwise."""
-    return file.endswith((".safetensors", ".png"))
+    return file.endswith((".safetensors", ".png", ".onnx"))
 
 
 def etag_of(file: str, content: bytes) -> str:
@@ -421,7 +421,15 @@ def _handler_for(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 if found is None:
                     self.headers_only(404, {"X-Error-Code": "RevisionNotFound"})
                 else:
-                    self.send_json({"_id": "0", "id": hub_id, "sha": found[0], "private": repository.private})
+                    self.send_json(
+                        {
+                            "_id": "0",
+                            "id": hub_id,
+                            "sha": found[0],
+                            "private": repository.private,
+                            "siblings": [{"rfilename": name} for name in found[1]],
+                        }
+                    )
 
         def commit(self, hub_id: str, repository: Repository, lines: list[dict[str, Any]]) -> None:
             head, tree = repository.commits[-1]
@@ -436,6 +444,8 @@ def _handler_for(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     tree[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     tree[value["path"]] = hub._large[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del tree[value["path"]]
             commit = _hash(f"{head} {sorted(tree)} {len(repository.commits)}")
             repository.commits.append((commit, tree))
             self.send_json(

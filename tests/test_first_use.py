@@ -79,7 +79,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
         def publish() -> str:
             return run(
-                *(sys.executable, "-m", "conam_zoo", "publish", NAME, "--namespace", NAMESPACE, "--private"),
+                *(
+                    sys.executable,
+                    "-m",
+                    "conam_zoo",
+                    "publish",
+                    NAME,
+                    "--namespace",
+                    NAMESPACE,
+                    "--private",
+                    "--no-onnx",
+                ),
                 cwd=checkout,
                 PYTHONPATH=str(checkout),
                 HF_ENDPOINT=hub.url,

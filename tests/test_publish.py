@@ -17,13 +17,14 @@ from safetensors.torch import save
 from small_entry import NAMESPACE, REVISION, entry_for
 
 from conam_zoo.release.card import model_card
-from conam_zoo.weights import Manifest, dump_manifest, load_manifest
+from conam_zoo.weights import Manifest, OnnxFile, dump_manifest, load_manifest
 
 pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(300)]
 
 FIRST, SECOND = "tiny_conam.cifar10", "tiny_conam.cifar100"
 HUB_ID = f"{NAMESPACE}/{FIRST}"
 TOKEN = "hf_theTokenOfSomeLab"
+MADE = {"onnx/model.onnx": [92.25, "the float32 graph"], "onnx/model_int8.onnx": [92.125, "the int8 graph"]}
 CARD = "---\nlicense: apache-2.0\nlibrary_name: timm\ntags:\n- timm\n---\n\n# A card\n"
 
 
@@ -119,6 +120,75 @@ def test_a_second_time_changes_nothing(checkout: Checkout) -> None:
     assert checkout.manifest_path.read_bytes() == before
     assert {hub_id: repository.commits for hub_id, repository in checkout.hub.repositories.items()} == commits
     assert {hub_id: repository.tags for hub_id, repository in checkout.hub.repositories.items()} == tags
+
+
+def test_onnx_files_lie_beside_the_weights_and_their_figures_in_manifest_and_card(checkout: Checkout) -> None:
+    (done,) = checkout.publish(onnx=MADE)["done"]
+    commit, tree = checkout.hub.repositories[HUB_ID].commits[-1]
+    files = load_manifest(checkout.manifest_path).entry(FIRST).onnx
+    assert files is not None
+    assert list(files) == list(MADE)
+    for path, (top1, text) in MADE.items():
+        assert tree[path] == text.encode()
+        assert (files[path].sha256, files[path].size_bytes) == (hashlib.sha256(tree[path]).hexdigest(), len(text))
+        assert files[path].top1_percent == top1
+        assert done[3][path] == len(text)
+        assert f"{top1} % in {path}" in tree["README.md"].decode()
+        assert f"GET /{HUB_ID}/resolve/{commit}/{path}" in checkout.hub.requests
+    before = checkout.manifest_path.read_bytes()
+    (again,) = checkout.publish(onnx=MADE)["done"]
+    assert (again[4], again[5]) == (commit, False)
+    assert checkout.manifest_path.read_bytes() == before
+
+
+def test_published_onnx_files_stay_with_a_new_card_and_are_asked_about(checkout: Checkout) -> None:
+    checkout.publish(onnx=MADE)
+    files = load_manifest(checkout.manifest_path).entry(FIRST).onnx
+    (done,) = checkout.publish(onnx="published", cards={FIRST: CARD + "More.\n"})["done"]
+    commit, tree = checkout.hub.repositories[HUB_ID].commits[-1]
+    assert (done[4], done[5]) == (commit, True)
+    assert set(MADE) < set(tree)
+    entry = load_manifest(checkout.manifest_path).entry(FIRST)
+    assert (entry.onnx, entry.revision) == (files, commit)
+
+    tree["onnx/model_int8.onnx"] = b"another graph"
+    before = checkout.manifest_path.read_bytes()
+    message = checkout.publish(onnx="published")["message"]
+    assert f"another onnx/model_int8.onnx, expected SHA-256 {files['onnx/model_int8.onnx'].sha256}" in message
+    assert "make it again with --data" in message
+    assert checkout.manifest_path.read_bytes() == before
+
+
+def test_onnx_files_that_the_manifest_does_not_know_leave_the_repository(checkout: Checkout) -> None:
+    checkout.publish(onnx=MADE)
+    (done,) = checkout.publish(onnx="none")["done"]
+    tree = checkout.hub.repositories[HUB_ID].commits[-1][1]
+    assert done[5]
+    assert not [path for path in tree if path.startswith("onnx/")]
+    assert " % in onnx/" not in tree["README.md"].decode()
+    assert load_manifest(checkout.manifest_path).entry(FIRST).onnx is None
+
+
+def test_without_onnx_files_that_is_to_be_said(checkout: Checkout) -> None:
+    checkout.publish(onnx=MADE)
+    checkout.hub.requests.clear()
+    for dry_run in (True, False):
+        message = checkout.publish(FIRST, SECOND, onnx="published", dry_run=dry_run)["message"]
+        assert f"The ONNX files of {SECOND} have to be made and measured first" in message
+        assert "--data" in message
+        assert "--no-onnx" in message
+    assert checkout.hub.requests == []
+
+
+def test_a_try_that_failed_after_its_commit_can_be_repeated(checkout: Checkout) -> None:
+    (first,) = checkout.publish()["done"]
+    checkout.hub.fails_at = "/resolve/"
+    assert "stopped at" in checkout.publish(onnx=MADE, tag="v1.2.4")["message"]
+    assert load_manifest(checkout.manifest_path).entry(FIRST).revision == first[4]
+    checkout.hub.fails_at = ""
+    (again,) = checkout.publish(onnx=MADE, tag="v1.2.4")["done"]
+    assert again[4] == checkout.hub.repositories[HUB_ID].commits[-1][0] != first[4]
+    assert load_manifest(checkout.manifest_path).entry(FIRST).revision == again[4]
 
 
 def test_a_new_card_alone_is_a_new_commit_and_the_release_keeps_its_tag(checkout: Checkout) -> None:
@@ -272,6 +342,13 @@ def test_the_generated_card_passes_the_clients_validation_and_a_broken_one_does_
         "withdrawn by the authors in 2022",
     ):
         assert part in card
+    assert "onnx" not in card
+    files = {path: OnnxFile("ab" * 32, 1000, top1) for path, (top1, _) in MADE.items()}
+    with_onnx = model_card(replace(entry, onnx=files), Manifest({entry.name: entry}), NAMESPACE)
+    assert "error" not in checkout.client.do("validate_card", card=with_onnx)
+    assert "| top-1 | 50.00 % |\n| top-1 of `onnx/model.onnx` (float32) | 92.25 % |" in with_onnx
+    assert "| top-1 of `onnx/model_int8.onnx` (int8) | 92.12 % |" in with_onnx
+    assert "`logits`, (N, 2), without a softmax" in with_onnx
     assert "error" in checkout.client.do("validate_card", card=card.replace("license: ", "licence: "))
     assert "the check of its model card" in checkout.publish(cards={FIRST: CARD.replace("apache", "Apache")})["message"]
 

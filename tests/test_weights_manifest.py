@@ -78,6 +78,11 @@ def metrics_with(**changes: object) -> dict[str, Any]:
     return document
 
 
+def onnx_with(file: str = "onnx/model_int8.onnx", **changes: object) -> dict[str, Any]:
+    facts = {"sha256": "ab" * 32, "size_bytes": 1000, "top1_percent": 92.25}
+    return entry_with(onnx={"onnx/model.onnx": facts, file: facts | changes})
+
+
 def renamed(name: str) -> dict[str, Any]:
     document = example()
     document["entries"][name] = document["entries"].pop(NAME)
@@ -116,6 +121,8 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "measured": lambda: entry_with(liveness={"layer1.0.attn": 0.25, "b": 0}, correct_of_first_1000=1000),
     "measured on nothing": lambda: entry_with(liveness=None, correct_of_first_1000=None),
     "no ConAM": lambda: entry_with(liveness={}, correct_of_first_1000=0),
+    "ONNX files": onnx_with,
+    "no ONNX files": lambda: entry_with(onnx=None),
     "other file": lambda: entry_with(file="model-00001.v2.safetensors"),
 }
 
@@ -127,6 +134,16 @@ INVALID: dict[str, Callable[[], object]] = {
     "more right than shown": lambda: entry_with(correct_of_first_1000=1001),
     "a fraction right": lambda: entry_with(correct_of_first_1000=925.5),
     "a negative NLL": lambda: entry_with(nll_of_first_1000=-0.1),
+    "ONNX without int8": lambda: entry_with(
+        onnx={"onnx/model.onnx": onnx_with()["entries"][NAME]["onnx"].popitem()[1]}
+    ),
+    "ONNX with a third file": lambda: onnx_with("onnx/model_uint8.onnx"),
+    "ONNX elsewhere": lambda: onnx_with("../model_int8.onnx"),
+    "ONNX not measured": lambda: onnx_with(top1_percent=None),
+    "ONNX with another hash": lambda: onnx_with(sha256="ab" * 20),
+    "ONNX of no bytes": lambda: onnx_with(size_bytes=0),
+    "ONNX with more": lambda: onnx_with(nll=0.3),
+    "ONNX a list": lambda: entry_with(onnx=[]),
     "null": lambda: None,
     "future schema": lambda: {**example(), "schema_version": 2},
     "schema as text": lambda: {**example(), "schema_version": "1"},
@@ -259,6 +276,7 @@ def test_reader_and_schema_share_their_patterns_and_fields() -> None:
         "liveness",
         "correct_of_first_1000",
         "nll_of_first_1000",
+        "onnx",
     }
     written = {
         "NAME_PATTERN": SCHEMA["properties"]["entries"]["propertyNames"]["pattern"],
@@ -317,6 +335,15 @@ def test_the_order_of_entries_does_not_show(tmp_path: Path) -> None:
     dump_manifest(one, tmp_path / "one.json")
     dump_manifest(other, tmp_path / "other.json")
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "other.json").read_bytes()
+
+
+def test_what_older_manifests_lack_is_written_only_where_it_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "weights_manifest.json"
+    dump_manifest(parse_manifest(example()), path)
+    assert json.loads(path.read_text(encoding="utf-8")) == example()
+    dump_manifest(parse_manifest(onnx_with()), path)
+    assert json.loads(path.read_text(encoding="utf-8")) == onnx_with()
+    assert load_manifest(path).entry(NAME).onnx["onnx/model_int8.onnx"].top1_percent == 92.25
 
 
 def test_a_bad_manifest_is_not_written_over_a_good_one(tmp_path: Path) -> None:

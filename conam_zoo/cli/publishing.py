@@ -51,32 +51,47 @@ def measure(
 
 @app.command(
     rich_help_panel="For those who publish",
-    epilog="Example: conam publish resnet20_conam.cifar10 --namespace ACCOUNT --dry-run",
+    epilog="Example: conam publish resnet20_conam.cifar10 --namespace ACCOUNT --data ~/data --dry-run",
 )
 def publish(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Weights of the manifest, such as X.cifar10.")],
     namespace: Annotated[str, typer.Option(help="The Hugging Face account to publish under.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Make ONNX files, float32 and int8, calibrated and measured on this data set, or on those of this "
+            "folder by name. Without it, those that are published already stay."
+        ),
+    ] = None,
+    no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Publish without ONNX files.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Create repositories that only the account sees.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all files, show what would be sent.")] = False,
 ) -> None:
     """Upload weights to the Hugging Face Hub, read them back, and pin their commits in the manifest."""
     import tomllib
+    from functools import partial
 
+    from conam_zoo.deploy.runtime import need_onnx
     from conam_zoo.release.card import model_card
+    from conam_zoo.release.onnx_files import make_onnx
     from conam_zoo.release.publish import publish as run_publish
     from conam_zoo.weights import find_checkout, load_manifest
 
     checkout = find_checkout()
     if checkout is None:
         raise UserError("Weights are published from a checkout of conam_zoo: run from one.")
+    if data is not None and no_onnx:
+        raise UserError("--data is for the ONNX files that --no-onnx leaves out: give one of the two.")
+    if data is not None:
+        need_onnx("or leave these files out with --no-onnx")
     manifest_path = checkout / "weights_manifest.json"
     manifest = load_manifest(manifest_path)
-    cards = {name: model_card(manifest.entry(name), manifest, namespace) for name in names}
     tag = "v" + tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     for done in run_publish(
         names,
         namespace=namespace,
-        cards=cards,
+        card=partial(model_card, manifest=manifest, namespace=namespace),
+        onnx=partial(make_onnx, data=data) if data is not None else "none" if no_onnx else "published",
         tag=tag,
         manifest_path=manifest_path,
         private=private,

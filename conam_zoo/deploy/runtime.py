@@ -17,14 +17,15 @@ PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 FACTS = ("architecture", "classes", "num_classes", "input_size", "mean", "std", "layout", "interpolation", "crop_pct")
 
 
-def need_onnx() -> None:
-    """Refuse to go on without the packages of the extra ``onnx``.
+def need_onnx(otherwise: str = "") -> None:
+    """Refuse to go on without the packages of the extra ``onnx``; ``otherwise`` is another way out.
 
     Raises:
         UserError: With the remedy.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise UserError(f"ONNX files need {', '.join(missing)}: pip install 'conam-zoo[onnx]'.")
+        remedies = ", ".join(filter(None, ("pip install 'conam-zoo[onnx]'", otherwise)))
+        raise UserError(f"ONNX files need {', '.join(missing)}: {remedies}.")
 
 
 def open_session(path: Path) -> Any:

@@ -8,16 +8,23 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from conam_zoo.weights.client import ask_hub, download
 from conam_zoo.weights.credentials import check_endpoint, redact, tells_secrets, token_in_use
 from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, in_brief
-from conam_zoo.weights.manifest import HUB_NAME_PATTERN, Manifest, WeightEntry, dump_manifest, load_manifest
+from conam_zoo.weights.manifest import (
+    HUB_NAME_PATTERN,
+    Manifest,
+    OnnxFile,
+    WeightEntry,
+    dump_manifest,
+    load_manifest,
+)
 from conam_zoo.weights.verify import Described, is_index, read_index, read_verified
 
 if TYPE_CHECKING:
@@ -25,6 +32,9 @@ if TYPE_CHECKING:
 
 CONFIG, CARD = "config.json", "README.md"
 EXTRAS = ("log.csv", "curves.png", "confidence.png")  # uploaded where they lie beside the weights
+
+ONNX_FOLDER = "onnx/"
+MakeOnnx = Callable[[WeightEntry, Path], Mapping[str, tuple[OnnxFile, bytes]]]
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,14 @@ class _Upload:
     """An entry with all that is to be in its repository, checked before anything is sent."""
 
     entry: WeightEntry
+    onnx: Mapping[str, OnnxFile] | None  # the files of that kind beside it; those not in `contents` are there already
     hub_id: str
     contents: Mapping[str, bytes]
     tensors: tuple[Described, ...]  # the safetensors files, whose ETag on the Hub is their SHA-256
 
     def publication(self, tag: str, revision: str | None, changed: bool) -> Publication:
         sizes = {name: len(content) for name, content in self.contents.items()}
+        sizes |= {path: file.size_bytes for path, file in (self.onnx or {}).items()}
         return Publication(self.entry.name, self.hub_id, tag, sizes, revision, changed)
 
 
@@ -57,24 +69,28 @@ def publish(
     names: Sequence[str],
     *,
     namespace: str,
-    cards: Mapping[str, str],
+    card: Callable[[WeightEntry], str],
     tag: str,
     manifest_path: Path,
+    onnx: MakeOnnx | Literal["published", "none"] = "published",
     private: bool = False,
     dry_run: bool = False,
 ) -> list[Publication]:
     """Publish entries of a manifest from the `weights/` folder beside it.
 
-    For each entry: create the repository if need be, upload the weights, their config.json, the card and what else
-    lies beside them in one commit, read everything back and compare it, tag the commit. When all are done, the
-    commits and the namespace are written to the manifest, in one atomic step.
+    For each entry: create the repository if need be, upload the weights, their config.json, the card, what else lies
+    beside them and the ONNX files in one commit, read everything back and compare it, tag the commit. When all are
+    done, the commits, the ONNX files and the namespace are written to the manifest, in one atomic step. ONNX files of
+    which the manifest does not know are removed.
 
     Args:
         names: Names of entries.
         namespace: The Hub account; it has to be the manifest's if that has one.
-        cards: The model card of each entry, in Markdown with the Hub's metadata block.
+        card: Writes the model card of an entry, in Markdown with the Hub's metadata block.
         tag: Name of the release.
         manifest_path: The manifest to read and to write.
+        onnx: Makes the ONNX files of an entry from its folder. ``"published"``: the repository keeps those that the
+            manifest knows, and all entries need to have some. ``"none"``: it has none.
         private: Create repositories that only the account's members see; those there are stay as they are.
         dry_run: Check all files and send nothing.
 
@@ -83,28 +99,36 @@ def publish(
     """
     manifest = load_manifest(manifest_path)
     _check_namespace(manifest, namespace)
-    uploads = [_prepare(manifest.entry(name), namespace, cards[name], manifest_path) for name in dict.fromkeys(names)]
+    token = token_in_use()
+    if token is None and not dry_run:
+        raise WeightsError(
+            f"Publishing to {namespace} takes a token that may write there: run 'hf auth login', or set HF_TOKEN."
+        )
+    entries = [manifest.entry(name) for name in dict.fromkeys(names)]
+    if onnx == "published" and (without := [entry.name for entry in entries if entry.onnx is None]):
+        raise WeightsError(
+            f"The ONNX files of {', '.join(without)} have to be made and measured first: say where the images are with "
+            "--data, or leave these files out with --no-onnx."
+        )
+    uploads = [_prepare(entry, namespace, card, onnx, manifest_path) for entry in entries]
     if dry_run:
         return [upload.publication(tag, None, changed=False) for upload in uploads]
 
     from huggingface_hub import HfApi
 
-    token = token_in_use()
-    if token is None:
-        raise WeightsError(
-            f"Publishing to {namespace} takes a token that may write there: run 'hf auth login', or set HF_TOKEN."
-        )
     up: list[str] = []
     with _step("looking at HF_ENDPOINT", uploads[0], up):
         check_endpoint()
     done = [_publish_one(HfApi(library_name="conam_zoo", token=token), upload, tag, private, up) for upload in uploads]
-    revisions = {publication.name: publication.revision for publication in done}
+    pinned = {
+        upload.entry.name: replace(upload.entry, onnx=upload.onnx, revision=publication.revision)
+        for upload, publication in zip(uploads, done, strict=True)
+    }
     with _step("writing the manifest", uploads[-1], up):
         latest = load_manifest(manifest_path)
         if any(latest.entries.get(upload.entry.name) != upload.entry for upload in uploads):
             raise WeightsError("its entries were changed meanwhile")
-        entries = {n: replace(e, revision=revisions.get(n, e.revision)) for n, e in latest.entries.items()}
-        written = replace(latest, entries=entries, hub_namespace=namespace)
+        written = replace(latest, entries={**latest.entries, **pinned}, hub_namespace=namespace)
         if written != latest:
             dump_manifest(written, manifest_path)
     return done
@@ -120,8 +144,14 @@ def _check_namespace(manifest: Manifest, namespace: str) -> None:
         )
 
 
-def _prepare(entry: WeightEntry, namespace: str, card: str, manifest_path: Path) -> _Upload:
-    """Read all files of an entry, and hold them against the manifest."""
+def _prepare(
+    entry: WeightEntry,
+    namespace: str,
+    card: Callable[[WeightEntry], str],
+    onnx: MakeOnnx | Literal["published", "none"],
+    manifest_path: Path,
+) -> _Upload:
+    """Read all files of an entry, hold them against the manifest, and make those that belong to them."""
     folder = manifest_path.parent / "weights" / entry.name
     read_verified(folder / entry.file, entry)
     try:
@@ -144,54 +174,48 @@ def _prepare(entry: WeightEntry, namespace: str, card: str, manifest_path: Path)
             f"{folder / CONFIG} describes another file than the manifest does, it has SHA-256, architecture and "
             f"classes {stated}: pack the weights again."
         )
-    for picture in re.findall(r"!\[[^]]*\]\(([\w.-]+)\)", card):
+    made = {} if isinstance(onnx, str) else onnx(entry, folder)
+    files = {path: file for path, (file, _) in made.items()} or (entry.onnx if onnx == "published" else None)
+    contents |= {path: content for path, (_, content) in made.items()}
+    text = card(replace(entry, onnx=files))
+    for picture in re.findall(r"!\[[^]]*\]\(([\w.-]+)\)", text):
         if picture not in contents:
             raise WeightsError(f"{folder} has no {picture}, which its model card shows: pack the weights again.")
     tensors = shards or (entry,)
-    return _Upload(entry, entry.hub_id(namespace), contents | {CARD: card.encode()}, tensors)
+    return _Upload(entry, files, entry.hub_id(namespace), contents | {CARD: text.encode()}, tensors)
 
 
 def _publish_one(api: "HfApi", upload: _Upload, tag: str, private: bool, up: list[str]) -> Publication:
-    from huggingface_hub import CommitOperationAdd, ModelCard
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
 
     entry, hub_id = upload.entry, upload.hub_id
     with _step("the check of its model card", upload, up):
         ModelCard(upload.contents[CARD].decode()).validate()
     with _step("creating its repository", upload, up):
         api.create_repo(hub_id, private=private, exist_ok=True)
-        head = api.model_info(hub_id).sha
+        info = api.model_info(hub_id)
+        there = [file.rfilename for file in info.siblings or [] if file.rfilename.startswith(ONNX_FOLDER)]
     up.append(f"the repository {hub_id}")
     with _step(f"looking for the tag {tag}", upload, up):
         tagged = _is_tagged(api, upload, tag)
     with _step("uploading its files", upload, up):
         commit = api.create_commit(
             hub_id,
-            [CommitOperationAdd(name, content) for name, content in upload.contents.items()],
+            [
+                *(CommitOperationAdd(name, content) for name, content in upload.contents.items()),
+                *(CommitOperationDelete(name) for name in there if name not in (upload.onnx or {})),
+            ],
             commit_message=f"{entry.name}, conam_zoo {tag}",
-            parent_commit=head,
+            parent_commit=info.sha,
         )
-        changed = commit.oid != head
-        # Without changes the last commit has the right files, but so has the one that users pin already.
-        revision = entry.revision if not changed and _exists(api, hub_id, entry.revision) else commit.oid
     up.append(f"its files at commit {commit.oid}")
     with _step("reading them back", upload, up):
-        _read_back(upload, revision or commit.oid)
+        _read_back(upload, commit.oid)
     if not tagged:
         with _step(f"setting the tag {tag}", upload, up):
-            api.create_tag(hub_id, tag=tag, revision=revision)
+            api.create_tag(hub_id, tag=tag, revision=commit.oid)
         up.append(f"its tag {tag}")
-    return upload.publication(tag, revision, changed)
-
-
-def _exists(api: "HfApi", hub_id: str, revision: str | None) -> bool:
-    from huggingface_hub.errors import RevisionNotFoundError
-
-    if revision is None:
-        return False
-    try:
-        return api.model_info(hub_id, revision=revision).sha == revision
-    except RevisionNotFoundError:
-        return False
+    return upload.publication(tag, commit.oid, changed=commit.oid != info.sha)
 
 
 def _is_tagged(api: "HfApi", upload: _Upload, tag: str) -> bool:
@@ -206,13 +230,19 @@ def _is_tagged(api: "HfApi", upload: _Upload, tag: str) -> bool:
 
 
 def _read_back(upload: _Upload, revision: str) -> None:
-    """Download every file of a commit afresh and compare it with what was sent."""
+    """Download every file of a commit afresh and compare it with what was sent; ask about those that were there."""
     with tempfile.TemporaryDirectory(prefix="conam-publish-") as scratch:
         for name, content in upload.contents.items():
             path = download(ask_hub(upload.hub_id, name, revision), scratch, limit_bytes=len(content))
             got, sent = (hashlib.sha256(data).hexdigest() for data in (path.read_bytes(), content))
             if got != sent:
                 raise WrongWeightsError(f"the Hub has another {name}, expected SHA-256 {sent}, found {got}")
+    for name in (upload.onnx or {}).keys() - upload.contents.keys():
+        found, known = ask_hub(upload.hub_id, name, revision).digest, (upload.onnx or {})[name].sha256
+        if found != known:
+            raise WrongWeightsError(
+                f"the Hub has another {name}, expected SHA-256 {known}, found {found}, so make it again with --data"
+            )
 
 
 @contextmanager

@@ -4,10 +4,12 @@ Light to import: torch, safetensors and huggingface_hub are imported when a file
 """
 
 from conam_zoo.weights.errors import WeightsError, WrongWeightsError
+from conam_zoo.weights.json_checks import ManifestError
 from conam_zoo.weights.manifest import (
+    ONNX_FILES,
     Manifest,
-    ManifestError,
     Metrics,
+    OnnxFile,
     WeightEntry,
     dump_manifest,
     find_checkout,
@@ -19,10 +21,12 @@ from conam_zoo.weights.resolve import VerifiedWeights, check_copies, find_verifi
 from conam_zoo.weights.verify import CopyStatus, read_safetensors, read_verified
 
 __all__ = [
+    "ONNX_FILES",
     "CopyStatus",
     "Manifest",
     "ManifestError",
     "Metrics",
+    "OnnxFile",
     "VerifiedWeights",
     "WeightEntry",
     "WeightsError",

@@ -307,7 +307,7 @@ def _repository_folder(hub_id: str, cache_dir: str | Path | None) -> Path:
 
 
 def _place(repository: Path, commit: str, file: str) -> Path:
-    if file in ("", ".", "..") or "/" in file or "\\" in file:
+    if {"", ".", ".."}.intersection(file.split("/")) or "\\" in file:
         raise ValueError(f"{file!r} is no name of a file")
     return repository / "snapshots" / commit / file
 

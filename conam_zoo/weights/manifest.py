@@ -7,14 +7,14 @@ against a JSON Schema of the same layout.
 
 import functools
 import json
-import math
 import os
-import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NoReturn
+
+from conam_zoo.weights import json_checks as check
+from conam_zoo.weights.json_checks import JsonScalar, ManifestError
 
 MANIFEST_NAME = "weights_manifest.json"
 SCHEMA_VERSION = 1
@@ -28,13 +28,7 @@ HUB_NAME_PATTERN = r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9_]([A-Za-z0-9._-]{0,94}[A-Z
 CODE_REPOSITORY_PATTERN = r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+"
 
 DTYPES = ("float16", "float32")
-_LARGEST_COUNT = 2**53  # the largest integer that every JSON reader keeps exactly
-
-JsonScalar = str | int | float | bool | None
-
-
-class ManifestError(ValueError):
-    """The manifest is absent, malformed, or has no such entry; the message is one sentence."""
+ONNX_FILES = ("onnx/model.onnx", "onnx/model_int8.onnx")  # on the Hub alone, where transformers.js looks
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,15 @@ class Metrics:
     top5_percent: float
     nll: float
     ece: float
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX file beside the weights on the Hub; ``top1_percent`` is measured on the test split, with this file."""
+
+    sha256: str
+    size_bytes: int
+    top1_percent: float
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class WeightEntry:
     liveness: Mapping[str, float] | None = field(default=None, hash=False)  # by site; see layers/confidence.py
     correct_of_first_1000: int | None = None  # right answers on the first 1,000 test images
     nll_of_first_1000: float | None = None
+    onnx: Mapping[str, OnnxFile] | None = field(default=None, hash=False)  # by ``ONNX_FILES``; None: not published
 
     @property
     def arch(self) -> str:
@@ -100,6 +104,9 @@ class WeightEntry:
     def hub_id(self, namespace: str) -> str:
         """The id of the Hub repository that holds the file, below the publisher's ``namespace``."""
         return f"{namespace}/{self.repository}"
+
+
+OPTIONAL = {f.name for f in fields(WeightEntry) if f.default is None}  # older manifests have none of them
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,9 @@ def _load(path: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"The manifest {path} cannot be read: {error}.") from error
     try:
-        manifest = parse_manifest(json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant))
+        manifest = parse_manifest(
+            json.loads(text, object_pairs_hook=check.without_duplicates, parse_constant=check.no_constant)
+        )
     except ManifestError as error:
         raise ManifestError(f"The manifest {path} is not valid: {error}") from error
     except (ValueError, RecursionError) as error:  # not JSON, or nested or numbered beyond all reason
@@ -215,7 +224,7 @@ def _as_document(manifest: Manifest) -> dict[str, object]:
         # Through JSON, so that tuples become the lists that reading will see.
         facts = json.loads(json.dumps(asdict(entry)))
         del facts["name"]
-        entries[name] = facts
+        entries[name] = {key: value for key, value in facts.items() if value is not None or key not in OPTIONAL}
     return {
         "schema_version": SCHEMA_VERSION,
         "hub_namespace": manifest.hub_namespace,
@@ -230,24 +239,24 @@ def parse_manifest(document: object) -> Manifest:
     Raises:
         ManifestError: Names the field, the value found and what it must be.
     """
-    top = _object(document, "the manifest")
-    _exact_keys(top, {"schema_version", "hub_namespace", "code_repository", "entries"}, "the manifest")
-    version = _integer(top["schema_version"], "schema_version", 0)
+    top = check.as_object(document, "the manifest")
+    check.exact_keys(top, {"schema_version", "hub_namespace", "code_repository", "entries"}, "the manifest")
+    version = check.integer(top["schema_version"], "schema_version", 0)
     if version != SCHEMA_VERSION:
         raise ManifestError(
             f"schema_version is {version}, but this conam_zoo reads {SCHEMA_VERSION}; "
             "install the conam_zoo that the manifest belongs to."
         )
     entries = {}
-    for name, facts in _object(top["entries"], "entries").items():
-        _matching(name, "a key of entries", NAME_PATTERN, "an '<arch>.<tag>' of a-z, 0-9 and _")
+    for name, facts in check.as_object(top["entries"], "entries").items():
+        check.matching(name, "a key of entries", NAME_PATTERN, "an '<arch>.<tag>' of a-z, 0-9 and _")
         entries[name] = _read_entry(name, facts)
     return Manifest(
         entries=entries,
-        hub_namespace=_optional(
+        hub_namespace=check.optional(
             top["hub_namespace"], "hub_namespace", HUB_NAME_PATTERN, "null or a Hugging Face account name"
         ),
-        code_repository=_optional(
+        code_repository=check.optional(
             top["code_repository"], "code_repository", CODE_REPOSITORY_PATTERN, "null or 'owner/name'"
         ),
     )
@@ -255,53 +264,56 @@ def parse_manifest(document: object) -> Manifest:
 
 def _read_entry(name: str, document: object) -> WeightEntry:
     at = f"entries[{name!r}]"
-    facts = _object(document, at)
-    facts = {"liveness": None, "correct_of_first_1000": None, "nll_of_first_1000": None} | facts
-    _exact_keys(facts, {f.name for f in fields(WeightEntry)} - {"name"}, at)
+    facts = check.as_object(document, at)
+    facts = dict.fromkeys(OPTIONAL) | facts
+    check.exact_keys(facts, {f.name for f in fields(WeightEntry)} - {"name"}, at)
     entry = WeightEntry(
         name=name,
-        repository=_matching(
+        repository=check.matching(
             facts["repository"],
             f"{at}.repository",
             HUB_NAME_PATTERN,
             "a Hub repository name without namespace",
         ),
-        revision=_optional(
+        revision=check.optional(
             facts["revision"], f"{at}.revision", REVISION_PATTERN, "null or 40 lower-case hexadecimal digits"
         ),
-        file=_matching(
+        file=check.matching(
             facts["file"],
             f"{at}.file",
             FILE_PATTERN,
             "a bare file name without '..' ending in .safetensors or .safetensors.index.json",
         ),
-        sha256=_matching(facts["sha256"], f"{at}.sha256", SHA256_PATTERN, "64 lower-case hexadecimal digits"),
-        size_bytes=_integer(facts["size_bytes"], f"{at}.size_bytes", 1),
-        dtype=_one_of(facts["dtype"], f"{at}.dtype", DTYPES),
-        params=_integer(facts["params"], f"{at}.params", 1),
-        macs=_integer(facts["macs"], f"{at}.macs", 1),
+        sha256=_sha256(facts["sha256"], f"{at}.sha256"),
+        size_bytes=check.integer(facts["size_bytes"], f"{at}.size_bytes", 1),
+        dtype=check.one_of(facts["dtype"], f"{at}.dtype", DTYPES),
+        params=check.integer(facts["params"], f"{at}.params", 1),
+        macs=check.integer(facts["macs"], f"{at}.macs", 1),
         model_args=_read_model_args(facts["model_args"], f"{at}.model_args"),
-        dataset=_text(facts["dataset"], f"{at}.dataset"),
-        num_classes=_integer(facts["num_classes"], f"{at}.num_classes", 1),
-        classes=tuple(_text(item, f"{at}.classes") for item in _list(facts["classes"], f"{at}.classes")),
+        dataset=check.text(facts["dataset"], f"{at}.dataset"),
+        num_classes=check.integer(facts["num_classes"], f"{at}.num_classes", 1),
+        classes=tuple(check.text(item, f"{at}.classes") for item in check.as_list(facts["classes"], f"{at}.classes")),
         input_size=_read_input_size(facts["input_size"], f"{at}.input_size"),
-        mean=_three_numbers(facts["mean"], f"{at}.mean", 0.0, 1.0),
-        std=_three_numbers(facts["std"], f"{at}.std", 1e-6, 1.0),
+        mean=check.three_numbers(facts["mean"], f"{at}.mean", 0.0, 1.0),
+        std=check.three_numbers(facts["std"], f"{at}.std", 1e-6, 1.0),
         metrics=_read_metrics(facts["metrics"], f"{at}.metrics"),
-        recipe=_matching(facts["recipe"], f"{at}.recipe", RECIPE_PATTERN, "the name of a recipe"),
-        teacher=None if facts["teacher"] is None else _text(facts["teacher"], f"{at}.teacher"),
-        seed=_integer(facts["seed"], f"{at}.seed", 0),
-        epochs=_integer(facts["epochs"], f"{at}.epochs", 1),
-        hardware=_text(facts["hardware"], f"{at}.hardware"),
-        train_minutes=_number(facts["train_minutes"], f"{at}.train_minutes", 0.0, 1e9),
+        recipe=check.matching(facts["recipe"], f"{at}.recipe", RECIPE_PATTERN, "the name of a recipe"),
+        teacher=None if facts["teacher"] is None else check.text(facts["teacher"], f"{at}.teacher"),
+        seed=check.integer(facts["seed"], f"{at}.seed", 0),
+        epochs=check.integer(facts["epochs"], f"{at}.epochs", 1),
+        hardware=check.text(facts["hardware"], f"{at}.hardware"),
+        train_minutes=check.number(facts["train_minutes"], f"{at}.train_minutes", 0.0, 1e9),
         library_versions={
-            _text(library, f"a key of {at}.library_versions"): _text(version, f"{at}.library_versions[{library!r}]")
-            for library, version in _object(facts["library_versions"], f"{at}.library_versions").items()
+            check.text(library, f"a key of {at}.library_versions"): check.text(
+                version, f"{at}.library_versions[{library!r}]"
+            )
+            for library, version in check.as_object(facts["library_versions"], f"{at}.library_versions").items()
         },
-        licence=_text(facts["licence"], f"{at}.licence"),
+        licence=check.text(facts["licence"], f"{at}.licence"),
         liveness=_read_liveness(facts["liveness"], f"{at}.liveness"),
         correct_of_first_1000=_read_correct(facts["correct_of_first_1000"], f"{at}.correct_of_first_1000"),
         nll_of_first_1000=_read_nll(facts["nll_of_first_1000"], f"{at}.nll_of_first_1000"),
+        onnx=_read_onnx(facts["onnx"], f"{at}.onnx"),
     )
     if len(entry.classes) != entry.num_classes:
         raise ManifestError(
@@ -314,139 +326,75 @@ def _read_entry(name: str, document: object) -> WeightEntry:
 def _read_liveness(document: object, at: str) -> dict[str, float] | None:
     if document is None:
         return None
-    sites = _object(document, at)
-    return {_text(site, f"a key of {at}"): _number(value, f"{at}[{site!r}]", 0.0, 1e6) for site, value in sites.items()}
+    sites = check.as_object(document, at)
+    return {
+        check.text(site, f"a key of {at}"): check.number(value, f"{at}[{site!r}]", 0.0, 1e6)
+        for site, value in sites.items()
+    }
 
 
 def _read_correct(value: object, at: str) -> int | None:
-    if value is not None and _integer(value, at, 0) > 1000:
-        _refuse(at, value, "at most 1000")
-    return None if value is None else _integer(value, at, 0)
+    if value is not None and check.integer(value, at, 0) > 1000:
+        check.refuse(at, value, "at most 1000")
+    return None if value is None else check.integer(value, at, 0)
 
 
 def _read_nll(value: object, at: str) -> float | None:
-    return None if value is None else _number(value, at, 0.0, 1e6)
+    return None if value is None else check.number(value, at, 0.0, 1e6)
+
+
+def _read_onnx(document: object, at: str) -> dict[str, OnnxFile] | None:
+    if document is None:
+        return None
+    files = check.as_object(document, at)
+    check.exact_keys(files, ONNX_FILES, at)
+    return {path: _read_onnx_file(facts, f"{at}[{path!r}]") for path, facts in files.items()}
+
+
+def _read_onnx_file(document: object, at: str) -> OnnxFile:
+    facts = check.as_object(document, at)
+    check.exact_keys(facts, {f.name for f in fields(OnnxFile)}, at)
+    return OnnxFile(
+        sha256=_sha256(facts["sha256"], f"{at}.sha256"),
+        size_bytes=check.integer(facts["size_bytes"], f"{at}.size_bytes", 1),
+        top1_percent=check.number(facts["top1_percent"], f"{at}.top1_percent", 0.0, 100.0),
+    )
+
+
+def _sha256(value: object, at: str) -> str:
+    return check.matching(value, at, SHA256_PATTERN, "64 lower-case hexadecimal digits")
 
 
 def _read_metrics(document: object, at: str) -> Metrics:
-    facts = _object(document, at)
-    _exact_keys(facts, {f.name for f in fields(Metrics)}, at)
+    facts = check.as_object(document, at)
+    check.exact_keys(facts, {f.name for f in fields(Metrics)}, at)
     metrics = Metrics(
-        top1_percent=_number(facts["top1_percent"], f"{at}.top1_percent", 0.0, 100.0),
-        top5_percent=_number(facts["top5_percent"], f"{at}.top5_percent", 0.0, 100.0),
-        nll=_number(facts["nll"], f"{at}.nll", 0.0, 1e6),
-        ece=_number(facts["ece"], f"{at}.ece", 0.0, 1.0),
+        top1_percent=check.number(facts["top1_percent"], f"{at}.top1_percent", 0.0, 100.0),
+        top5_percent=check.number(facts["top5_percent"], f"{at}.top5_percent", 0.0, 100.0),
+        nll=check.number(facts["nll"], f"{at}.nll", 0.0, 1e6),
+        ece=check.number(facts["ece"], f"{at}.ece", 0.0, 1.0),
     )
     if metrics.top5_percent < metrics.top1_percent:
-        _refuse(f"{at}.top5_percent", metrics.top5_percent, f"at least top1_percent = {metrics.top1_percent}")
+        check.refuse(f"{at}.top5_percent", metrics.top5_percent, f"at least top1_percent = {metrics.top1_percent}")
     return metrics
 
 
 def _read_model_args(document: object, at: str) -> dict[str, JsonScalar | list[JsonScalar]]:
     arguments: dict[str, JsonScalar | list[JsonScalar]] = {}
-    for name, value in _object(document, at).items():
+    for name, value in check.as_object(document, at).items():
         where = f"{at}[{name!r}]"
         if not name.isidentifier() or not name.isascii():
-            _refuse(f"a key of {at}", name, "the name of a constructor argument")
+            check.refuse(f"a key of {at}", name, "the name of a constructor argument")
         if isinstance(value, list):
-            arguments[name] = [_scalar(item, where) for item in value]
+            arguments[name] = [check.scalar(item, where) for item in value]
         else:
-            arguments[name] = _scalar(value, where)
+            arguments[name] = check.scalar(value, where)
     return arguments
 
 
 def _read_input_size(value: object, at: str) -> tuple[int, int, int]:
-    items = _list(value, at, length=3)
-    channels, height, width = (_integer(item, at, 1) for item in items)
+    items = check.as_list(value, at, length=3)
+    channels, height, width = (check.integer(item, at, 1) for item in items)
     if channels != 3:  # mean and std have three numbers
-        _refuse(at, items, "[3, height, width]")
+        check.refuse(at, items, "[3, height, width]")
     return channels, height, width
-
-
-def _refuse(at: str, value: object, rule: str) -> NoReturn:
-    shown = repr(value)
-    if len(shown) > 100:
-        shown = shown[:97] + "..."
-    raise ManifestError(f"{at} is {shown}, but must be {rule}.")
-
-
-def _object(value: object, at: str) -> dict[str, object]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        _refuse(at, value, "a JSON object")
-    return value
-
-
-def _exact_keys(value: Mapping[str, object], expected: Iterable[str], at: str) -> None:
-    missing, unknown = sorted(set(expected) - set(value)), sorted(set(value) - set(expected))
-    if missing:
-        raise ManifestError(f"{at} lacks {', '.join(map(repr, missing))}; add it.")
-    if unknown:
-        raise ManifestError(f"{at} has the unknown key {', '.join(map(repr, unknown))}; remove it.")
-
-
-def _list(value: object, at: str, length: int | None = None) -> list[object]:
-    if not isinstance(value, list) or (length is not None and len(value) != length):
-        _refuse(at, value, "a list" if length is None else f"a list of {length}")
-    return value
-
-
-def _text(value: object, at: str) -> str:
-    # isprintable also refuses line breaks, control characters and halves of surrogate pairs.
-    if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        _refuse(at, value, "a line of text")
-    return value
-
-
-def _matching(value: object, at: str, pattern: str, rule: str) -> str:
-    if not isinstance(value, str) or re.fullmatch(pattern, value) is None:
-        _refuse(at, value, rule)
-    return value
-
-
-def _optional(value: object, at: str, pattern: str, rule: str) -> str | None:
-    return None if value is None else _matching(value, at, pattern, rule)
-
-
-def _one_of(value: object, at: str, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        _refuse(at, value, f"one of {', '.join(choices)}")
-    return value
-
-
-def _integer(value: object, at: str, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _LARGEST_COUNT:
-        _refuse(at, value, f"an integer of at least {low}")
-    return value
-
-
-def _number(value: object, at: str, low: float, high: float) -> float:
-    # A NaN fails the comparison, and an integer too large for a float fails it before the conversion.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        _refuse(at, value, f"a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _three_numbers(value: object, at: str, low: float, high: float) -> tuple[float, float, float]:
-    first, second, third = (_number(item, at, low, high) for item in _list(value, at, length=3))
-    return first, second, third
-
-
-def _scalar(value: object, at: str) -> JsonScalar:
-    if isinstance(value, str):
-        return _text(value, at)
-    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    _refuse(at, value, "a string, a finite number, true, false, null, or a list of these")
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ManifestError(f"the key {twice!r} stands twice in one object; keep one of them.")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ManifestError(f"{name} is not a JSON number; write a finite one.")
