@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conam_zoo.release.documents import fill_table
+from conam_zoo.weights import load_manifest
 from experiments.accuracy.compare import comparison_tables
 from experiments.accuracy.finetune import finetune_table
 from experiments.accuracy.knockout import knockout_table
 from experiments.accuracy.seeds import read_seeds, seed_table
 from experiments.accuracy.starts import read_starts, start_table
+from experiments.speed.onnx_files import onnx_table
 from experiments.speed.record import benchmark_tables, command_today, read_record
 
 __all__ = ["RESULTS", "WRITTEN_BY", "generated_tables"]
@@ -56,6 +58,11 @@ def _speed(results: Path) -> str:
     return "\n".join(lines) or NOT_MEASURED
 
 
+def _onnx(results: Path) -> str:
+    manifest = load_manifest(results.parents[1] / "weights_manifest.json")
+    return onnx_table(manifest, results / "onnx_accuracy.json", results / "onnx_speed.json")
+
+
 def _knockout(results: Path) -> str:
     paths = sorted(results.glob("knockout*.json"))
     return "\n\n".join(knockout_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths) or NOT_MEASURED
@@ -72,6 +79,7 @@ def _evidence(name: str) -> Callable[[Path], str]:
 # Document, name between its markers, what stands there.
 PLACES: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
     ("README.md", "speed", _speed),
+    ("README.md", "onnx", _onnx),
     ("docs/recipes.md", "seeds", _seeds),
     ("docs/finetuning.md", "finetune", _finetune),
     ("docs/benchmarks.md", "benchmark train", _benchmark("train")),

@@ -1,4 +1,4 @@
-"""Commands that measure speed and cost: train, step, inference, cost, densenet."""
+"""Commands that measure speed: train, step, inference, cost, densenet, onnx-speed; and onnx-accuracy."""
 
 import shlex
 import sys
@@ -27,6 +27,8 @@ app = typer.Typer(
 Quick = Annotated[
     bool, typer.Option("--quick", help="A tiny run that only shows that everything works; its numbers mean nothing.")
 ]
+Sets = Annotated[Path, typer.Option(help="A data set, or a folder of data sets by name.")]
+Weights = Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Default: all of the manifest.")]
 Repeats = Annotated[int, typer.Option(help="Rounds; in each round every contender is measured once.")]
 
 
@@ -210,3 +212,46 @@ def densenet(
     from experiments.speed.densenet import benchmark_densenet
 
     _measure(benchmark_densenet, json_file, model, batch_size=batch_size, repeats=repeats, quick=quick)
+
+
+@app.command(epilog="Example: python -m experiments onnx-accuracy --data ~/data resnet20_conam.cifar10")
+def onnx_accuracy(data: Sets, names: Weights = None) -> None:
+    """Top-1 of shipped weights, and of their ONNX files in float32 and int8: into experiments/results."""
+    from conam_zoo.weights import load_manifest
+    from experiments.speed.onnx_files import add_accuracy
+    from experiments.tables import RESULTS
+
+    with progress_line() as progress:
+        for name in names or sorted(load_manifest().entries):
+            progress(name)
+            row = add_accuracy(RESULTS / "onnx_accuracy.json", name, data)
+            top1 = ", ".join(f"{way} {value:.2f} %" for way, value in row["top1_percent"].items())
+            wide_console().print(f"{name}: {top1}", highlight=False)
+
+
+@app.command(
+    epilog="Example: python -m experiments onnx-speed --data ~/data --json experiments/results/onnx_speed.json"
+)
+def onnx_speed(
+    data: Sets,
+    names: Weights = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images in a batch; repeatable. Default: 1, 64.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch and of ONNX Runtime.")] = 2,
+    repeats: Repeats = 15,
+    quick: Quick = False,
+    json_file: Json = None,
+) -> None:
+    """Latency and throughput of shipped weights on the CPU: eager PyTorch, ONNX in float32 and in int8."""
+    from conam_zoo.weights import load_manifest
+    from experiments.speed.onnx_files import BATCH_SIZES, benchmark_onnx
+
+    _measure(
+        benchmark_onnx,
+        json_file,
+        names or sorted(load_manifest().entries),
+        data,
+        batch=batch or BATCH_SIZES,
+        threads=threads,
+        repeats=repeats,
+        quick=quick,
+    )

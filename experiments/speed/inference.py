@@ -17,7 +17,7 @@ from conam_zoo.training.hardware import precision_on
 from experiments.speed.measure import benchmark_device, check_choice, check_least, time_in_turns
 from experiments.speed.record import BenchmarkRecord, Row, Skipped, make_record, summarise
 
-__all__ = ["MODES", "ModeUnavailableError", "benchmark_inference", "mode_call"]
+__all__ = ["MODES", "ModeUnavailableError", "benchmark_inference", "mode_call", "session_call"]
 
 # How a model is run, and in what precision.
 MODES = ("eager fp32", "compiled fp32", "onnx fp32", "eager bf16", "compiled bf16")
@@ -186,6 +186,18 @@ def _onnx_call(net: nn.Module, images: Tensor) -> Callable[[], object]:
     """An ONNX Runtime session on the net, with as many threads as PyTorch has, on the device of the images."""
     if missing := [name for name in ONNX_PACKAGES if not _installed(name)]:
         raise ModeUnavailableError(f"{', '.join(missing)} not installed: pip install 'conam-zoo[onnx]'")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(net, (images.contiguous(),), path, dynamo=True, external_data=False, verbose=False)
+        return session_call(path, images)
+
+
+def session_call(path: Path, images: Tensor) -> Callable[[], object]:
+    """What runs an ONNX file on a batch as ``mode_call`` does.
+
+    Raises:
+        ModeUnavailableError: If this machine cannot.
+    """
     import onnxruntime
 
     wanted = "CUDAExecutionProvider" if images.device.type == "cuda" else "CPUExecutionProvider"
@@ -194,10 +206,7 @@ def _onnx_call(net: nn.Module, images: Tensor) -> Callable[[], object]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to the others
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        torch.onnx.export(net, (images.contiguous(),), path, dynamo=True, external_data=False, verbose=False)
-        session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+    session = onnxruntime.InferenceSession(path, options, providers=[wanted])
     name = session.get_inputs()[0].name
     if images.device.type == "cuda":  # keep the batch on the device, as the other modes do
         binding = session.io_binding()
