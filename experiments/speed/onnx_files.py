@@ -127,7 +127,7 @@ def benchmark_onnx(
                     INT8: session_call(int8, images),
                 }
                 settled = time_in_turns(
-                    calls, repeats=repeats, device=device, settle=1, min_seconds=0.0 if quick else 0.1
+                    calls, repeats=repeats, device=device, settle=1, min_seconds=0.0 if quick else 0.05
                 )
                 milliseconds = {way: [1000 * t for t in times] for way, times in settled.items()}
                 facts = {way: {"images_per_second": count / median(times)} for way, times in settled.items()}
