@@ -47,7 +47,14 @@ def for_rich(text: object, style: str = "") -> Text:
 
 
 class PlainConsole(Console):
-    """Rich's console, for which every ``str`` is text from outside: style is given by ``rich.text.Text`` alone."""
+    """Rich's console, for which every ``str`` is text from outside: style is given by ``rich.text.Text`` alone.
+
+    A notebook gets what a file would get: Rich's own way there is a box for each line, and widgets or a warning.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        notebook = {"force_jupyter": False, "force_terminal": False} if Console().is_jupyter else {}
+        super().__init__(**(notebook | kwargs))
 
     def render_str(self, text: str, *, style: Any = "", **kwargs: Any) -> Text:
         """The text as it is; ``Console.print``, tables and titles all come by here."""
