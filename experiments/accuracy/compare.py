@@ -90,33 +90,13 @@ def _for_size(variants: Mapping[str, Arguments], image_size: int) -> dict[str, A
     return {name: partial(scaled, given) if image_size else given for name, given in variants.items()}
 
 
-def run_comparison(
-    what: str,
-    cells: Sequence[Cell],
-    data: str | Path,
-    output: Path,
-    *,
-    parallel: int = 1,
-    compile: bool = False,
-    command: str = "",
-    on_event: Callable[[str, str], None] = lambda name, event: None,
-) -> Grid:
-    """Train what is missing of a grid, then write its JSON file and its plot, ``output`` + ``.json`` and ``.png``.
-
-    Args:
-        what: ``"compare"`` or ``"ablation"``.
-        cells: What ``attention_cells`` or ``ablation_cells`` gave.
-        data: Folder with the data sets.
-        output: Path without ending.
-        parallel: Trainings at a time.
-        compile: Train with ``torch.compile``.
-        command: The command line, for the record.
-        on_event: Called with a cell's name and what happened to it.
+def run_comparison(what: str, cells: Sequence[Cell], data: str | Path, output: Path, **options: Any) -> Grid:
+    """Train what is missing of a grid, as ``run_grid`` does, and draw its plot, ``output`` + ``.png``.
 
     Raises:
         UserError: If the file holds cells of another recipe, or cannot be written.
     """
-    grid = run_grid(what, cells, data, output, parallel=parallel, compile=compile, command=command, on_event=on_event)
+    grid = run_grid(what, cells, data, output, **options)
     panels = attention_panels(grid) if what == "compare" else ablation_panels(grid)
     if panels:
         draw_panels(panels, output.with_name(f"{output.name}.png"), title=_conditions(grid))
