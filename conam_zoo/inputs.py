@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from conam_zoo.errors import UserError
@@ -22,8 +23,10 @@ def expand_path(path: str | Path) -> Path:
     """A path with ``~`` and ``~name`` replaced by the home folder.
 
     Raises:
-        UserError: If there is no such user.
+        UserError: If there is no such user, or the path is empty or holds a zero byte.
     """
+    if not str(path) or "\0" in str(path):
+        raise UserError(f"The path {str(path)!r} is empty or holds a zero byte: name a file or folder.")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -87,7 +90,10 @@ def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -
     Raises:
         UserError: If an output is an input, or two outputs are one file.
     """
-    read = {_identity(path): path for path in inputs}
+    read: dict[object, Path] = {}
+    for path in inputs:
+        with suppress(UserError):  # what cannot be asked for cannot be written onto; reading it tells why
+            read[_identity(path)] = path
     written: dict[object, Path] = {}
     for output in outputs:
         if output is None or str(output) == "-":

@@ -28,7 +28,7 @@ _at_work = False  # else the command has not begun or is at its end, and nobody 
 
 
 def is_our_command(argv: list[str], orig_argv: list[str]) -> bool:
-    """Whether this process is ``conam`` or ``python -m conam_zoo``, and not somebody else's program.
+    """Whether this process is ``conam``, ``python -m conam_zoo`` or our ``experiments``, and no program of others.
 
     Args:
         argv: ``sys.argv``.
@@ -36,9 +36,15 @@ def is_our_command(argv: list[str], orig_argv: list[str]) -> bool:
     """
     program = argv[0] if argv else ""
     if program == "-m":
-        return orig_argv[orig_argv.index("-m") + 1 :][:1] == ["conam_zoo"] if "-m" in orig_argv else False
+        module = "".join(orig_argv[orig_argv.index("-m") + 1 :][:1]) if "-m" in orig_argv else ""
+        return module == "conam_zoo" or (module == "experiments" and _is_beside_us(module))
     path = Path(program)
     return path.stem == "conam" or path.parts[-2:] == ("conam_zoo", "__main__.py")
+
+
+def _is_beside_us(package: str) -> bool:
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return file is not None and Path(file).resolve().parents[1] == Path(__file__).resolve().parents[1]
 
 
 def begin_command() -> None:

@@ -369,6 +369,14 @@ def test_starts_close_to_the_identity() -> None:
     torch.testing.assert_close(confidence, torch.full((4, 4, 4), 1 / 16), rtol=0.2, atol=0)
 
 
+def test_whole_numbers_of_numpy_are_sizes() -> None:
+    attention = ConAM(np.int64(6), np.uint8(4), np.int32(3))
+    sizes = (attention.channels, attention.patch_size, attention.hidden_channels)
+    assert sizes == (6, 4, 3)
+    assert {type(size) for size in sizes} == {int}
+    assert attention(noise(1, 6, 8, 8)).shape == (1, 6, 8, 8)
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.0, "8", True])
 @pytest.mark.parametrize("argument", ["channels", "patch_size", "hidden_channels"])
 def test_bad_sizes_are_refused(argument: str, value: Any) -> None:

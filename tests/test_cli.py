@@ -1,5 +1,6 @@
 """The ``conam`` command: what a person types, what comes back, and one sentence for what is wrong."""
 
+import importlib.metadata
 import json
 import re
 from importlib.metadata import version
@@ -93,6 +94,14 @@ def test_the_version_is_that_of_the_package(conam) -> None:
     assert conam("--version") == (0, f"conam {version('conam-zoo')}\n", "")
 
 
+def test_the_version_of_a_checkout_that_is_not_installed_is_unknown(conam, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", nothing)
+    assert conam("--version") == (0, "conam unknown (not installed)\n", "")
+
+
 def test_json_without_a_file_prints(conam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = conam("list", "--json", "-")
     assert conam("list", "--json") == printed
@@ -147,6 +156,8 @@ def test_a_home_of_nobody_is_one_sentence(
 
 def test_fine_tuning_checks_its_settings_before_it_looks_for_data(conam, tmp_path: Path) -> None:
     for setting, sentence in (
+        ("opt=nonsense", "timm has no optimiser 'nonsense'"),
+        ("opt=fusedadam", "The optimiser fusedadam cannot be used here"),
         ("momentum=-1", "The setting momentum is -1.0, which is out of its range"),
         ("min_lr=nan", "The setting min_lr is nan, which is out of its range"),
         ("seed=99999999999999999999999", "The setting seed is 99999999999999999999999, which is out of its range"),
@@ -180,6 +191,31 @@ BAD = {
         ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "opt=sgdx"],
         "no optimiser 'sgdx'",
     ),
+    "optimiser for a GPU alone": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "opt=fusedadam"],
+        "The optimiser fusedadam cannot be used here",
+    ),
+    "optimiser of a second pass": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "opt=adahessian"],
+        "The optimiser adahessian cannot be used here",
+    ),
+    "channels that images have not": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "model_args={in_chans=1}"],
+        "in_chans = 1, but images are read with 3",
+    ),
+    "no pooling": (
+        [
+            "train",
+            "resnet20_conam.cifar10",
+            "--data",
+            "DATA",
+            "--output",
+            "OUT",
+            "--set",
+            "model_args={global_pool=''}",
+        ],
+        "there is no classifier",
+    ),
     "unknown model in a setting": (
         ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "OUT", "--set", "model=resnet20"],
         "did you mean resnet20_conam",
@@ -197,6 +233,16 @@ BAD = {
         ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "/dev/null/run"],
         "cannot be written",
     ),
+    "verify a home of nobody": (["verify", "--mirror", "~nobody-at-all/m"], "a home folder that does not exist"),
+    "mirror into a home of nobody": (["mirror", "~nobody-at-all/m"], "a home folder that does not exist"),
+    "evaluate in a home of nobody": (
+        ["evaluate", "MODEL", "--data", "~nobody-at-all/m"],
+        "a home folder that does not",
+    ),
+    "links in a circle": (
+        ["train", "resnet20_conam.cifar10", "--data", "DATA", "--output", "LOOP"],
+        "its links lead in a circle",
+    ),
     "unwritable picture": (["predict", "MODEL", "PHOTO", "--output", "/dev/null/x.png"], "cannot be written"),
     "unknown picture format": (["predict", "MODEL", "PHOTO", "--output", "OUT.xyz"], "cannot be written"),
     "unwritable json": (["list", "--json", "/dev/null/x.json"], "cannot be written"),
@@ -212,7 +258,9 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(
 ) -> None:
     (tmp_path / "text.png").write_text("no picture")
     three = write_arrays(tmp_path / "three", ("ant", "bee", "cow"), {"test": 3})
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     places = {
+        "LOOP": tmp_path / "loop",
         "THREE": three,
         "PHOTO": photo,
         "MODEL": f"local-dir:{trained[0] / 'final'}",

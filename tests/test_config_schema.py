@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,13 @@ WRONG = {
     "one channel": into("model_args", in_chans=1),
     "crop_pct 0": into("pretrained_cfg", crop_pct=0),
     "crop_pct infinite": into("pretrained_cfg", crop_pct=float("inf")),
+    "crop_pct that asks for a picture of 10^9 pixels": into("pretrained_cfg", crop_pct=1e-3),
+    "test_crop_pct too small": into("pretrained_cfg", test_crop_pct=1e-300),
+    "fixed input": into("pretrained_cfg", fixed_input_size=True),
+    "interpolation of training": into("pretrained_cfg", interpolation="random"),
+    "no pooling before the classes": into("model_args", global_pool=""),
+    "poolings disagree": into("", global_pool="max"),
+    "channels of the attention": into("model_args", attn_args={"channels": 4}),
     "interpolation": into("pretrained_cfg", interpolation="wobbly"),
     "classes as text": into("", num_classes="10"),
     "classes beyond reason": into("", num_classes=10**9),
@@ -135,6 +143,21 @@ def test_what_is_no_config_is_one_sentence(text: str, folder: Path) -> None:
     with pytest.raises(WeightsError, match=r"config\.json") as refused:
         open_model(f"local-dir:{folder}")
     assert_one_sentence(str(refused.value))
+
+
+def test_what_is_nested_deeply_within_the_layout_is_one_sentence(folder: Path) -> None:
+    deep = '{"a": ' * 900 + "1" + "}" * 900
+    text = (folder / "config.json").read_text().replace('"model_args": {', f'"model_args": {{"attn_args": {deep}, ')
+    (folder / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match="nested too deeply") as refused:
+        open_model(f"local-dir:{folder}")
+    assert_one_sentence(str(refused.value))
+
+
+def test_a_file_beyond_all_weights_is_not_read(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 10**12)
+    with pytest.raises(WeightsError, match="has more than 2147483648 bytes"):
+        open_model(f"local-dir:{folder}")
 
 
 def test_timm_itself_is_held_to_it(folder: Path) -> None:

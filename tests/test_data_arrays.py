@@ -170,6 +170,8 @@ def test_classes_txt_is_one_name_a_line(tmp_path: Path) -> None:
         (b"ant\n\ncow\n", "has no name for class 1"),
         (b"ant\n\xff\ncow\n", "cannot be read as UTF-8"),
         (b"ant\nbee\n", "there are 2 classes"),
+        (b"ant\n" * 2**21, "has more than 4,194,304 letters"),
+        ("ant\u2028bee\ncow".encode(), "there are 2 classes"),
     ):
         (tmp_path / "classes.txt").write_bytes(content)
         with pytest.raises(UserError, match=sentence):
@@ -188,9 +190,9 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
         find_sources(tmp_path / "set.npz")
 
 
-@pytest.mark.parametrize("path", ["~nobody-at-all/data", "x" * 300, "x/" * 3000])
+@pytest.mark.parametrize("path", ["~nobody-at-all/data", "x" * 300, "x/" * 3000, "a\0b", ""])
 def test_paths_that_cannot_be_are_refused(path: str) -> None:
-    with pytest.raises(UserError, match=r"home folder that does not exist|the name is too long"):
+    with pytest.raises(UserError, match=r"home folder that does not exist|the name is too long|empty or holds a zero"):
         open_images(path)
 
 

@@ -70,6 +70,10 @@ def test_digits_are_learnt_and_the_run_folder_is_whole(finished: tuple[Path, Pat
     assert facts["classes"] == {"0": 14, "1": 14, "2": 14}
     assert facts["scores"]["top1_percent"] == pytest.approx(report["top1_percent"])
     assert facts["recipe"]["flip"] is False
+    log = (run / "log.csv").read_text().splitlines()
+    columns = [number for number, name in enumerate(log[0].split(",")) if name.startswith("liveness ")]
+    assert len(columns) == 3
+    assert all(float(row.split(",")[column]) >= 0 for row in log[1:] for column in columns)
 
 
 def test_the_weights_load_through_timm_and_carry_what_a_user_needs(finished: tuple[Path, Path, dict]) -> None:
@@ -240,6 +244,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
         ({"settings": ["teacher=resnet20_conam"]}, "fine-tuning has none: learn from a teacher with conam distill"),
         ({"freeze": "everything"}, "no layer 'everything'"),
         ({"image_size": 30}, "multiple of 8"),
+        ({"image_size": 100_000}, "The image size is 100000, but it must be a multiple of 8 up to 1024"),
         ({"settings": ["model_args={drop=1}"]}, "model_args has 'drop', which no model takes"),
         ({"settings": ["model_args={num_classes=4}"]}, "holds num_classes"),
         ({"layer_decay": 0.0}, "layer decay is 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,25 @@ def test_verify_tells_good_missing_and_wrong_in_a_mirror(checkout: Path, tmp_pat
     assert verify(NAMES[1])[0] == 0
     (tmp_path / "mirror" / NAMES[1] / "model.safetensors").write_bytes(b"wrong")
     assert verify(NAMES[1]) == (1, {NAMES[1]: "wrong"})
+
+
+def test_verify_names_the_sites_whose_confidences_are_even(checkout: Path, conam, monkeypatch) -> None:
+    alive = {"layer1.0.attn": 0.001, "layer2.0.attn": 0.5, "layer3.0.attn": 0.019}
+    entries = {NAMES[0]: replace(weights.load_manifest().entries[NAMES[0]], liveness=alive)}
+    monkeypatch.setattr(weights, "load_manifest", lambda path=None: Manifest(entries, None))
+    _, out, _ = conam("verify", NAMES[0])
+    assert f"{NAMES[0]}: ConAM gives all patches the same confidence at layer1.0.attn, layer3.0.attn\n" in out
+    _, out, _ = conam("verify", NAMES[0], "--json")
+    assert {tuple(row["even_sites"]) for row in json.loads(out)} == {("layer1.0.attn", "layer3.0.attn")}
+
+
+def test_a_mirror_or_a_cache_in_a_home_of_nobody_is_one_sentence(checkout: Path, conam, monkeypatch) -> None:
+    entry = weights.load_manifest().entries[NAMES[0]]
+    published = replace(entry, revision="0" * 40)
+    monkeypatch.setattr(hub, "find_checkout", lambda: None)
+    with pytest.raises(WeightsError, match="a home folder that does not exist"):
+        find_verified(published, cache_dir="~nobody-at-all/cache", namespace="somebody")
+    monkeypatch.setenv("CONAM_ZOO_MIRROR", "~nobody-at-all/mirror")
+    code, _, err = conam("verify")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "~nobody-at-all/mirror begins with a home folder that does not exist" in err

@@ -616,3 +616,9 @@ def test_whole_numbers_of_numpy_are_whole_numbers(number: int, tmp_path: Path) -
     for wrong in (7.0, True, -1):
         with pytest.raises(ValueError, match="must be a whole number"):
             timm.create_model("resnet20_conam", num_classes=wrong)
+    patched = timm.create_model("resnet20_conam", patch_sizes=np.array([8, 4, 2]), in_chans=np.int64(1))
+    assert patched.patch_sizes == (8, 4, 2)
+    assert {type(size) for size in (*patched.patch_sizes, patched.in_chans)} == {int}
+    for chans in (0, 2.5, True):
+        with pytest.raises(ValueError, match=r"in_chans is .* must be a positive whole number"):
+            timm.create_model("resnet20_conam", in_chans=chans)

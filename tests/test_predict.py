@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,30 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(conam: Command, 
     assert "broken.png" in err
     assert "missing.png" in err
     assert (tmp_path / "out.png").is_file()
+
+
+@pytest.mark.parametrize("command", ["predict", "explain"])
+def test_a_picture_that_cannot_even_be_asked_for_does_not_stop_the_others(
+    conam: Command, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    paths = [tmp_path / "loop.png", tmp_path / ("x" * 300), PHOTOS / "dog.jpg"]
+    code, out, err = conam(command, MODEL, *paths, "--output", tmp_path / "out.png", "--json", "-")
+    assert (code, [top_of(row) for row in json.loads(out)]) == (1, ["dog"])
+    assert "its links lead in a circle" in err
+    assert "the name is too long" in err
+
+
+@pytest.mark.parametrize("kind", ["closed", "folder"])
+def test_standard_input_that_is_none_is_one_sentence(conam: Command, tmp_path: Path, monkeypatch, kind: str) -> None:
+    class Folder(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            raise IsADirectoryError(21, "Is a directory")
+
+    monkeypatch.setattr(sys, "stdin", None if kind == "closed" else SimpleNamespace(buffer=Folder()))
+    code, _, err = conam("predict", MODEL, "-")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "Standard input is closed or a folder" in err
 
 
 def test_where_no_picture_can_be_read_nothing_is_written(conam: Command, tmp_path: Path) -> None:

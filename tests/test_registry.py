@@ -142,6 +142,12 @@ def test_unknown_arguments_are_refused(name: str, arguments: dict[str, Any], rem
         timm.create_model("resnet20_conam", device="meta", attn_layer=name, attn_args=arguments)
 
 
+@pytest.mark.parametrize("name", ["channels", "patch_size", "device", "dtype", "name"])
+def test_arguments_that_the_net_gives_itself_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^attn_args is \{{'{name}': 1\}}, but it must hold no more than hidden"):
+        timm.create_model("resnet20_conam", device="meta", attn_args={name: 1})
+
+
 def test_arguments_reach_the_factory() -> None:
     net = timm.create_model("resnet20_conam", device="meta", attn_args={"hidden_channels": 5})
     assert {m.hidden_channels for m in net.modules() if isinstance(m, conam_zoo.ConAM)} == {5}

@@ -40,12 +40,19 @@ def conam_process(
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
 
 
-MODULE, FROM_SCRIPT = ("-m", "conam_zoo"), ("-c", SCRIPT)
+MODULE, EXPERIMENTS, FROM_SCRIPT = ("-m", "conam_zoo"), ("-m", "experiments"), ("-c", SCRIPT)
 
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [(MODULE, "torch"), (MODULE, "timm.models"), (MODULE, "conam_zoo.cli.zoo"), (FROM_SCRIPT, "torch.nn")],
+    [
+        (MODULE, "torch"),
+        (MODULE, "timm.models"),
+        (EXPERIMENTS, "torch"),
+        (EXPERIMENTS, "experiments.speed.commands"),
+        (MODULE, "conam_zoo.cli.zoo"),
+        (FROM_SCRIPT, "torch.nn"),
+    ],
 )
 def test_ctrl_c_during_an_import_is_exit_code_130_alone(command: tuple[str, ...], module: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(IMPORTED.format(module=module))
@@ -62,6 +69,12 @@ def test_ctrl_c_after_a_while_is_exit_code_130_alone(seconds: float, tmp_path: P
 
 
 def test_other_programs_keep_their_handler(tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "__init__.py").touch()
+    lines = "import signal, conam_zoo\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    (tmp_path / "experiments" / "__main__.py").write_text(lines)
+    done = conam_process(command=EXPERIMENTS, path=tmp_path)
+    assert done.stdout == "True\n"
     code = "import signal, conam_zoo; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = conam_process(command=("-c", code))
     assert done.stdout == "True\n"
@@ -70,6 +83,7 @@ def test_other_programs_keep_their_handler(tmp_path: Path) -> None:
     assert is_our_command(["/x/conam_zoo/__main__.py", "list"], [])
     assert not is_our_command(["-m"], ["python", "-m", "pytest", "conam_zoo"])
     assert not is_our_command(["-c"], ["python", "-c", "import conam_zoo"])
+    assert not is_our_command(["-m"], ["python", "-m"])
     assert not is_our_command(["train.py"], ["python", "train.py", "-m", "conam_zoo"])
     assert not is_our_command(["/x/torch/__main__.py"], [])
     assert not is_our_command([], [])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -294,8 +295,10 @@ def test_bad_settings_are_refused_in_a_sentence(setting: str, sentence: str) -> 
 
 def test_settings_replace_values_and_unknown_recipes_are_refused(tmp_path: Path) -> None:
     assert load_recipe("resnet20_conam.cifar10", ["lr=1", "opt=adamw"]).lr == 1.0
-    with pytest.raises(UserError, match="There is no recipe 'nonsense'"):
+    with pytest.raises(UserError, match=r"There is no recipe 'nonsense': did you mean resnet20_conam\.cifar10\?"):
         load_recipe("nonsense")
+    with pytest.raises(UserError, match=r"There is no recipe 'wide_resnet16_4': did you mean wide_resnet16_4_conam\."):
+        load_recipe("wide_resnet16_4")
     (tmp_path / "mine.toml").write_text("epochs = ")
     with pytest.raises(UserError, match="not valid TOML"):
         load_recipe(str(tmp_path / "mine.toml"))
@@ -497,5 +500,15 @@ def test_an_unknown_setting_gets_the_nearest_names_and_a_broken_recipe_a_sentenc
     (tmp_path / "latin.toml").write_bytes("model = 'é'".encode("latin-1"))
     with pytest.raises(UserError, match="cannot be read"):
         load_recipe(str(tmp_path / "latin.toml"))
+    (tmp_path / "huge.toml").touch()
+    os.truncate(tmp_path / "huge.toml", 10**11)
+    with pytest.raises(UserError, match="has more than"):
+        load_recipe(str(tmp_path / "huge.toml"))
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UserError, match="a pipe, a device or a socket"):
+        load_recipe(str(tmp_path / "pipe.toml"))
+    whole = load_recipe("resnet20_conam.cifar10")
+    (tmp_path / "marked.toml").write_text(whole.to_toml(), encoding="utf-8-sig")
+    assert load_recipe(str(tmp_path / "marked.toml")) == whole
     with pytest.raises(UserError, match="nested too deeply"):
         load_recipe("resnet20_conam.cifar10", ["model_args=" + "[" * 5000 + "]" * 5000])

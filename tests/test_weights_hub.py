@@ -179,6 +179,14 @@ def test_the_right_file_is_read(tmp_path: Path, entry: WeightEntry, data: bytes)
     assert all(torch.equal(read[key], value) for key, value in tensors().items())
 
 
+def test_a_file_beyond_all_weights_is_not_even_hashed(tmp_path: Path, entry: WeightEntry) -> None:
+    path = put(tmp_path / "model.safetensors", b"")
+    os.truncate(path, 10**12)
+    with pytest.raises(WrongWeightsError, match="has 1000000000000 bytes, more than any weights") as refused:
+        read_verified(path, entry)
+    assert_one_sentence(str(refused.value))
+
+
 @pytest.mark.parametrize("change", ["one bit", "longer", "shorter", "empty", "much longer"])
 def test_a_wrong_file_is_refused_with_both_hashes(tmp_path: Path, entry: WeightEntry, data: bytes, change: str) -> None:
     wrong = {

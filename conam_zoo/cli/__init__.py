@@ -108,6 +108,7 @@ class _PlainFormatter(logging.Formatter):
 def _silence_libraries() -> None:
     """Keep off the terminal what is of no use to somebody who trains or measures."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of PyTorch's profiler, which tells that there is no GPU
+    logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)  # that a training has a single step
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # the same of torch.compile
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +37,11 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console().print(f"conam {version('conam-zoo')}")
+        try:
+            number = version("conam-zoo")
+        except PackageNotFoundError:  # a checkout on PYTHONPATH
+            number = "unknown (not installed)"
+        console().print(f"conam {number}")
         raise typer.Exit
 
 

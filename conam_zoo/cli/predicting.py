@@ -84,7 +84,10 @@ def predict(
     model: Model,
     images: Annotated[
         list[Path],
-        typer.Argument(help="Pictures (AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), folders, or - for standard input."),
+        typer.Argument(
+            readable=False,  # typer would refuse the whole command for one that is not
+            help="Pictures (AVIF, BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), folders, or - for standard input.",
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -134,7 +137,9 @@ def predict(
 )
 def explain(
     model: Model,
-    images: Annotated[list[Path], typer.Argument(help="Pictures, shown in detail; or one folder of them.")],
+    images: Annotated[
+        list[Path], typer.Argument(readable=False, help="Pictures, shown in detail; or one folder of them.")
+    ],
     output: Annotated[
         Path,
         typer.Option(
@@ -211,7 +216,8 @@ def _sentence(e: "Explanation") -> str:
 def features(
     model: Model,
     images: Annotated[
-        list[Path], typer.Argument(help="Pictures, and folders, of which all pictures at any depth are taken.")
+        list[Path],
+        typer.Argument(readable=False, help="Pictures, and folders, of which all pictures at any depth are taken."),
     ],
     output: Annotated[Path, typer.Option(help="The .npz file: features (N, channels) as float32, and names (N,).")],
 ) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from conam_zoo.cli._shared import Json, Model, app, console, json_only
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_rich
+from conam_zoo.inputs import expand_path
 
 
 @app.command(
@@ -60,7 +61,7 @@ def info(
     """Show what a model is: size, input, where its attention stands, and its weights."""
     from timm.models import split_model_name_tag
 
-    from conam_zoo.inputs import expand_path, refuse_overwriting
+    from conam_zoo.inputs import refuse_overwriting
     from conam_zoo.layers.confidence import has_confidence
     from conam_zoo.models.registry import count_params_and_macs, open_model
     from conam_zoo.weights import load_manifest
@@ -91,7 +92,7 @@ def info(
     weights = [e for n, e in sorted(entries.items()) if n == f"{name}.{tag}" or (not tag and e.arch == name)]
     facts["weights"] = {entry.name: _weight_facts(entry) for entry in weights}
     if model.startswith("local-dir:"):
-        facts["weights"] = {model: _folder_facts(Path(model.removeprefix("local-dir:")).expanduser())}
+        facts["weights"] = {model: _folder_facts(expand_path(model.removeprefix("local-dir:")))}
     if json_only(facts, json_file):
         return
     table = Table(box=None, show_header=False)
@@ -121,10 +122,11 @@ def verify(
     Of a mirror it is enough that it holds some of them, unless a model is named.
     """
     from conam_zoo.models.registry import check_model_name
+    from conam_zoo.release.card import even_sites
     from conam_zoo.weights import check_copies, load_manifest
 
     manifest = load_manifest()
-    mirror = mirror and mirror.expanduser()
+    mirror = mirror and expand_path(mirror)
     if model is not None:
         check_model_name(model)
     chosen = [e for n, e in sorted(manifest.entries.items()) if model is None or n == model or e.arch == model]
@@ -138,6 +140,7 @@ def verify(
             "status": copy.status,
             "path": copy.path and str(copy.path),
             "detail": copy.detail,
+            "even_sites": even_sites(entry),
         }
         for entry in chosen
         for copy in check_copies(entry, namespace=manifest.hub_namespace, mirror=mirror)
@@ -153,6 +156,9 @@ def verify(
             colour = {"good": "green", "wrong": "red", "missing": "dim"}[row["status"]]
             table.add_row(row["weights"], row["place"], for_rich(row["status"], colour), row["detail"])
         console().print(table)
+        for entry in chosen:
+            if even := even_sites(entry):
+                console().print(f"{entry.name}: ConAM gives all patches the same confidence at {', '.join(even)}")
     if failed:
         raise typer.Exit(1)
 
@@ -173,7 +179,7 @@ def mirror(
     if not chosen:
         raise UserError(f"No weights match {pattern!r}: 'conam list --pretrained' shows those that there are.")
     for entry in chosen:
-        path, written = fill_mirror(entry, directory.expanduser(), namespace=manifest.hub_namespace)
+        path, written = fill_mirror(entry, expand_path(directory), namespace=manifest.hub_namespace)
         console().print(f"{'written' if written else 'is there'}: {path}")
 
 

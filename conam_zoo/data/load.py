@@ -27,10 +27,11 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.inputs import expand_path, status
 
-__all__ = ["ImageData", "find_sources", "open_images", "read_split"]
+__all__ = ["ImageData", "check_image_size", "find_sources", "open_images", "read_split"]
 
 SMALL_SIDE = 48  # up to this median side, 32 px are taken: CIFAR's size, at which the weights were trained
 SIZES = (32, 64)
+LARGEST_SIDE = 1024  # pixels, of what a model folder may state
 NAMED_IN_MESSAGES = 3
 
 
@@ -189,6 +190,18 @@ def _of_one_size(source: LazyImages) -> tuple[LazyImages, int]:
     return (source if isinstance(source.read, ArrayReader) and width == height else replace(source, read=read)), width
 
 
+def check_image_size(image_size: int | None) -> None:
+    """Refuse a side that images cannot be resized to; None is the choice by their own size.
+
+    Raises:
+        UserError: If it is no multiple of 8 from 8 to 1024.
+    """
+    if image_size is not None and (not 8 <= image_size <= LARGEST_SIDE or image_size % 8):
+        raise UserError(
+            f"The image size is {image_size}, but it must be a multiple of 8 up to {LARGEST_SIDE}, such as 32 or 64."
+        )
+
+
 def open_images(
     data: str | Path,
     *,
@@ -218,8 +231,7 @@ def open_images(
     """
     if corrupt not in ("stop", "skip"):
         raise UserError(f"The choice for corrupt files is {corrupt!r}, but it must be 'stop' or 'skip'.")
-    if image_size is not None and (image_size < 8 or image_size % 8):
-        raise UserError(f"The image size is {image_size}, but it must be a multiple of 8, such as 32, 64 or 96.")
+    check_image_size(image_size)
     if not 0 <= val_share < 1:
         raise UserError(f"The share for validation is {val_share}, but it must lie in [0, 1).")
     sources = sources or find_sources(data)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
@@ -24,6 +25,7 @@ from conam_zoo.training.distributed import ranks
 from conam_zoo.training.evaluate import logits_on
 from conam_zoo.training.fit import fit
 from conam_zoo.training.recipe import Recipe, parse_settings, recipe_from_dict
+from conam_zoo.training.train import MONITORED_IMAGES
 from conam_zoo.training.train_state import batch_settings
 
 __all__ = [
@@ -200,6 +202,14 @@ def _statistics(train: ImageSplit | LazyImages, size: int) -> tuple[tuple[float,
     return pixel_statistics(read_source(train.select(some.numpy()), size)[0].images)
 
 
+def _monitored(train: ImageSplit | LazyImages, size: int) -> ImageSplit:
+    """The training images that liveness is measured on: as many pixels as of 256 images of 32 px, at least 8 images."""
+    count = min(len(train), max(8, MONITORED_IMAGES * 32**2 // size**2))
+    if isinstance(train, ImageSplit):
+        return train.spread(count)
+    return read_source(train.select(np.arange(count) * len(train) // count), size)[0]
+
+
 def freeze_layers(model: StagedClassifier, freeze: str) -> int:
     """Take layers out of the training: their parameters stay, and their batch norms keep their statistics.
 
@@ -295,7 +305,15 @@ def train_on(
         )
     with redirect_stdout(io.StringIO()) if quiet else nullcontext():
         result = fit(
-            model, recipe, batches, output, holdout=data.val, param_groups=groups, resume=resume, record=record or {}
+            model,
+            recipe,
+            batches,
+            output,
+            holdout=data.val,
+            monitor=_monitored(data.train, data.image_size),
+            param_groups=groups,
+            resume=resume,
+            record=record or {},
         )
     final = result.final.eval()
     mirrored = replace(report_on, images=report_on.images.flip(2))

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from conam_zoo.data import ImageData, open_images
 from conam_zoo.data.dataset import data_sha256, image_hashes
+from conam_zoo.data.load import check_image_size
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole, for_shell
 from conam_zoo.files import write_atomically, write_text
@@ -31,6 +32,7 @@ from conam_zoo.training.evaluate import TRAINED_ON
 from conam_zoo.training.hardware import describe_environment, precision_on
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import check_free, hold
+from conam_zoo.training.train_state import check_optimizer
 
 __all__ = ["finetune"]
 
@@ -117,7 +119,8 @@ def finetune(
             seed=seed,
         )
 
-    recipe_for(image_size or 32, 1_000)  # what is refused is refused before any image is read
+    check_image_size(image_size)
+    check_optimizer(recipe_for(image_size or 32, 1_000))  # what is refused is refused before any image is read
     check_layer_decay(layer_decay)
     freeze_layers(open_model(model, pretrained=False), freeze)
     environment = describe_environment()

@@ -25,6 +25,9 @@ What is this project's own, because the paper is silent:
   dot product of huge activations stay finite in float32; no value below that is touched.
 """
 
+from numbers import Integral
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,10 +111,11 @@ class ConAM(nn.Module):
         """
         super().__init__()
         hidden_channels = channels if hidden_channels is None else hidden_channels
-        sizes = {"channels": channels, "patch_size": patch_size, "hidden_channels": hidden_channels}
+        sizes: dict[str, Any] = {"channels": channels, "patch_size": patch_size, "hidden_channels": hidden_channels}
         for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"ConAM: {name} is {value!r}, but it must be a positive integer.")
+        channels, patch_size, hidden_channels = map(int, sizes.values())  # NumPy's whole numbers are such, too
         self.channels = channels
         self.patch_size = patch_size
         self.hidden_channels = hidden_channels

@@ -1,7 +1,7 @@
 """The attentions by name: the one list of them, which ``register_attention`` adds to."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from conam_zoo.layers.simam import SimAM
 __all__ = ["TIMM_LAYERS", "attention_names", "create_attention", "register_attention"]
 
 TIMM_LAYERS = ("se", "eca", "cbam", "gc", "coord")
+
+GIVEN = ("channels", "patch_size", "device", "dtype")  # what the net gives every factory
 
 FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 
@@ -57,8 +59,8 @@ def register_attention(name: str, factory: Callable[..., nn.Module]) -> None:
     FACTORIES[name] = factory
 
 
-def check_attention(name: str) -> None:
-    """Refuse a name that is not registered.
+def check_attention(name: str, attn_args: Mapping[str, Any] | None = None) -> None:
+    """Refuse a name that is not registered, and arguments that the net gives itself.
 
     Raises:
         ValueError: Naming those that are.
@@ -69,6 +71,8 @@ def check_attention(name: str) -> None:
             "your own with conam_zoo.register_attention before the net is made, and the forms of the ablation with "
             "'import experiments'."
         )
+    if attn_args and not {"name", *GIVEN}.isdisjoint(attn_args):
+        _refuse_arguments(name, dict(attn_args))
 
 
 def create_attention(
@@ -118,7 +122,7 @@ def _refuse_arguments(name: str, attn_args: dict[str, Any]) -> None:
 def _argument_names(name: str) -> list[str]:
     parameters = inspect.signature(FACTORIES[name]).parameters if name in FACTORIES else {}
     named = (p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD)
-    return [name for name in named if name not in ("channels", "patch_size", "device", "dtype")]
+    return [name for name in named if name not in GIVEN]
 
 
 def _timm_layer(name: str) -> Callable[..., nn.Module]:

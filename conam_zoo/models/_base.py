@@ -23,6 +23,10 @@ ATTENTION_PLACEMENTS = ("stage", "block")
 ATTENTION_SITES = ("before_first_conv", "after_last_norm")
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+
+
 class AttendedBlock(nn.Module):
     """A block whose first convolution, ``conv1``, may stand behind its attention, ``attn``.
 
@@ -96,25 +100,26 @@ class StagedClassifier(nn.Module):
         attn_site: str = "before_first_conv",
     ) -> None:
         super().__init__()
-        given: object = num_classes
-        if not isinstance(given, Integral) or isinstance(given, bool) or num_classes < 0:
+        if not _is_whole(num_classes):
             raise ValueError(f"num_classes is {num_classes!r}, but it must be a whole number, 0 for no classifier.")
-        check_attention(attn_layer)
+        if not _is_whole(in_chans) or in_chans < 1:
+            raise ValueError(f"in_chans is {in_chans!r}, but it must be a positive whole number.")
+        check_attention(attn_layer, attn_args)
         _check_choice("attn_placement", attn_placement, ATTENTION_PLACEMENTS)
         _check_choice("attn_site", attn_site, ATTENTION_SITES)
         sizes = tuple(patch_sizes)
-        if len(sizes) != num_stages or any(not isinstance(size, int) or size < 0 for size in sizes):
+        if len(sizes) != num_stages or not all(map(_is_whole, sizes)):
             raise ValueError(
                 f"patch_sizes is {sizes!r}, but it must hold one patch side in pixels (0 for none) "
                 f"for each of the {num_stages} stages."
             )
         self.attn_layer = attn_layer
         self.attn_placement = attn_placement
-        self.patch_sizes = sizes
+        self.patch_sizes = tuple(map(int, sizes))
         self.attn_args = dict(attn_args or {})
         self.attn_site = attn_site
         self.num_classes = int(num_classes)  # NumPy's whole numbers are such, too
-        self.in_chans = in_chans
+        self.in_chans = int(in_chans)
         self.grad_checkpointing = False
         if attn_layer == "none":
             create_attention("none", 1, 1, **self.attn_args)  # refuses arguments

@@ -17,6 +17,7 @@ __all__ = ["check_model_args", "check_patch_sizes", "load_config"]
 
 LARGEST_SIDE = 1024  # pixels
 LARGEST_COUNT = 1 << 16  # classes
+UNPOOLED = "global_pool is '', with which there is no classifier"
 
 _TEXT = {"type": "string", "maxLength": 2000}
 _SHORT = {"type": "string", "pattern": r"^[A-Za-z0-9_]{0,40}\Z"}
@@ -24,7 +25,7 @@ _CLASSES = {"type": "integer", "minimum": 0, "maximum": LARGEST_COUNT}
 _CHANNELS = {"type": "integer", "minimum": 1, "maximum": 64}
 _RATE = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
 _SIDE = {"type": "integer", "minimum": 1, "maximum": LARGEST_SIDE}
-_CROP = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_CROP = {"type": "number", "minimum": 0.25, "maximum": 1}  # pictures are resized to a side of input_size / crop_pct
 _SIZE = {"type": "array", "prefixItems": [_CHANNELS, _SIDE, _SIDE], "minItems": 3, "maxItems": 3}
 _LABELS = {"type": "array", "items": _TEXT, "maxItems": LARGEST_COUNT}
 _POOL = {"enum": ["", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"]}
@@ -69,8 +70,8 @@ PRETRAINED_CFG = _object(
         "input_size": _SIZE,
         "test_input_size": _or_null(_SIZE),
         "min_input_size": _or_null(_SIZE),
-        "fixed_input_size": {"type": "boolean"},
-        "interpolation": {"enum": ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"]},
+        "fixed_input_size": {"const": False},
+        "interpolation": {"enum": ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]},
         "crop_pct": _CROP,
         "test_crop_pct": _or_null(_CROP),
         "crop_mode": {"enum": ["center", "squash", "border"]},
@@ -117,7 +118,10 @@ def load_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = read_config(path)
-    said = _first_error(config, CONFIG) or _contradiction(config)
+    try:
+        said = _first_error(config, CONFIG) or _contradiction(config)
+    except RecursionError:
+        said = "it is nested too deeply"
     if said:
         raise WeightsError(f"{path} is refused, {said}: copy the folder again, or mend it there.")
     return config
@@ -132,7 +136,10 @@ def check_model_args(arguments: Mapping[str, Any], what: str) -> None:
     known = MODEL_ARGS["properties"]
     if unknown := [key for key in arguments if key not in known]:
         raise UserError(f"{what} has {unknown[0]!r}, which no model takes: it knows {', '.join(known)}.")
-    if said := _first_error(dict(arguments), MODEL_ARGS):
+    said = _first_error(dict(arguments), MODEL_ARGS)
+    if not said and not arguments.get("global_pool", "avg"):
+        said = UNPOOLED
+    if said:
         raise UserError(f"{what} is refused, {said}: it knows {', '.join(known)}.")
 
 
@@ -194,6 +201,10 @@ def _contradiction(config: Mapping[str, Any]) -> str:
     for names in (config.get("label_names"), cfg.get("label_names")):
         if names is not None and counts and len(names) not in (0, *counts):
             return f"label_names has {len(names)} names for {min(counts)} classes"
+    if max(counts, default=0) > 0 and not args.get("global_pool", "avg"):
+        return UNPOOLED
+    if config.get("global_pool", "avg") != args.get("global_pool", config.get("global_pool", "avg")):
+        return f"global_pool is {config['global_pool']!r} and {args['global_pool']!r} in it"
     channels = args.get("in_chans", cfg.get("input_size", (3,))[0])
     for key in ("mean", "std"):
         if key in cfg and len(cfg[key]) != channels:

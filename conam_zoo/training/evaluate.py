@@ -16,7 +16,7 @@ from conam_zoo.data.dataset import LazyImages, image_hashes, read_source
 from conam_zoo.data.load import find_sources
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
-from conam_zoo.inputs import check_suffix
+from conam_zoo.inputs import check_suffix, expand_path
 from conam_zoo.models import StagedClassifier
 from conam_zoo.training.engine import predict_logits, score
 from conam_zoo.weights import Metrics
@@ -58,7 +58,7 @@ class Evaluation:
 
 def run_folder_of(name: str) -> Path | None:
     """The run folder that the weights of a model ``local-dir:RUN/final`` lie in, if it is still there."""
-    folder = Path(name.removeprefix("local-dir:")).expanduser().resolve().parent
+    folder = expand_path(name.removeprefix("local-dir:")).resolve().parent
     return folder if name.startswith("local-dir:") and (folder / "run.json").is_file() else None
 
 
@@ -149,7 +149,7 @@ def _trained_on(run: Path) -> np.ndarray | None:
 
 
 def _root(data: str | Path, dataset: str | None) -> str | Path:
-    path = Path(data).expanduser()
+    path = expand_path(data)
     if not path.exists():
         if "/" in str(data)[:1] or isinstance(data, Path):
             raise UserError(f"The data folder {path} does not exist: pass a folder of images or arrays.")

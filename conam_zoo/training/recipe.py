@@ -6,10 +6,11 @@ import math
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from conam_zoo.errors import UserError
+from conam_zoo.inputs import check_file, expand_path
+from conam_zoo.weights.verify import LARGEST_TEXT_BYTES, read_file
 
 __all__ = ["Recipe", "list_recipes", "load_recipe", "parse_settings", "recipe_from_dict"]
 
@@ -131,15 +132,16 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     packaged = resources.files("conam_zoo.training") / "recipes" / f"{name}.toml"
     if name in list_recipes():
         text = packaged.read_text()
-    elif name.endswith(".toml") and Path(name).is_file():
+    elif name.endswith(".toml"):
+        path = expand_path(name)
+        check_file(path, "recipe file")
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            text = read_file(path, LARGEST_TEXT_BYTES).decode("utf-8-sig")  # editors of Windows begin with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"The recipe {name} cannot be read ({error}): check the file.") from error
     else:
-        raise UserError(
-            f"There is no recipe {name!r}: choose one of {', '.join(list_recipes())}, or name a .toml file."
-        )
+        near = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0.5) or ["resnet20_conam.cifar10"]
+        raise UserError(f"There is no recipe {name!r}: did you mean {' or '.join(near)}? Or name a .toml file.")
     try:
         values = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -225,6 +227,8 @@ def _checked(values: dict[str, Any], name: str) -> Recipe:
         elif key == "model_args" and not isinstance(value, dict):
             raise UserError(f"The setting model_args is {value!r}, but it must be a table such as {{drop_rate = 0.1}}.")
     check_model_args(values.get("model_args", {}), "The setting model_args")
+    if (channels := values.get("model_args", {}).get("in_chans", 3)) != 3:
+        raise UserError(f"The setting model_args has in_chans = {channels}, but images are read with 3: leave it out.")
     recipe = Recipe(**values)
     for key, (good, wanted) in _ranges(recipe).items():
         if not good:

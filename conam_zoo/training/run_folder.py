@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import clear_temporaries, make_folder, write_text
+from conam_zoo.inputs import status
 from conam_zoo.training.checkpoint import CHECKPOINT, has_checkpoint
 from conam_zoo.training.distributed import run_on_primary
 from conam_zoo.training.recipe import Recipe
@@ -54,7 +55,7 @@ def check_free(output: Path, resume: bool) -> None:
         UserError: If the folder holds a training and ``resume`` is False, or none and it is True; if it holds
             something else; or if another process is training in it.
     """
-    if output.exists() and not output.is_dir():
+    if status(output) is not None and not output.is_dir():
         raise UserError(f"{output} is no folder: choose another --output.")
     if (output / LOCK).exists():
         _acquire(output).release()

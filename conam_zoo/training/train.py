@@ -1,6 +1,5 @@
 """A whole training: from a recipe and a data folder to a run folder."""
 
-import difflib
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.optim import list_optimizers
 from torch import nn
 
 from conam_zoo.data import Batches, ImageSplit, create_loader, read_split
@@ -30,7 +28,7 @@ from conam_zoo.training.hardware import describe_environment, precision_on
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import check_free, hold, write_recipe, write_run
 from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, bank_facts
-from conam_zoo.training.train_state import batch_settings, images_per_batch
+from conam_zoo.training.train_state import batch_settings, check_optimizer, images_per_batch
 
 __all__ = ["MONITORED_IMAGES", "Assembly", "assemble", "export_run", "train"]
 
@@ -226,9 +224,7 @@ def _open_bank(folder: Path, recipe: Recipe, split: ImageSplit, cfg: dict[str, A
 def _check_names(recipe: Recipe) -> None:
     """Refuse a recipe that names a model, an optimiser or model arguments that do not exist."""
     check_model_name(f"{recipe.model}.{recipe.dataset}")
-    if recipe.opt not in list_optimizers():
-        near = difflib.get_close_matches(recipe.opt, list_optimizers(), n=3) or ["sgd", "adamw"]
-        raise UserError(f"timm has no optimiser {recipe.opt!r}: did you mean {' or '.join(near)}?")
+    check_optimizer(recipe)
     if "num_classes" in recipe.model_args:
         raise UserError("The setting model_args holds num_classes, but the classes are those of the data set.")
     with torch.device("meta"):

@@ -1,5 +1,6 @@
 """What a step of training changes, and how: net, loss, optimiser, schedule, moving average."""
 
+import difflib
 import inspect
 import math
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +24,27 @@ from conam_zoo.training.hardware import precision_on
 from conam_zoo.training.moving_average import MovingAverage
 from conam_zoo.training.recipe import Recipe
 
-__all__ = ["TrainState", "batch_settings", "images_per_batch"]
+__all__ = ["TrainState", "batch_settings", "check_optimizer", "images_per_batch"]
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Refuse an optimiser that timm does not know, or that cannot make a step here, for want of a GPU or otherwise.
+
+    Raises:
+        UserError: With what it lacks.
+    """
+    known = list_optimizers()
+    if recipe.opt not in known:
+        near = difflib.get_close_matches(recipe.opt, known, n=3) or ["sgd", "adamw"]
+        raise UserError(f"timm has no optimiser {recipe.opt!r}: did you mean {' or '.join(near)}?")
+    device = ranks().device
+    trial = nn.Linear(2, 2, device=device)
+    try:
+        optimizer = _optimizer(trial, recipe, None, device)
+        trial(torch.ones(1, 2, device=device)).sum().backward()
+        optimizer.step()
+    except Exception as error:  # whatever an optimiser raises without its library, its device or its second pass
+        raise UserError(f"The optimiser {recipe.opt} cannot be used here ({error}): choose sgd or adamw.") from error
 
 
 def images_per_batch(recipe: Recipe, here: Ranks) -> int:

@@ -167,7 +167,10 @@ def _read_each(
 
 def _read_standard_input() -> Image.Image:
     largest = 4 * MAX_PIXELS
-    content = sys.stdin.buffer.read(largest + 1)
+    try:
+        content = sys.stdin.buffer.read(largest + 1)
+    except (OSError, AttributeError) as error:  # sys.stdin is None where it is closed
+        raise UserError("Standard input is closed or a folder: pass a picture by a pipe or by < FILE.") from error
     if len(content) > largest:
         raise UserError(f"Standard input holds more than {largest / 1e6:,.0f} MB: pass a picture.")
     return decode_image(io.BytesIO(content), "standard input")

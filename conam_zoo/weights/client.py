@@ -22,7 +22,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from conam_zoo.weights.credentials import check_endpoint, redact, token_in_use
-from conam_zoo.weights.errors import HubError, WrongWeightsError, in_brief
+from conam_zoo.weights.errors import HubError, WrongWeightsError, expand_home, in_brief
 from conam_zoo.weights.manifest import REVISION_PATTERN
 
 __all__ = ["Announced", "ask_hub", "cache_folder", "cached_file", "call_with_timeout", "download", "is_intact"]
@@ -268,7 +268,7 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
     """The Hub cache: the one given, or the user's."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
+    return expand_home(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
 
 
 def cached_file(hub_id: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path | None:

@@ -1,8 +1,9 @@
 """What can go wrong with weights, in sentences."""
 
 import re
+from pathlib import Path
 
-__all__ = ["HubError", "WeightsError", "WrongWeightsError", "in_brief"]
+__all__ = ["HubError", "WeightsError", "WrongWeightsError", "expand_home", "in_brief"]
 
 
 class WeightsError(RuntimeError):
@@ -24,3 +25,15 @@ def in_brief(error: BaseException) -> str:
     if len(text) > 160:
         text = text[:157] + "..."
     return f"{type(error).__name__}: {text.rstrip('.')}" if text else type(error).__name__
+
+
+def expand_home(path: str | Path) -> Path:
+    """A path with ``~`` and ``~name`` replaced by the home folder.
+
+    Raises:
+        WeightsError: If there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise WeightsError(f"{path} begins with a home folder that does not exist: write the path out.") from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from conam_zoo.weights.client import ask_hub, cached_file, download, is_intact
 from conam_zoo.weights.credentials import redact, tells_secrets
-from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, in_brief
+from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, expand_home, in_brief
 from conam_zoo.weights.manifest import FILE_PATTERN, REVISION_PATTERN
 from conam_zoo.weights.verify import (
     LARGEST_TEXT_BYTES,
@@ -62,7 +62,7 @@ def read_folder(folder: Path) -> dict[str, "Tensor"]:
         WrongWeightsError: The weights are not those whose hash the folder's config.json states.
         WeightsError: A file is absent, unreadable, or not what its name says.
     """
-    folder = folder.expanduser()
+    folder = expand_home(folder)
     config = read_config(folder / "config.json")
     stated, path = config.get("sha256"), folder / weights_file(config, folder)
     try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from conam_zoo.weights.client import Announced, ask_hub, cache_folder, cached_file, download
 from conam_zoo.weights.credentials import tells_secrets
-from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, in_brief
+from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, expand_home, in_brief
 from conam_zoo.weights.manifest import WeightEntry, find_checkout
 from conam_zoo.weights.verify import (
     CopyStatus,
@@ -130,7 +130,7 @@ def _examine_places(
     """Mirror, checkout and cache, each looked at only when its turn comes."""
     set_mirror = os.environ.get(MIRROR_VARIABLE)
     if mirror is None and set_mirror:
-        mirror = Path(set_mirror).expanduser()
+        mirror = expand_home(set_mirror)
     if mirror is not None:
         yield examine_copy("mirror", mirror / entry.name / entry.file, entry)
     else:

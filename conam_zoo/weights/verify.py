@@ -102,8 +102,9 @@ def read_file(path: Path, largest_bytes: int) -> bytes:
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever
         raise OSError(f"{path.name} is not a file")
     with path.open("rb") as file:
-        data = file.read(min(os.fstat(file.fileno()).st_size, largest_bytes) + 1)
-    if len(data) > largest_bytes:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1) if size <= largest_bytes else b""
+    if max(size, len(data)) > largest_bytes:
         raise OSError(f"{path.name} has more than {largest_bytes} bytes")
     return data
 
@@ -175,6 +176,8 @@ def examine(place: Source, path: Path, entry: Described) -> tuple[CopyStatus, by
             # One byte more than the right file has, if there are so many: a wrong one is hashed without being held in
             # memory, and no size in a manifest is allocated.
             size_there = os.fstat(file.fileno()).st_size
+            if size_there > LARGEST_WEIGHTS_BYTES:
+                return CopyStatus(place, path, "wrong", f"{path} has {size_there} bytes, more than any weights"), None
             data = file.read(entry.size_bytes + 1) if size_there == entry.size_bytes else b""
             digest, size = hashlib.sha256(data), len(data)
             while chunk := file.read(_CHUNK_BYTES):

@@ -2,6 +2,7 @@
 
 import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from conam_zoo.inputs import check_file, status
 __all__ = ["array_source", "has_arrays", "npy_sources", "npz_sources"]
 
 SPLITS = ("train", "val", "test")
+LARGEST_TEXT = 1 << 22  # letters of a classes.txt
 MOST_CLASSES = 100_000  # without names: a label beyond is no class
 
 
@@ -130,10 +132,13 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     """One name a line, in label order."""
     check_file(path, "text file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(LARGEST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 ({error}): save it so, one class name a line.") from error
-    return _checked_names(lines, str(path))
+    if len(text) > LARGEST_TEXT:
+        raise UserError(f"{path} has more than {LARGEST_TEXT:,} letters: write one class name a line.")
+    return _checked_names(text.rstrip().split("\n"), str(path))
 
 
 def _checked_names(names: list[str], what: str) -> tuple[str, ...]:
@@ -141,7 +146,7 @@ def _checked_names(names: list[str], what: str) -> tuple[str, ...]:
     clean = tuple(unicodedata.normalize("NFC", name.strip()) for name in names)
     if "" in clean:
         raise UserError(f"{what} has no name for class {clean.index('')}: write one name a line, without empty lines.")
-    if twice := sorted({name for name in clean if clean.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(clean).items() if count > 1):
         raise UserError(f"{what} names {twice[0]} twice, but each class needs a name of its own: rename one.")
     return clean
 
