@@ -1,6 +1,7 @@
 """The command as a process: Ctrl-C at any moment, output that cannot be written, a working folder that is gone."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_other_programs_keep_their_handler(tmp_path: Path) -> None:
     (tmp_path / "experiments" / "__init__.py").touch()
     lines = "import signal, conam_zoo\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
     (tmp_path / "experiments" / "__main__.py").write_text(lines)
-    done = conam_process(command=EXPERIMENTS, path=tmp_path)
+    done = conam_process(command=EXPERIMENTS, path=tmp_path, shell=f'cd {shlex.quote(str(tmp_path))} && "$@"')
     assert done.stdout == "True\n"
     code = "import signal, conam_zoo; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = conam_process(command=("-c", code))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -400,6 +401,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str, says: str) -> None:
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="cannot be read"):
         load_manifest(tmp_path / "weights_manifest.json")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "too large"])
+def test_a_manifest_that_would_hang_or_fill_the_memory_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights_manifest.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 10**12)
+    with pytest.raises(ManifestError, match="cannot be read: it is no file, or has more than"):
+        load_manifest(path)
 
 
 def test_the_checkout_wins_over_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ ATTENTION_SITES = ("before_first_conv", "after_last_norm")
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 class AttendedBlock(nn.Module):

@@ -29,6 +29,7 @@ CODE_REPOSITORY_PATTERN = r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+"
 
 DTYPES = ("float16", "float32")
 ONNX_FILES = ("onnx/model.onnx", "onnx/model_int8.onnx")  # on the Hub alone, where transformers.js looks
+_LARGEST_BYTES = 16 << 20  # of a manifest
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ def _load_default() -> Manifest:
 
 def _load(path: Path) -> Manifest:
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > _LARGEST_BYTES):
+            raise OSError(f"it is no file, or has more than {_LARGEST_BYTES:,} bytes")
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"The manifest {path} cannot be read: {error}.") from error
