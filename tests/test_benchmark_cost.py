@@ -116,7 +116,7 @@ def test_a_fresh_process_answers_and_says_when_it_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "numbers_and_kills.py").write_text(
-        "import os\nfrom math import gcd, lcm\ndef kill_source():\n    os.kill(os.getppid(), 9)\n"
+        "import os\nfrom math import gcd, lcm\ndef kill_source():\n    os.kill(os.getppid(), 9)\n    os._exit(1)\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
     with FreshProcesses("numbers_and_kills") as processes:

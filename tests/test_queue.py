@@ -134,13 +134,17 @@ def test_a_signal_is_handed_on_and_ends_the_queue(
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
-    threading.Thread(target=interrupt, daemon=True).start()
-    jobs = _jobs(tmp_path, resnet32="", resnet44="")
-    assert run_queue(jobs, "data") == {jobs[0].name: "stopped"}
-    assert saved.exists()
-    assert (tmp_path / "ready").read_text() != str(os.getpgrp())
-    assert signal.getsignal(number) is before
+    before = signal.default_int_handler
+    inherited = signal.signal(number, before)  # under nohup SIGHUP would be ignored, here as in the queue
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        jobs = _jobs(tmp_path, resnet32="", resnet44="")
+        assert run_queue(jobs, "data") == {jobs[0].name: "stopped"}
+        assert saved.exists()
+        assert (tmp_path / "ready").read_text() != str(os.getpgrp())
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_the_command_trains_two_seeds_and_a_second_call_finds_them_done(
