@@ -125,6 +125,7 @@ def bars(page: Any, net: int = 0) -> list[tuple[str, ...]]:
 def choose(page: Any, label: str, option: str) -> None:
     page.get_by_label(label, exact=True).click()
     page.get_by_role("option", name=option).click()
+    page.get_by_role("option").first.wait_for(state="detached")  # the list fades out, and the next one may open before
 
 
 def upload(page: Any, path: Path) -> None:
