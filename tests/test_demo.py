@@ -192,6 +192,7 @@ def test_a_picture_is_photographed_and_pasted(page: Any) -> None:
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
     expect(page, "Choose a picture")
+    page.wait_for_function("document.querySelector('video')?.videoWidth > 0")  # else it takes a picture of nothing
     page.get_by_label("capture photo").click()
     page.locator("article").wait_for()
     assert len(bars(page)) == 5
