@@ -9,7 +9,7 @@ import torch
 
 import conam_zoo  # noqa: F401
 from conam_zoo.errors import UserError
-from conam_zoo.training.hardware import precision_on
+from conam_zoo.training.distributed import precision_on
 from experiments.speed import densenet
 from experiments.speed.densenet import (
     CONTENDERS,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import write_arrays
 
-import conam_zoo.training.hardware as hardware
+import conam_zoo.training.distributed as distributed
 import conam_zoo.training.train_state as train_state
 from conam_zoo.data import ImageSplit
 from conam_zoo.datasets import DATASETS
@@ -50,7 +50,7 @@ def nets(monkeypatch: pytest.MonkeyPatch) -> list[Stem]:
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_shows_every_image_once_and_learns(name: str, nets: list[Stem], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "has_bf16", lambda device: True)  # whatever this processor can
+    monkeypatch.setattr(distributed, "has_bf16", lambda device: True)  # whatever this processor can
     torch.manual_seed(0)
     # Each image is one grey of its own, which neither crop nor flip changes where there is no black padding.
     greys = torch.arange(24, dtype=torch.uint8) * 4 + 100

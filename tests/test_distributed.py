@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 import conam_zoo.training.evaluate as evaluate_module
 import conam_zoo.training.train_state as learner_module
 from conam_zoo.models.registry import open_model
-from conam_zoo.training.checkpoint import CHECKPOINT, load_checkpoint
-from conam_zoo.training.checkpointer import TrainingStopped
+from conam_zoo.training.checkpoint import CHECKPOINT, TrainingStopped, load_checkpoint
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.engine import predict_logits
 from conam_zoo.training.evaluate import evaluate

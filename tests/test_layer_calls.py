@@ -220,7 +220,7 @@ if sys.argv[1] == "without":
     del torch.nn.modules.module._has_any_global_hook, torch._foreach_lerp_, torch._foreach_copy_
     sys.modules["torch._subclasses.fake_tensor"] = sys.modules["torch._subclasses.functional_tensor"] = None
 import conam_zoo
-from conam_zoo.training.moving_average import MovingAverage
+from conam_zoo.training.train_state import MovingAverage
 
 warnings.simplefilter("error")
 model = timm.create_model("resnet20_conam")

@@ -12,9 +12,8 @@ from PIL import Image
 
 from conam_zoo.data import ImageSplit
 from conam_zoo.layers.confidence import confidence_maps, liveness
-from conam_zoo.training.curves import draw_curves
 from conam_zoo.training.recipe import load_recipe
-from conam_zoo.training.run_folder import RunLog
+from conam_zoo.training.run_folder import RunLog, draw_curves
 from conam_zoo.training.train import train
 
 SITES = ["layer1.0.attn", "layer2.0.attn", "layer3.0.attn"]

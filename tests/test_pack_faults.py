@@ -23,9 +23,8 @@ from conam_zoo.release.card import model_card
 from conam_zoo.release.documents import result_table
 from conam_zoo.release.exchange import packing
 from conam_zoo.release.pack import pack
-from conam_zoo.training.curves import draw_curves
 from conam_zoo.training.recipe import load_recipe
-from conam_zoo.training.run_folder import LOG_FIELDS
+from conam_zoo.training.run_folder import LOG_FIELDS, draw_curves
 from conam_zoo.weights import Manifest, dump_manifest, load_manifest
 
 NAME = "resnet20_conam.cifar10"

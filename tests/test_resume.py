@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from conam_zoo.errors import UserError
-from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, load_checkpoint, save_checkpoint
-from conam_zoo.training.checkpointer import TrainingStopped
+from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, TrainingStopped, load_checkpoint, save_checkpoint
 from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.train import train
 from conam_zoo.training.train_state import TrainState

@@ -16,14 +16,12 @@ from torch import nn
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models.export import export_model
-from conam_zoo.training import record_teacher as recording
 from conam_zoo.training import train as training
-from conam_zoo.training.checkpointer import TrainingStopped
+from conam_zoo.training.checkpoint import TrainingStopped
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.recipe import Recipe, load_recipe
-from conam_zoo.training.record_teacher import record_teacher
 from conam_zoo.training.teacher_bank import epoch_file, read_epoch, to_float16
-from conam_zoo.training.train import assemble, train
+from conam_zoo.training.train import assemble, record_teacher, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]
 
@@ -120,14 +118,14 @@ def test_recording_goes_on_after_a_signal_mends_damage_and_makes_a_bank_longer(
 ) -> None:
     bank, whole = tmp_path / "bank", tmp_path / "whole"
     record_teacher(recipe, data, whole)
-    write = recording.write_epoch
+    write = training.write_epoch
 
     def write_and_stop(*arguments: object) -> None:
         write(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "write_epoch", write_and_stop)
+        patch.setattr(training, "write_epoch", write_and_stop)
         with pytest.raises(TrainingStopped, match="in epoch 2: the epochs before it are kept"):
             record_teacher(recipe, data, bank)
     with pytest.raises(UserError, match="holds 1 of 3 epochs"):

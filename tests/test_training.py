@@ -14,22 +14,19 @@ from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
+import conam_zoo.training.distributed as distributed
 import conam_zoo.training.engine as engine_module
 import conam_zoo.training.fit as fit_module
-import conam_zoo.training.hardware as hardware
 from conam_zoo.data import ImageSplit
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
-from conam_zoo.training.distributed import ranks
-from conam_zoo.training.dry_run import dry_run
+from conam_zoo.training.distributed import precision_on, ranks
 from conam_zoo.training.engine import NonFiniteLossError, score
 from conam_zoo.training.fit import fit
-from conam_zoo.training.hardware import precision_on
-from conam_zoo.training.moving_average import MovingAverage
 from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict
-from conam_zoo.training.train import assemble, train
-from conam_zoo.training.train_state import TrainState
+from conam_zoo.training.train import assemble, dry_run, train
+from conam_zoo.training.train_state import MovingAverage, TrainState
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +157,7 @@ def test_a_pixel_averaged_down_is_the_mean_of_its_square() -> None:
 def test_bf16_is_for_devices_that_multiply_in_it(
     supported: bool, recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(hardware, "has_bf16", lambda device: supported)
+    monkeypatch.setattr(distributed, "has_bf16", lambda device: supported)
     assert precision_on(torch.device("cpu")) == ("bf16" if supported else "fp32")
     assert precision_on(torch.device("cpu"), "fp32") == "fp32"
     seen = []
@@ -177,7 +174,7 @@ def test_bf16_is_for_devices_that_multiply_in_it(
     learner.accumulate([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))], 2)
     assert set(seen) == {supported}
     monkeypatch.undo()
-    monkeypatch.setattr(hardware, "has_bf16", lambda device: supported)
+    monkeypatch.setattr(distributed, "has_bf16", lambda device: supported)
     run = train(replace(asked, holdout=130), small_data, tmp_path / "run")
     assert run["precision"] == ("bf16" if supported else "fp32")
     assert run["recipe"]["precision"] == "bf16"

@@ -42,7 +42,7 @@ def run_app(app: typer.Typer, name: str) -> None:
 
 def _run(app: typer.Typer, name: str) -> None:
     from conam_zoo.training.engine import NonFiniteLossError
-    from conam_zoo.training.checkpointer import TrainingStopped
+    from conam_zoo.training.checkpoint import TrainingStopped
     from conam_zoo.weights import ManifestError, WeightsError
 
     if sys.stderr is None:

@@ -12,7 +12,7 @@ from conam_zoo.cli._shared import MODEL_HELP, Compile, Data, Settings, app, cons
 from conam_zoo.escape import for_shell
 
 if TYPE_CHECKING:
-    from conam_zoo.training.dry_run import DryRun
+    from conam_zoo.training.train import DryRun
 
 RecipeName = Annotated[
     str, typer.Argument(help="A recipe of the package, such as resnet20_conam.cifar10, or a .toml file.")
@@ -55,7 +55,7 @@ def train(
 
     chosen = load_recipe(recipe, settings)
     if dry_run:
-        from conam_zoo.training.dry_run import dry_run as try_steps
+        from conam_zoo.training.train import dry_run as try_steps
 
         told = try_steps(chosen, data, output, teacher_bank=teacher_bank, resume=resume, compile=compile)
         table = Table(box=None, show_header=False)
@@ -97,7 +97,7 @@ def record_teacher(
     The same command goes on after an interruption. conam train --teacher-bank reads the bank.
     """
     from conam_zoo.training.recipe import load_recipe
-    from conam_zoo.training.record_teacher import record_teacher as record
+    from conam_zoo.training.train import record_teacher as record
 
     record(load_recipe(recipe, settings), data, output, epochs=epochs)
 

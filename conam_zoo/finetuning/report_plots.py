@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conam_zoo.files import write_figure
 from conam_zoo.finetuning.report import Report
-from conam_zoo.training.curves import draw_curves
+from conam_zoo.training.run_folder import draw_curves
 from conam_zoo.visualize.plots import caption
 from conam_zoo.visualize.predict import percent
 

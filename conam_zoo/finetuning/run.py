@@ -26,12 +26,11 @@ from conam_zoo.finetuning.report import build_report, report_markdown
 from conam_zoo.finetuning.report_plots import draw_report
 from conam_zoo.inputs import expand_path
 from conam_zoo.models.registry import open_model
-from conam_zoo.training.distributed import ranks
+from conam_zoo.training.distributed import precision_on, ranks
 from conam_zoo.training.engine import score
 from conam_zoo.training.evaluate import TRAINED_ON
-from conam_zoo.training.hardware import describe_environment, precision_on
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.training.run_folder import check_free, hold
+from conam_zoo.training.run_folder import check_free, describe_environment, hold
 from conam_zoo.training.train_state import check_optimizer
 
 __all__ = ["finetune"]

@@ -1,17 +1,23 @@
-"""Training state in one safetensors file: the tensors as they are, all the rest as JSON in its header.
+"""The state of a training: when it is saved, how it is written, and how a training takes it up again.
 
-No pickle is involved. The header holds a hash of all bytes of the file, its own digits taken as zeros. A state is
-written to a file of its own, then the checkpoint before it is renamed to ``checkpoint.previous.safetensors``, then the
-new one takes its place: whenever the process dies, one of them is whole.
+It is one safetensors file: the tensors as they are, the rest as JSON in its header, with a hash of all bytes of the
+file, its own digits taken as zeros. A state is written to a file of its own, the checkpoint before it is renamed to
+``checkpoint.previous.safetensors``, and the new one takes its place: whenever the process dies, one of them is whole.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import safetensors.torch
 import torch
@@ -20,14 +26,19 @@ from torch import Tensor, nn
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
+from conam_zoo.training.distributed import ranks, run_on_primary
+from conam_zoo.training.recipe import Recipe, recipe_from_dict
+from conam_zoo.training.train_state import TrainState
 
 __all__ = [
     "CHECKPOINT",
     "PREVIOUS",
-    "OtherTrainingError",
+    "Checkpointer",
+    "EpochSums",
+    "StopRequest",
+    "TrainingStopped",
     "has_checkpoint",
     "load_checkpoint",
-    "load_latest",
     "save_checkpoint",
 ]
 
@@ -35,50 +46,197 @@ CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 # In the header. The quotes of the state within it are escaped, so it cannot look like this.
 HASH = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+# What a damaged state leads to; RuntimeError where it is nested too deeply, or has the tensors of another net.
+DAMAGE = (SafetensorError, OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LATER_FACTS = {"data_sha256"}  # runs that were begun before they were recorded go on without them
+
+
+class TrainingStopped(Exception):  # noqa: N818 (it was asked for, so it is no error)
+    """The training was asked to stop, and its state is saved. Its message is one sentence that says how to go on.
+
+    ``exit_code`` is what the process should end with, 128 plus the signal's number: 143 for SIGTERM, 130 for SIGINT.
+    """
+
+    def __init__(self, sentence: str, signal_number: int) -> None:
+        super().__init__(sentence)
+        self.exit_code = 128 + signal_number
 
 
 class OtherTrainingError(UserError):
     """A checkpoint is whole, but of a training with another recipe or on other data."""
 
 
-def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Replace every tensor in nested dicts and lists by a reference, and put it into ``tensors``."""
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach().contiguous()
-        return {"tensor": path}
-    if isinstance(value, dict):
-        return {"items": [[key, _flatten(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        return {"list": [_flatten(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
-    return {"value": value}
+@dataclass(frozen=True)
+class EpochSums:
+    """Sums over the augmented training images of an epoch so far, measured while the weights changed."""
+
+    loss: float = 0.0
+    correct: int = 0  # images whose most probable class was the right one, or the larger share of a mixed one
+    seen: int = 0
+    seconds: float = 0.0
 
 
-def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    if "tensor" in node:
-        return tensors[node["tensor"]]
-    if "items" in node:
-        return {key: _unflatten(item, tensors) for key, item in node["items"]}
-    if "list" in node:
-        return [_unflatten(item, tensors) for item in node["list"]]
-    return node["value"]
+class StopRequest:
+    """While it is entered, the first SIGTERM or SIGINT is noted in ``signal_number`` and does nothing else.
+
+    A second one acts as it would have before, for the impatient. Outside of the main thread, where Python has no signal
+    handlers, nothing is ever noted.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._handlers = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        self.__exit__()
+
+
+@dataclass
+class Checkpointer(StopRequest):
+    """Saves the state of a training in its run folder, and takes it up again.
+
+    Entered, it notes a signal, for the loop to save and stop at its next step. In a process group every rank has one,
+    and rank 0 writes. A resumed training must have the same ``recipe`` and ``record``.
+    """
+
+    folder: Path
+    state: TrainState
+    recipe: Recipe
+    record: dict[str, Any]  # plain facts, such as where the data came from
+    minutes: float = 10.0  # after which the state is saved within an epoch, too; 0 for every step
+    epoch: int = 0  # epochs that are done
+    step: int = 0  # steps of the present epoch that are done
+    sums: EpochSums = EpochSums()  # of these steps
+    rows: list[dict[str, Any]] = field(default_factory=list)  # the log, one for each epoch that is done
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._saved_at = time.monotonic()
+
+    def requests(self) -> tuple[bool, int]:
+        """Whether this rank finds that the state should be saved, and the number of the signal to stop for, or 0."""
+        return ranks().first and time.monotonic() - self._saved_at >= 60 * self.minutes, self.signal_number
+
+    def end_epoch(self) -> None:
+        """Save the state at an epoch's end, once its row is in ``rows``."""
+        self.epoch += 1
+        self.save(0, EpochSums())
+
+    def save(self, step: int, sums: EpochSums) -> None:
+        """Save the state after ``step`` steps of the present epoch; called on every rank, with the sums over all."""
+        self.step, self.sums = step, sums
+        if ranks().first:
+            facts = asdict(sums)
+            facts["hits"] = facts.pop("correct")  # as it was called in the first files
+            position = {"epoch": self.epoch, "step": step, "sums": facts, "log": self.rows}
+            save_checkpoint(
+                self.folder / CHECKPOINT,
+                model=self.state.model,
+                ema=self.state.ema.module if self.state.ema else None,
+                optimizer=self.state.optimizer,
+                facts={"recipe": self.recipe.to_dict(), "record": self.record, **position},
+            )
+        self._saved_at = time.monotonic()
+
+    def stop(self, signal_number: int) -> None:
+        """End the training if a signal, whose number is not 0, asked for it; the state has been saved.
+
+        Raises:
+            TrainingStopped: If so.
+        """
+        if signal_number:
+            place = f"in epoch {self.epoch + 1} after step {self.step}" if self.step else f"after epoch {self.epoch}"
+            raise TrainingStopped(
+                f"{signal.Signals(signal_number).name} stopped the training {place}: "
+                "its state is saved, so the same command with --resume goes on.",
+                signal_number,
+            )
+
+    def resume(self, tell: Callable[[str], object]) -> None:
+        """Take up the newest good state of the run folder; every rank gets what rank 0 reads.
+
+        ``tell`` gets a sentence if the newest is damaged or missing and the one before is taken.
+
+        Raises:
+            UserError: If there is no good state, or it is one of another training.
+        """
+        saved = run_on_primary(lambda: self._newest_good(tell))
+        if not ranks().first:
+            self._take_up(saved)
+
+    def _newest_good(self, tell: Callable[[str], object]) -> dict[str, Any]:
+        newest, previous = self.folder / CHECKPOINT, self.folder / PREVIOUS
+        try:
+            return load_checkpoint(newest, self._take_up)
+        except OtherTrainingError:
+            raise
+        except UserError:
+            if not previous.exists():
+                raise
+        state = load_checkpoint(previous, self._take_up)
+        tell(f"{newest} is {'damaged' if newest.exists() else 'missing'}: the checkpoint before it is taken.")
+        newest.unlink(missing_ok=True)  # or the next state would push the good one out
+        return state
+
+    def _take_up(self, saved: dict[str, Any]) -> None:
+        """Put a state into the net and what changes it, all of it checked, whatever wrote it.
+
+        Raises:
+            OtherTrainingError: If it was begun with another recipe or on other data.
+            ValueError, RuntimeError, LookupError, TypeError, AttributeError: If it is damaged.
+        """
+        facts, steps = saved["facts"], self.state.steps_per_epoch
+        rows, record = facts["log"], facts.get("record", self.record)
+        before = recipe_from_dict(facts["recipe"], "in it").to_dict()
+        _check_same(f"{self.folder} was begun with another recipe", before, self.recipe.to_dict())
+        known = {key: value for key, value in self.record.items() if key in record or key not in LATER_FACTS}
+        _check_same(f"{self.folder} was begun on other data", record, known)
+        epoch, step = facts.get("epoch", len(rows)), facts.get("step", 0)
+        numbered = [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+        if not numbered or epoch != len(rows) or epoch > self.recipe.epochs:
+            raise ValueError(f"its epoch is {epoch!r}, but its log has {len(rows)} rows")
+        if step not in range(steps + 1 if epoch < self.recipe.epochs else 1):
+            raise ValueError(f"its step is {step!r}")
+        sums = dict(facts.get("sums", {}))
+        if "hits" in sums:
+            sums["correct"] = sums.pop("hits")
+        totals = EpochSums(**sums)
+        good = math.isfinite(totals.loss + totals.seconds) and 0 <= totals.correct <= totals.seen
+        if not good or (totals.seen == 0) != (step == 0):
+            raise ValueError("the sums of its epoch are no sums of its steps")
+        self.state.load(saved, epoch * steps + step)
+        self.epoch, self.step, self.sums, self.rows = epoch, step, totals, rows
+
+
+def _check_same(begun: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        names = ", ".join("pixels or labels" if key == "data_sha256" else key for key in changed)
+        raise OtherTrainingError(f"{begun} ({names} differ): resume it unchanged.")
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a training has left its state in a run folder."""
+    return (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists()
 
 
 def save_checkpoint(
-    path: Path,
-    *,
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    facts: dict[str, Any],
+    path: Path, *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
 ) -> None:
     """Write the state of a training; the state before it is kept beside it as ``PREVIOUS``.
 
-    Args:
-        path: The file; ``PREVIOUS`` stands in the same folder.
-        model: The net.
-        ema: The moving average of its weights, if there is one.
-        optimizer: With its momenta and learning rates.
-        facts: Plain values that JSON can hold: recipe, epoch, step, log.
+    ``facts`` are plain values that JSON can hold: recipe, epoch, step, log.
 
     Raises:
         UserError: If it cannot be written, as on a full disk; the checkpoints that there were are still there.
@@ -115,45 +273,6 @@ def save_checkpoint(
         ) from error
 
 
-def _place_of_hash(data: bytes) -> tuple[int, int] | None:
-    """Where the digits of the hash stand in a file; None in files of the first versions."""
-    found = HASH.search(data, 8, 8 + int.from_bytes(data[:8], "little"))
-    return found.span(1) if found else None
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a training has left its state in a run folder."""
-    return (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists()
-
-
-def load_latest(
-    folder: Path, check: Callable[[dict[str, Any]], object], tell: Callable[[str], object]
-) -> dict[str, Any]:
-    """Read the newest good state of a run folder.
-
-    Args:
-        folder: The run folder.
-        check: Raises an exception if a state is not what it should be; ``OtherTrainingError`` ends the search.
-        tell: Gets one sentence if the newest checkpoint is damaged or missing and the one before is taken.
-
-    Raises:
-        UserError: If there is no good checkpoint.
-    """
-    newest, previous = folder / CHECKPOINT, folder / PREVIOUS
-    try:
-        return load_checkpoint(newest, check)
-    except OtherTrainingError:
-        raise
-    except UserError:
-        if not previous.exists():
-            raise
-        there = newest.exists()
-        state = load_checkpoint(previous, check)
-    tell(f"{newest} is {'damaged' if there else 'missing'}: the checkpoint before it is taken.")
-    newest.unlink(missing_ok=True)  # or the next state would push the good one out
-    return state
-
-
 def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lambda state: None) -> dict[str, Any]:
     """Read a state that ``save_checkpoint`` wrote: ``model``, ``ema``, ``optimizer`` and ``facts``.
 
@@ -178,23 +297,40 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
         if set(header["__metadata__"]) != ({"state", "sha256"} if place else {"state"}):
             raise ValueError("its header is damaged")
         state: dict[str, Any] = _unflatten(json.loads(header["__metadata__"]["state"]), tensors)
-        if missing := {"model", "ema", "optimizer", "facts"} - set(state):
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         check(state)
     except OtherTrainingError:
         raise
-    except (
-        SafetensorError,
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # RuntimeError: nested too deeply, or tensors of another net
+    except DAMAGE as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
             f"{path} is not a checkpoint of this training, or damaged ({reason}): start anew in another folder."
         ) from error
     return state
+
+
+def _place_of_hash(data: bytes) -> tuple[int, int] | None:
+    """Where the digits of the hash stand in a file; None in files of the first versions."""
+    found = HASH.search(data, 8, 8 + int.from_bytes(data[:8], "little"))
+    return found.span(1) if found else None
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Replace every tensor in nested dicts and lists by a reference, and put it into ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().contiguous()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"items": [[key, _flatten(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_flatten(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
+    return {"value": value}
+
+
+def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    if "tensor" in node:
+        return tensors[node["tensor"]]
+    if "items" in node:
+        return {key: _unflatten(item, tensors) for key, item in node["items"]}
+    if "list" in node:
+        return [_unflatten(item, tensors) for item in node["list"]]
+    return node["value"]

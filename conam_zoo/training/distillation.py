@@ -40,13 +40,7 @@ def decoupled_loss(
     classes is the target in turn, weighted by its share: linear in the target, as cross-entropy is, and the ratio
     between the two classes is learnt as well, which it would not be if both were masked as one.
 
-    Args:
-        student: Logits, (N, classes), float32.
-        teacher: Logits, (N, classes), float32.
-        targets: Classes (N,), int64, or shares of at most two classes (N, classes).
-        temperature: T.
-        alpha: Weight of TCKD.
-        beta: Weight of NCKD.
+    Logits are (N, classes) in float32, ``targets`` classes (N,), int64, or shares of at most two classes (N, classes).
     """
     student, teacher = student / temperature, teacher / temperature
     if targets.ndim == 1:
@@ -75,20 +69,12 @@ def _decoupled(student: Tensor, teacher: Tensor, targets: Tensor, alpha: float, 
 
 
 class Renormalized(nn.Module):
-    """A net that gets images normalised with statistics, (mean, std), other than its own.
-
-    Shape: (N, C, H, W) -> that of the net's output.
-    """
+    """A net that gets images (N, C, H, W) normalised with statistics, (mean, std), other than its own."""
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(
-        self,
-        net: nn.Module,
-        own: tuple[tuple[float, ...], tuple[float, ...]],
-        given: tuple[tuple[float, ...], tuple[float, ...]],
-    ) -> None:
+    def __init__(self, net: nn.Module, own: tuple[Any, Any], given: tuple[Any, Any]) -> None:
         super().__init__()
         self.net = net
         (own_mean, own_std), (mean, std) = (torch.tensor(pair, dtype=torch.float64) for pair in (own, given))
@@ -100,15 +86,9 @@ class Renormalized(nn.Module):
 
 
 def open_teacher(name: str, student: nn.Module, classes: tuple[str, ...]) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a teacher for a student, in evaluation mode and without gradients.
+    """Load a teacher for a student, in evaluation mode and without gradients; with ``name`` and ``sha256`` of it.
 
-    Args:
-        name: A model of this package with weights: its name, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
-        student: The net to train; its configuration says how the images will be normalised.
-        classes: Class names in label order.
-
-    Returns:
-        The teacher, and its ``name`` and ``sha256`` for the record.
+    The student's configuration says how the images will be normalised; ``classes`` are those of the data.
 
     Raises:
         UserError: If there is no such model, or it was trained for other classes or another image size.
@@ -127,10 +107,8 @@ def open_teacher(name: str, student: nn.Module, classes: tuple[str, ...]) -> tup
             f"The teacher {name} takes images of {'x'.join(map(str, own['input_size']))}, the student of "
             f"{'x'.join(map(str, given['input_size']))}: choose one of the same size."
         )
-    teacher: nn.Module = net
     statistics = [(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in (own, given)]
-    if statistics[0] != statistics[1]:
-        teacher = Renormalized(net, *statistics)
+    teacher = net if statistics[0] == statistics[1] else Renormalized(net, *statistics)
     return teacher.eval().requires_grad_(False), {"name": name, "sha256": weights_sha256(name)}
 
 

@@ -1,7 +1,7 @@
-"""The processes of one training: which of them this is, and the few things that they tell each other.
+"""The processes of one training, on what they compute, and the few things that they tell each other.
 
-A training of one process is one of world size 1, in which every function here does nothing or next to nothing.
-``torchrun`` starts several; they talk over NCCL on GPUs and over gloo on CPUs.
+A training of one process is one of world size 1, in which the exchanges do nothing. ``torchrun`` starts several; they
+talk over NCCL on GPUs and over gloo on CPUs.
 """
 
 import os
@@ -17,8 +17,18 @@ import torch.distributed as dist
 from torch import nn
 
 from conam_zoo.errors import UserError
+from conam_zoo.layers._torch_private import has_bf16_convolutions
 
-__all__ = ["Ranks", "all_reduce_max", "all_reduce_sum", "broadcast_weights", "process_group", "ranks", "run_on_primary"]
+__all__ = [
+    "Ranks",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "broadcast_weights",
+    "precision_on",
+    "process_group",
+    "ranks",
+    "run_on_primary",
+]
 
 TIMEOUT = timedelta(minutes=5)  # of one exchange; no rank does anything that takes longer between two of them
 LOST_PEER = re.compile(r"gloo|nccl|connection|socket|timed out|broken pipe|peer", re.IGNORECASE)
@@ -28,15 +38,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among all of a training.
+    """The place of this process among all of a training, and what it trains on."""
 
-    Attributes:
-        rank: Number of this process, from 0; rank 0 writes.
-        world_size: How many there are.
-        device: What this process trains on.
-    """
-
-    rank: int
+    rank: int  # from 0; rank 0 writes
     world_size: int
     device: torch.device
 
@@ -53,11 +57,23 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), local)
 
 
+def precision_on(device: torch.device, wanted: str = "bf16") -> str:
+    """What a recipe's ``precision``, ``"bf16"`` or ``"fp32"``, comes to on a device.
+
+    Without instructions for bfloat16 a processor takes every number apart, and PyTorch's convolutions take several
+    times as long as in float32: there it is ``"fp32"`` in any case.
+    """
+    return "bf16" if wanted == "bf16" and has_bf16(device) else "fp32"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16_convolutions()
+
+
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the other processes that ``torchrun`` started, for as long as the block lasts.
-
-    Without ``torchrun``, and inside another such block, it does nothing.
+    """Join the processes that ``torchrun`` started, for as long as the block lasts; inside another block do nothing.
 
     Raises:
         UserError: If the others cannot be reached, or one of them goes away during the block.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conam_zoo.data import Batches, normalize
-from conam_zoo.training.checkpointer import Checkpointer, EpochSums
+from conam_zoo.training.checkpoint import Checkpointer, EpochSums
 from conam_zoo.training.distributed import all_reduce_max, all_reduce_sum, ranks
 from conam_zoo.training.train_state import TrainState
 from conam_zoo.weights import Metrics
@@ -31,26 +31,22 @@ def train_one_epoch(
     batches: Batches,
     *,
     epoch: int,
-    seed: int,
     first_step: int = 0,
-    sums: EpochSums | None = None,
     on_step: Callable[[int], None] | None = None,
     checkpointer: Checkpointer | None = None,
 ) -> EpochSums:
     """One pass over the batches, or the rest of one; a step is one update, of ``grad_accumulation`` batches.
 
-    What a step draws, dropout included, is a function of ``seed``, ``epoch``, the step and the rank alone, so that a
-    resumed run draws what an uninterrupted one would have drawn.
+    What a step draws, dropout included, is a function of seed, epoch, step and rank alone, so that a resumed run draws
+    what an uninterrupted one would have drawn.
 
     Args:
         state: The net and what changes it.
         batches: Images and targets on the net's device.
         epoch: Which epoch, from 0.
-        seed: Seed of the training.
         first_step: Where to start.
-        sums: Those of the steps before.
         on_step: Told the number of steps done, now and then.
-        checkpointer: Says whether to save or stop, and does it; what one rank asks for, all do.
+        checkpointer: Has the sums of the steps before, and saves or stops; what one rank asks for, all do.
 
     Returns:
         The sums of the epoch over all ranks.
@@ -58,24 +54,21 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: On all ranks, if a loss is not finite on any; nothing is saved after the step it was in.
     """
-    world_size = ranks().world_size
+    here = ranks()
     every = steps_between_checks(state.device)
-    steps = state.steps_per_epoch
-    before = sums or EpochSums()
-    own = EpochSums() if ranks().rank else before  # rank 0 carries what all had summed up
-    meter = EpochMeter(epoch, steps, state)
-    started = time.perf_counter()
+    steps, accumulation = state.steps_per_epoch, state.recipe.grad_accumulation
+    meter = EpochMeter(epoch, state, checkpointer.sums if checkpointer else EpochSums())
     state.train()
-    stream = batches.epoch(epoch, first_step * state.grad_accumulation)
+    stream = batches.epoch(epoch, first_step * accumulation)
     for step in range(first_step, steps):
-        torch.manual_seed(step_seed(seed, epoch, step, ranks().rank))
-        group = list(itertools.islice(stream, state.grad_accumulation))
+        torch.manual_seed(step_seed(state.recipe.seed, epoch, step, here.rank))
+        group = list(itertools.islice(stream, accumulation))
         # Only the last batches of an epoch can be smaller on one rank than on another.
         images = sum(len(targets) for _, targets, *_ in group)
-        images_everywhere = images * world_size if step < steps - 1 else all_reduce_sum([images])[0]
-        meter.add(step, *state.accumulate(group, images_everywhere / world_size), images)
+        images_everywhere = images * here.world_size if step < steps - 1 else all_reduce_sum([images])[0]
+        meter.add(step, *state.accumulate(group, images_everywhere / here.world_size), images)
         save, stop = checkpointer.requests() if checkpointer else (False, 0)
-        look = (step + 1) % every == 0 or step == steps - 1 or (world_size == 1 and (save or stop > 0))
+        look = (step + 1) % every == 0 or step == steps - 1 or (here.world_size == 1 and (save or stop > 0))
         if look:
             bad, save_now, stop = map(int, all_reduce_max([meter.first_bad(), save, stop]))
             if bad:
@@ -83,11 +76,11 @@ def train_one_epoch(
         state.step(epoch * steps + step + 1)
         if look:
             if (save_now or stop) and checkpointer:
-                checkpointer.save(step + 1, meter.sums(own, before.seconds + time.perf_counter() - started))
+                checkpointer.save(step + 1, meter.sums())
                 checkpointer.stop(stop)
             if on_step:
                 on_step(step + 1)
-    return meter.sums(own, before.seconds + time.perf_counter() - started)
+    return meter.sums()
 
 
 def steps_between_checks(device: torch.device) -> int:
@@ -103,9 +96,11 @@ def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
 class EpochMeter:
     """Losses and right answers of the steps, fetched from the device only when somebody looks."""
 
-    def __init__(self, epoch: int, steps: int, state: TrainState) -> None:
-        self.epoch, self.steps, self.state = epoch, steps, state
-        self.loss, self.correct, self.seen = 0.0, 0, 0
+    def __init__(self, epoch: int, state: TrainState, before: EpochSums) -> None:
+        self.epoch, self.state = epoch, state
+        own = EpochSums() if ranks().rank else before  # rank 0 carries what all had summed up
+        self.loss, self.correct, self.seen = own.loss, own.correct, own.seen
+        self.started = time.perf_counter() - before.seconds
         self.waiting: list[tuple[int, Tensor, Tensor, int, float]] = []
         self.bad: dict[int, tuple[float, float]] = {}
 
@@ -123,20 +118,19 @@ class EpochMeter:
             self.correct += int(right)
             self.seen += images
         self.waiting.clear()
-        return self.steps - min(self.bad) if self.bad else 0
+        return self.state.steps_per_epoch - min(self.bad) if self.bad else 0
 
     def error(self, step: int) -> NonFiniteLossError:
         loss, lr = self.bad.get(step, ("not finite on another process", self.state.lr))
         return NonFiniteLossError(
-            f"The loss is {loss} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}, at learning rate "
-            f"{lr:.4g}: lower lr or lengthen warmup_epochs; the last good checkpoint is kept."
+            f"The loss is {loss} in epoch {self.epoch + 1}, step {step + 1} of {self.state.steps_per_epoch}, at "
+            f"learning rate {lr:.4g}: lower lr or lengthen warmup_epochs; the last good checkpoint is kept."
         )
 
-    def sums(self, before: EpochSums, seconds: float) -> EpochSums:
+    def sums(self) -> EpochSums:
         """The sums over all ranks, those of the steps before included."""
-        own = [before.loss + self.loss, before.correct + self.correct, before.seen + self.seen]
-        loss, correct, seen = all_reduce_sum(own)
-        return EpochSums(loss, int(correct), int(seen), seconds)
+        loss, correct, seen = all_reduce_sum([self.loss, self.correct, self.seen])
+        return EpochSums(loss, int(correct), int(seen), time.perf_counter() - self.started)
 
 
 @torch.inference_mode()
@@ -151,29 +145,21 @@ def predict_logits(
 ) -> Tensor:
     """float32 logits (N, classes) of uint8 images (N, H, W, 3), in evaluation mode, without augmentation.
 
-    Args:
-        model: A net with the same weights on every rank.
-        images: All images, on every rank.
-        mean: Mean of each channel that the net expects, in [0, 1].
-        std: Standard deviation of each channel.
-        batch_size: Images that go through the net at once.
-        sharded: Let the ranks of the training take turns at the batches, and give all logits to every rank. The batches
-            are those of a single process, so the logits are the same to the last bit.
+    With ``sharded`` the ranks of the training, which have the same weights and all images, take turns at the batches,
+    and every rank gets all logits. The batches are those of a single process, so the logits are the same to the last
+    bit.
     """
     model.eval()
-    here = ranks() if sharded else None
-    if here is None or here.world_size == 1:
-        return torch.cat([model(normalize(batch, mean, std)).float() for batch in images.split(batch_size)])
+    rank, world_size = (ranks().rank, ranks().world_size) if sharded else (0, 1)
     parts: list[Tensor] = []
     for number, batch in enumerate(images.split(batch_size)):
-        own = number % here.world_size == here.rank
-        # Every rank runs the first batch, for the number of classes; the others' batches are zero here.
-        logits = model(normalize(batch, mean, std)).float() if own or not parts else None
-        parts.append(logits if logits is not None else parts[0].new_zeros(len(batch), parts[0].shape[1]))
-        if not own:
-            parts[-1] = torch.zeros_like(parts[-1])
+        own = number % world_size == rank
+        if own or not parts:  # every rank runs the first batch, for the number of classes
+            logits = model(normalize(batch, mean, std)).float()
+        parts.append(logits if own else logits.new_zeros(len(batch), logits.shape[1]))
     together = torch.cat(parts)
-    dist.all_reduce(together)
+    if world_size > 1:
+        dist.all_reduce(together)
     return together
 
 

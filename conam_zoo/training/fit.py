@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from conam_zoo.data import Batches, ImageSplit, normalize
 from conam_zoo.escape import PlainConsole
 from conam_zoo.layers.confidence import liveness
 from conam_zoo.models import StagedClassifier
-from conam_zoo.training.checkpointer import Checkpointer
+from conam_zoo.training.checkpoint import Checkpointer
 from conam_zoo.training.distributed import all_reduce_max, broadcast_weights, ranks
 from conam_zoo.training.engine import train_one_epoch
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.training.run_folder import LIVENESS, RunLog, hold
+from conam_zoo.training.run_folder import LIVENESS, RunLog
 from conam_zoo.training.train_state import TrainState
 
 __all__ = ["FitResult", "fit"]
@@ -29,23 +29,14 @@ __all__ = ["FitResult", "fit"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training ends in.
+    """What a training ends in."""
 
-    Attributes:
-        final: The net whose weights the recipe ships, ``raw`` or ``ema``.
-        raw: The net as the optimiser left it.
-        ema: The moving average over the steps, or None.
-        log: One row for each epoch, as ``run_folder.RunLog`` takes it.
-        train_minutes: Time that the epochs took, over all interruptions.
-        compile_seconds: Time of the first step, most of it compilation; None without ``compile``.
-    """
-
-    final: StagedClassifier
-    raw: StagedClassifier
-    ema: StagedClassifier | None
-    log: list[dict[str, Any]]
-    train_minutes: float
-    compile_seconds: float | None
+    final: StagedClassifier  # the net whose weights the recipe ships, raw or ema
+    raw: StagedClassifier  # as the optimiser left it
+    ema: StagedClassifier | None  # the moving average over the steps
+    log: list[dict[str, Any]]  # one row for each epoch, as run_folder.RunLog takes it
+    train_minutes: float  # that the epochs took, over all interruptions
+    compile_seconds: float | None  # of the first step, most of it compilation; None without compile
 
 
 def fit(
@@ -67,7 +58,7 @@ def fit(
 
     The folder gets ``log.csv``, TensorBoard events, ``checkpoint.safetensors`` and the one before it. On the same CPU a
     resumed training ends in the bits that an uninterrupted one ends in. In a process group all ranks call this, and
-    rank 0 writes.
+    rank 0 writes. The caller has taken the folder; see ``run_folder.hold``.
 
     Args:
         model: The net. It is moved to the training device and trained in place; parameters that need no gradient, and
@@ -78,34 +69,30 @@ def fit(
         output: The run folder.
         holdout: Images to evaluate on after every epoch; nothing is chosen by them.
         monitor: Images that the liveness of each ConAM is measured on after every epoch.
-        teacher: A net to learn from as well, on the same images; see ``open_teacher``.
-        param_groups: Groups for the optimiser, with ``lr_scale`` where a group learns slower; None for timm's.
+        teacher: A net on the training device to learn from as well, on the same images; see ``open_teacher``.
+        param_groups: Groups for the optimiser; see ``TrainState``.
         resume: Continue from the newest checkpoint in the folder.
         record: Plain facts that a resumed training must share, such as where the data came from.
         compile: Run the net through ``torch.compile``.
         checkpoint_minutes: Time after which the state is saved within an epoch, too; 0 for every step.
 
     Raises:
-        UserError: If the run folder or the checkpoint is not what it should be.
+        UserError: If the checkpoint is not what it should be.
         NonFiniteLossError: If the training diverges; the last good checkpoint is kept.
         TrainingStopped: On SIGTERM or SIGINT, once the state is saved.
     """
     here = ranks()
     console = PlainConsole(quiet=not here.first, soft_wrap=True)
     model.to(here.device).to(memory_format=torch.channels_last)
-    if teacher is not None:
-        teacher.to(here.device).to(memory_format=torch.channels_last)
     state = TrainState(model, recipe, batches.steps, param_groups=param_groups, teacher=teacher, compile=compile)
     facts = json.loads(json.dumps(record or {}))
     checkpointer = Checkpointer(output, state, recipe, facts, checkpoint_minutes)
     final: StagedClassifier = state.ema.module if state.ema and recipe.final_weights == "ema" else model
     holdout = holdout.to(here.device) if holdout is not None else None
-    watched: Tensor | None = None
+    watched, cfg = None, model.pretrained_cfg
     if monitor is not None and here.first:
-        cfg = model.pretrained_cfg
         watched = normalize(monitor.images.to(here.device), cfg["mean"], cfg["std"])
     with ExitStack() as stack:
-        stack.enter_context(hold(output, resume))
         if resume:
             checkpointer.resume(console.print)
             after = f", after step {checkpointer.step} of {state.steps_per_epoch}" if checkpointer.step else ""
@@ -113,7 +100,9 @@ def fit(
         first, rows = checkpointer.epoch, checkpointer.rows
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True))
         log = stack.enter_context(RunLog(output, rows)) if here.first else None
-        progress = stack.enter_context(_progress(console, here.first))
+        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        progress = stack.enter_context(Progress(*columns, *times, console=console, disable=not here.first))
         stack.enter_context(checkpointer)
         for epoch in range(first, recipe.epochs):
             task = progress.add_task("", total=state.steps_per_epoch, epoch=f"{epoch + 1}/{recipe.epochs}")
@@ -121,22 +110,20 @@ def fit(
                 state,
                 batches,
                 epoch=epoch,
-                seed=recipe.seed,
                 first_step=checkpointer.step,
-                sums=checkpointer.sums,
                 on_step=lambda done, task=task: progress.update(task, completed=done),  # type: ignore[misc]
                 checkpointer=checkpointer,
             )
-            started, scores = time.perf_counter(), None
+            started, held_out = time.perf_counter(), None
             if holdout is not None:
                 broadcast_weights(final)
-                scores = evaluate_on(final, holdout, sharded=True)
+                held_out = evaluate_on(final, holdout, sharded=True).top1_percent
             row: dict[str, Any] = {
                 "epoch": epoch + 1,
                 "lr": state.optimizer.param_groups[0]["lr"],
                 "loss": sums.loss / sums.seen,
                 "train_top1_percent": 100 * sums.correct / sums.seen,
-                "holdout_top1_percent": scores.top1_percent if scores else None,
+                "holdout_top1_percent": held_out,
             }
             if watched is not None:
                 row |= {LIVENESS + site: value for site, value in liveness(final, watched).items()}
@@ -150,23 +137,11 @@ def fit(
                 console.print(f"torch.compile took {state.compile_seconds:.0f} s, the first step included")
             console.print(
                 f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  train {row['train_top1_percent']:.2f} %"
-                + (f"  held out {row['holdout_top1_percent']:.2f} %" if scores else "")
+                + (f"  held out {held_out:.2f} %" if held_out is not None else "")
                 + f"  {row['seconds']:.0f} s"
             )
-            (stop,) = all_reduce_max([checkpointer.requests()[1]])
+            (stop,) = all_reduce_max([checkpointer.signal_number])
             checkpointer.stop(int(stop))
     broadcast_weights(final)
     minutes = sum(row["seconds"] for row in rows) / 60
     return FitResult(final, model, state.ema.module if state.ema else None, rows, minutes, state.compile_seconds)
-
-
-def _progress(console: PlainConsole, shown: bool) -> Progress:
-    return Progress(
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not shown,
-    )

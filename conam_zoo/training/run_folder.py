@@ -1,39 +1,44 @@
-"""The run folder: whose it is, logs as CSV and TensorBoard events, the record of the run."""
+"""The run folder: whose it is, logs as CSV, TensorBoard events and curves, the record of the run."""
 
 import csv
 import io
 import json
+import math
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from conam_zoo.errors import UserError
-from conam_zoo.files import clear_temporaries, make_folder, write_text
+from conam_zoo.escape import for_matplotlib
+from conam_zoo.files import clear_temporaries, make_folder, write_figure, write_text
 from conam_zoo.inputs import status
+from conam_zoo.layers.confidence import EVEN
 from conam_zoo.training.checkpoint import CHECKPOINT, has_checkpoint
-from conam_zoo.training.distributed import run_on_primary
-from conam_zoo.training.recipe import Recipe
+from conam_zoo.training.distributed import ranks, run_on_primary
 
 __all__ = [
     "LIVENESS",
     "LOG",
     "LOG_FIELDS",
+    "RECIPE",
     "RUN",
     "RunLog",
     "check_free",
+    "describe_environment",
+    "draw_curves",
     "hold",
-    "liveness_columns",
     "read_log",
     "read_run",
-    "write_recipe",
-    "write_run",
 ]
 
 RUN, RECIPE, LOG, EVENTS = "run.json", "recipe.toml", "log.csv", "tensorboard"
@@ -46,6 +51,7 @@ SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 LOG_FIELDS = ("epoch", "lr", "loss", "train_top1_percent", "holdout_top1_percent", "seconds")
 LIVENESS = "liveness "  # with a site's module name behind it, the key of that site's liveness
+LIBRARIES = ("torch", "torchvision", "timm", "safetensors", "numpy")
 
 
 def check_free(output: Path, resume: bool) -> None:
@@ -68,14 +74,13 @@ def check_free(output: Path, resume: bool) -> None:
         raise UserError(f"{output} holds a training already: add --resume to continue it, or choose another --output.")
     elif (output / RUN).exists():
         raise UserError(f"{output} holds a finished training, without its checkpoint: choose another --output.")
-    elif output.is_dir() and (other := _not_ours(output)):
-        raise UserError(f"{output} is not empty and no run folder (it holds {other[0]!r}): choose another --output.")
-
-
-def _not_ours(folder: Path) -> list[str]:
-    ours = SYSTEM | (BEGINNINGS if (folder / LOCK).exists() else set())
-    names = sorted(path.name for path in folder.iterdir())
-    return [name for name in names if name not in ours and not name.startswith(".conam-tmp-")]
+    elif output.is_dir():
+        ours = SYSTEM | (BEGINNINGS if (output / LOCK).exists() else set())
+        for name in sorted(path.name for path in output.iterdir()):
+            if name not in ours and not name.startswith(".conam-tmp-"):
+                raise UserError(
+                    f"{output} is not empty and no run folder (it holds {name!r}): choose another --output."
+                )
 
 
 def _acquire(folder: Path) -> FileLock:
@@ -123,11 +128,8 @@ def hold(output: Path, resume: bool) -> Iterator[None]:
 class RunLog:
     """The log of a run, one row for each epoch: ``log.csv``, and events for TensorBoard in ``tensorboard/``.
 
-    Args:
-        folder: The run folder.
-        rows: One for each epoch, with the keys ``LOG_FIELDS`` and one of ``liveness_columns`` for each ConAM; the
-            caller appends to it. Where a run is resumed, it holds the epochs that are done, and events of later ones
-            are taken back.
+    The caller appends a row (``LOG_FIELDS``, and the liveness of each ConAM) to ``rows`` and calls ``write``. Where a
+    run is resumed they hold the epochs that are done, and events of later ones are taken back.
     """
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -139,16 +141,14 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._events.close()
 
     def write(self) -> None:
         """Log the last row."""
         row = self.rows[-1]
         text = io.StringIO()
-        columns = (*LOG_FIELDS[:-1], *liveness_columns(self.rows), LOG_FIELDS[-1])
+        columns = (*LOG_FIELDS[:-1], *_liveness_columns(self.rows), LOG_FIELDS[-1])
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
@@ -173,19 +173,46 @@ def read_log(folder: Path) -> list[dict[str, str]]:
         raise UserError(f"{path} is no log of a training: copy the run folder again.") from error
 
 
-def liveness_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def _liveness_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The liveness columns of a log, ``liveness layer1.0.attn``, in order; logs of older versions have none."""
     return list(dict.fromkeys(key for row in rows for key in row if key.startswith(LIVENESS)))
 
 
-def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write ``recipe.toml``, every setting spelt out: ``conam train FOLDER/recipe.toml`` trains the same again."""
-    write_text(folder / RECIPE, recipe.to_toml())
+def draw_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw loss, accuracy, learning rate and, where the log has it, each site's liveness over the epochs as a PNG."""
+    from matplotlib.figure import Figure
 
+    marker = "o" if len(log) == 1 else ""  # a line of one point cannot be seen
+    sites = _liveness_columns(log)
+    panels = 4 if sites else 3
+    figure = Figure(figsize=(3.4 * panels, 3.4), layout="constrained")
+    loss, accuracy, rate, *further = figure.subplots(1, panels)
 
-def write_run(folder: Path, run: dict[str, Any]) -> None:
-    """Write ``run.json``, which tells a finished run from one that is not."""
-    write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
+    def plot(axes: Any, column: str, **options: Any) -> None:
+        values = [row.get(column, math.nan) for row in log]
+        axes.plot([row["epoch"] for row in log], values, marker=marker, **options)
+
+    plot(loss, "loss", color="tab:blue")
+    loss.set_ylabel("training loss")
+    plot(accuracy, "train_top1_percent", color="tab:blue", label="training, augmented")
+    if log[0]["holdout_top1_percent"] is not None:
+        plot(accuracy, "holdout_top1_percent", color="tab:orange", label="held out")
+    accuracy.set_ylabel("top-1 (%)")
+    accuracy.legend(loc="lower right", frameon=False)
+    plot(rate, "lr", color="tab:gray")
+    rate.set_ylabel("learning rate at the epoch's end")
+    for alive in further:
+        for column in sites:
+            plot(alive, column, label=column.removeprefix(LIVENESS))
+        alive.axhline(EVEN, color="black", linewidth=0.8, linestyle="--", label=f"{EVEN:.0%}: even below")
+        alive.set_ylabel("liveness: std / mean over the patches")
+        alive.set_ylim(bottom=0)
+        alive.legend(frameon=False, fontsize="small")
+    for axes in (loss, accuracy, rate, *further):
+        axes.set_xlabel("epoch")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(for_matplotlib(title))
+    write_figure(path, figure, dpi=120)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -205,3 +232,41 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     if not isinstance(run, dict):
         raise UserError(f"{path} is no record of a run (it holds no table): {remedy}.")
     return run
+
+
+def describe_environment() -> dict[str, Any]:
+    """``hardware`` (a sentence part), ``library_versions`` and ``code_commit`` (None outside a checkout).
+
+    The hardware is that of all processes of the training, taken to be like this one's.
+    """
+    return {
+        "hardware": _hardware(),
+        "library_versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "code_commit": _commit(),
+    }
+
+
+def _hardware() -> str:
+    processes = ranks().world_size
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name(0)}"
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    cpu = named[1].strip() if named else platform.processor() or platform.machine()
+    several = f"{processes} processes with " if processes > 1 else ""
+    threads = torch.get_num_threads()
+    return f"{several}{threads} CPU thread{'' if threads == 1 else 's'} ({cpu})"
+
+
+def _commit() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None

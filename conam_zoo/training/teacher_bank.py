@@ -22,9 +22,20 @@ from conam_zoo.data import Batches, ImageSplit
 from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
+from conam_zoo.training.distillation import known_sha256
+from conam_zoo.training.distributed import ranks
 from conam_zoo.training.recipe import Recipe
 
-__all__ = ["BankedBatches", "TeacherBank", "bank_facts", "epoch_file", "read_epoch", "to_float16", "write_epoch"]
+__all__ = [
+    "BankedBatches",
+    "TeacherBank",
+    "bank_facts",
+    "epoch_file",
+    "holds_epoch",
+    "read_epoch",
+    "to_float16",
+    "write_epoch",
+]
 
 # The settings that decide which images a batch shows, and in which precision the teacher looks at them.
 SETTINGS = (
@@ -48,12 +59,12 @@ SETTINGS = (
 )
 
 
-def bank_facts(recipe: Recipe, split: ImageSplit, mean: Any, std: Any) -> dict[str, Any]:
+def bank_facts(recipe: Recipe, split: ImageSplit, cfg: dict[str, Any]) -> dict[str, Any]:
     """What the images of a recipe's batches depend on: its settings, the training images, how they are normalised."""
     values = recipe.to_dict()
     images = data_sha256(image_hashes(split, split.images.shape[1]), split.labels.cpu().numpy())
     settings = {key: values[key] for key in SETTINGS}
-    return {**settings, "images": images, "mean": list(mean), "std": list(std)}
+    return {**settings, "images": images, "mean": list(cfg["mean"]), "std": list(cfg["std"])}
 
 
 def epoch_file(bank: Path, epoch: int) -> Path:
@@ -62,7 +73,7 @@ def epoch_file(bank: Path, epoch: int) -> Path:
 
 
 def write_epoch(bank: Path, epoch: int, logits: Tensor, facts: dict[str, Any]) -> None:
-    """Write the float16 logits (N, classes) of an epoch, in the order in which the images are shown, atomically.
+    """Write the float16 logits (N, classes) of an epoch, in the order in which the images are shown.
 
     ``facts`` are ``recipe`` from ``bank_facts``, ``teacher`` from ``open_teacher``, and the planned ``epochs``.
 
@@ -72,13 +83,7 @@ def write_epoch(bank: Path, epoch: int, logits: Tensor, facts: dict[str, Any]) -
     header = json.dumps({**facts, "epoch": epoch}, sort_keys=True)
     metadata = {"facts": header, "sha256": _sha256(header, logits)}
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file({"logits": logits}, temporary, metadata=metadata)
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(str(error)) from error
-
-    write_atomically(epoch_file(bank, epoch), write)
+    write_atomically(epoch_file(bank, epoch), lambda file: save_file({"logits": logits}, file, metadata=metadata))
 
 
 def read_epoch(bank: Path, epoch: int) -> tuple[Tensor, dict[str, Any], str]:
@@ -109,51 +114,65 @@ def _sha256(header: str, logits: Tensor) -> str:
     return digest.hexdigest()
 
 
+def holds_epoch(bank: Path, epoch: int, facts: dict[str, Any]) -> bool:
+    """Whether the bank holds an epoch, whole.
+
+    Raises:
+        UserError: If it is one of other batches or of another teacher.
+    """
+    if not epoch_file(bank, epoch).is_file():
+        return False
+    try:
+        _, recorded, _ = read_epoch(bank, epoch)
+    except UserError:
+        return False  # damaged
+    for part in ("recipe", "teacher"):
+        for key, value in facts[part].items():
+            if recorded[part].get(key) != value:
+                raise UserError(
+                    f"{bank} holds the logits of another recording ({key} was {recorded[part].get(key)!r} and is "
+                    f"{value!r}): choose another --output."
+                )
+    return True
+
+
 @dataclass(frozen=True)
 class TeacherBank:
-    """A bank that was checked against a student's recipe.
-
-    Attributes:
-        folder: Where it is.
-        epochs: How many of its epochs the student reads; epoch e of the student is epoch ``e % epochs`` of the bank.
-        record: ``teacher`` with name and hash, and ``teacher_bank`` with the hash over the epochs that are read.
-    """
+    """A bank that was checked against a student's recipe; epoch e of the student is its epoch ``e % epochs``."""
 
     folder: Path
-    epochs: int
-    record: dict[str, Any]
+    epochs: int  # how many of the bank's the student reads
+    record: dict[str, Any]  # teacher, with name and hash, and teacher_bank, with the hash over the epochs that are read
 
     @classmethod
-    def open(cls, folder: Path, recipe: Recipe, facts: dict[str, Any], teacher_sha256: str | None) -> "TeacherBank":
+    def open(cls, folder: Path, recipe: Recipe, split: ImageSplit, cfg: dict[str, Any]) -> "TeacherBank":
         """Check a bank, each of its logits included.
-
-        Args:
-            folder: The bank.
-            recipe: The student's.
-            facts: What the student's batches depend on; see ``bank_facts``.
-            teacher_sha256: Hash of the teacher's weights as they are now, if it is known.
 
         Raises:
             UserError: If the bank is damaged or unfinished, or is not one of the batches of this recipe.
         """
+        if not recipe.teacher:
+            raise UserError(f"The recipe has no teacher, so it cannot learn from {folder}: add --set teacher=NAME.")
+        if (processes := ranks().world_size) > 1:
+            raise UserError(f"{folder} serves a training of one process, but here are {processes}: start one.")
         held = 0
         while epoch_file(folder, held).is_file():
             held += 1
         if not held:
             raise UserError(f"{folder} is no bank of a teacher's logits: record one with conam record-teacher.")
-        planned = max(read_epoch(folder, held - 1)[1]["epochs"], 1)
+        planned = read_epoch(folder, held - 1)[1]["epochs"]
         if held < planned and held < recipe.epochs:
             raise UserError(f"{folder} holds {held} of {planned} epochs: let conam record-teacher finish it first.")
-        used, hashes = min(held, recipe.epochs), []
+        used, hashes, facts = min(held, recipe.epochs), [], bank_facts(recipe, split, cfg)
         for epoch in range(used):
             _, recorded, digest = read_epoch(folder, epoch)
             _check_same(folder, recorded["recipe"], facts)
             hashes.append(digest)
-        teacher = recorded["teacher"]
-        if None not in (teacher_sha256, teacher["sha256"]) and teacher_sha256 != teacher["sha256"]:
+        teacher, today = recorded["teacher"], known_sha256(recipe.teacher)
+        if None not in (today, teacher["sha256"]) and today != teacher["sha256"]:
             raise UserError(
                 f"{folder} was recorded with other weights of {teacher['name']} (SHA-256 {teacher['sha256'][:12]}...) "
-                f"than those of today ({teacher_sha256[:12]}...): record a bank anew."  # type: ignore[index]
+                f"than those of today ({today[:12]}...): record a bank anew."  # type: ignore[index]
             )
         if recipe.epochs > used and recipe.alternate_flip and used % 2:
             raise UserError(
@@ -192,7 +211,7 @@ class BankedBatches(Batches):
         self._batches, self._bank, self._batch_size = batches, bank, batch_size
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of an epoch from ``first_step`` on; see ``Batches.epoch``."""
+        """See ``Batches.epoch``."""
         logits: Tensor | None = None
         start = first_step * self._batch_size
         for images, targets, *_ in self._batches.epoch(epoch % self._bank.epochs, first_step):

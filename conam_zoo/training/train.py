@@ -1,6 +1,12 @@
-"""A whole training: from a recipe and a data folder to a run folder."""
+"""A whole training: from a recipe and a data folder to a run folder; its dry run, and its teacher's outputs alone."""
 
-from contextlib import ExitStack
+import itertools
+import json
+import resource
+import signal
+import statistics
+import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +21,32 @@ from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole
+from conam_zoo.files import clear_temporaries, make_folder, write_text
 from conam_zoo.inputs import expand_path
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.export import export_model
-from conam_zoo.models.registry import check_model_name
-from conam_zoo.training.curves import draw_curves
-from conam_zoo.training.distillation import known_sha256, open_teacher
-from conam_zoo.training.distributed import Ranks, process_group, run_on_primary
+from conam_zoo.models.registry import check_model_name, count_params_and_macs
+from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, StopRequest, TrainingStopped
+from conam_zoo.training.distillation import open_teacher
+from conam_zoo.training.distributed import Ranks, precision_on, process_group, ranks, run_on_primary
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.fit import FitResult, fit
-from conam_zoo.training.hardware import describe_environment, precision_on
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.training.run_folder import check_free, hold, write_recipe, write_run
-from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, bank_facts
-from conam_zoo.training.train_state import batch_settings, check_optimizer, images_per_batch
+from conam_zoo.training.run_folder import RECIPE, RUN, check_free, describe_environment, draw_curves, hold
+from conam_zoo.training.teacher_bank import (
+    BankedBatches,
+    TeacherBank,
+    bank_facts,
+    holds_epoch,
+    to_float16,
+    write_epoch,
+)
+from conam_zoo.training.train_state import TrainState, batch_settings, check_optimizer
 
-__all__ = ["MONITORED_IMAGES", "Assembly", "assemble", "export_run", "train"]
+__all__ = ["MONITORED_IMAGES", "Assembly", "DryRun", "assemble", "dry_run", "export_run", "record_teacher", "train"]
 
 MONITORED_IMAGES = 256  # whose patches' confidences are watched
+WARM_UP_STEPS, TIMED_STEPS = 2, 5  # of a dry run
 
 
 def train(
@@ -73,7 +87,7 @@ def train(
         TrainingStopped: On SIGTERM or SIGINT, once the state is saved.
     """
     output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
-    with process_group() as here, ExitStack() as held:
+    with process_group() as here:
         run_on_primary(lambda: check_free(output, resume))
         environment = describe_environment()  # now: the checkout may have moved on when the training is done
         parts = assemble(recipe, data, here, teacher_bank)
@@ -89,43 +103,48 @@ def train(
                 f"The recipe's {recipe.precision} is left out: this {here.device.type} has no instructions for it."
             )
         console.print(parts.note)
-        held.enter_context(hold(output, resume))
-        result = fit(
-            parts.model,
-            recipe,
-            parts.batches,
-            output,
-            holdout=parts.holdout,
-            monitor=parts.monitor,
-            teacher=parts.teacher,
-            resume=resume,
-            record={
-                "classes": list(parts.batches.classes),
-                "images": parts.num_images,
-                "data_sha256": parts.data_sha256,
-                **parts.facts,
-            },
-            compile=compile,
-            checkpoint_minutes=checkpoint_minutes,
-        )
-        split = parts.holdout or _of_size(read_split(data, "test", recipe.dataset), recipe)
-        scores = evaluate_on(result.final, split, sharded=True)
-        on = "held-out training images" if parts.holdout else "test images"
-        console.print(f"top-1 {scores.top1_percent:.2f} %, top-5 {scores.top5_percent:.2f} % on {len(split):,} {on}")
-        run = {
-            "recipe": recipe.to_dict(),
-            "evaluated_on": on,
-            "scores": asdict(scores),
-            "train_minutes": result.train_minutes,
-            "compile_seconds": result.compile_seconds,
-            "world_size": here.world_size,
-            "precision": precision,
-            "command": command,
+        hashed = [part for part in (parts.split, parts.holdout) if part is not None]
+        hashes = np.concatenate([image_hashes(part, part.images.shape[1]) for part in hashed])
+        record = {
+            "classes": list(parts.batches.classes),
+            "images": len(parts.split),
+            "data_sha256": data_sha256(hashes, np.concatenate([part.labels.cpu().numpy() for part in hashed])),
             **parts.facts,
-            **environment,
         }
-        run = run_on_primary(lambda: export_run(result, recipe, output, run))
-        console.print(f"written: {output / 'run.json'}, weights in {output / 'final'}")
+        with hold(output, resume):
+            result = fit(
+                parts.model,
+                recipe,
+                parts.batches,
+                output,
+                holdout=parts.holdout,
+                monitor=parts.split.spread(MONITORED_IMAGES),
+                teacher=parts.teacher,
+                resume=resume,
+                record=record,
+                compile=compile,
+                checkpoint_minutes=checkpoint_minutes,
+            )
+            split = parts.holdout or _of_size(read_split(data, "test", recipe.dataset), recipe)
+            scores = evaluate_on(result.final, split, sharded=True)
+            on = "held-out training images" if parts.holdout else "test images"
+            console.print(
+                f"top-1 {scores.top1_percent:.2f} %, top-5 {scores.top5_percent:.2f} % on {len(split):,} {on}"
+            )
+            run = {
+                "recipe": recipe.to_dict(),
+                "evaluated_on": on,
+                "scores": asdict(scores),
+                "train_minutes": result.train_minutes,
+                "compile_seconds": result.compile_seconds,
+                "world_size": here.world_size,
+                "precision": precision,
+                "command": command,
+                **parts.facts,
+                **environment,
+            }
+            run = run_on_primary(lambda: export_run(result, recipe, output, run))
+        console.print(f"written: {output / RUN}, weights in {output / 'final'}")
         return run
 
 
@@ -137,42 +156,26 @@ def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, A
         those that were not chosen: ``raw/`` where the average is final, ``ema/`` where it is not.
     """
     draw_curves(result.log, output / "curves.png", title=f"{recipe.model} on {recipe.dataset}")
-    write_recipe(output, recipe)
+    write_text(output / RECIPE, recipe.to_toml())
     run = {**run, "sha256": export_model(result.final, output / "final", tag=None)}
     if result.ema is not None:
         other, name = (result.raw, "raw") if result.final is result.ema else (result.ema, "ema")
         run["other_sha256"] = export_model(other, output / name, tag=None)
-    write_run(output, run)
+    write_text(output / RUN, json.dumps(run, indent=2) + "\n")
     return run
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """The parts of a training that a recipe names.
+    """The parts of a training that a recipe names."""
 
-    Attributes:
-        model: The net, initialised by the recipe's seed.
-        split: The training images.
-        batches: Augmented training images, for the training device.
-        note: What a person should know about how the images were read, and where they are kept; a line each.
-        num_images: How many training images there are; an epoch may leave some of them out.
-        holdout: Training images kept out for choosing, or None.
-        monitor: Some training images, the same ones for every training on them, to measure liveness on.
-        data_sha256: Hash of images and labels, the held-out ones included.
-        teacher: The net to learn from, or None; None as well if the batches carry its logits.
-        facts: Facts for the record: ``teacher``, with name and hash, and ``teacher_bank``.
-    """
-
-    model: StagedClassifier
-    split: ImageSplit
-    batches: Batches
-    note: str
-    num_images: int
-    holdout: ImageSplit | None
-    monitor: ImageSplit
-    data_sha256: str
-    teacher: nn.Module | None
-    facts: dict[str, Any]
+    model: StagedClassifier  # initialised by the recipe's seed
+    split: ImageSplit  # the training images; an epoch may leave some of them out
+    batches: Batches  # augmented, for the training device
+    note: str  # what a person should know about how the images were read, and where they are kept; a line each
+    holdout: ImageSplit | None  # training images kept out for choosing
+    teacher: nn.Module | None  # to learn from, on the device; None as well if the batches carry its logits
+    facts: dict[str, Any]  # for the record: teacher, with name and hash, and teacher_bank
 
 
 def assemble(recipe: Recipe, data: str | Path, here: Ranks, teacher_bank: Path | None = None) -> Assembly:
@@ -181,10 +184,14 @@ def assemble(recipe: Recipe, data: str | Path, here: Ranks, teacher_bank: Path |
     Raises:
         UserError: If the recipe names what does not exist, or the data is not what it should be.
     """
-    _check_names(recipe)
-    batch_size = images_per_batch(
-        recipe, here
-    )  # refuses a batch that the processes cannot share, before anything is read
+    # What can be refused is refused before anything is read.
+    check_model_name(f"{recipe.model}.{recipe.dataset}")
+    check_optimizer(recipe)
+    if "num_classes" in recipe.model_args:
+        raise UserError("The setting model_args holds num_classes, but the classes are those of the data set.")
+    with torch.device("meta"):
+        cfg = _model(recipe).pretrained_cfg
+    settings = batch_settings(recipe, cfg["mean"], cfg["std"], here)
     split, holdout = _training_images(recipe, data)
     torch.manual_seed(recipe.seed)
     model = _model(recipe)
@@ -192,43 +199,13 @@ def assemble(recipe: Recipe, data: str | Path, here: Ranks, teacher_bank: Path |
     facts: dict[str, Any] = {}
     if recipe.teacher and teacher_bank is None:
         teacher, facts["teacher"] = open_teacher(recipe.teacher, model, split.classes)
-    cfg = model.pretrained_cfg
-    settings = batch_settings(recipe, cfg["mean"], cfg["std"], here)
+        teacher = teacher.to(here.device).to(memory_format=torch.channels_last)
     batches: Batches
-    batches, note = create_loader(
-        split,
-        split.images.shape[1],
-        settings,
-        device=here.device,
-    )
+    batches, kept = create_loader(split, split.images.shape[1], settings, device=here.device)
     if teacher_bank is not None:
-        bank = _open_bank(teacher_bank, recipe, split, cfg, here)
-        batches, facts = BankedBatches(batches, bank, batch_size), bank.record
-    note = "\n".join((*split.notes, note))  # what was left out or rescaled, then where the images are kept
-    monitor = split.spread(MONITORED_IMAGES)
-    hashed = [part for part in (split, holdout) if part is not None]
-    hashes = np.concatenate([image_hashes(part, part.images.shape[1]) for part in hashed])
-    sha256 = data_sha256(hashes, np.concatenate([part.labels.cpu().numpy() for part in hashed]))
-    return Assembly(model, split, batches, note, len(split), holdout, monitor, sha256, teacher, facts)
-
-
-def _open_bank(folder: Path, recipe: Recipe, split: ImageSplit, cfg: dict[str, Any], here: Ranks) -> TeacherBank:
-    if not recipe.teacher:
-        raise UserError(f"The recipe has no teacher, so it cannot learn from {folder}: add --set teacher=NAME.")
-    if here.world_size > 1:
-        raise UserError(f"{folder} serves a training of one process, but here are {here.world_size}: start one.")
-    facts = bank_facts(recipe, split, cfg["mean"], cfg["std"])
-    return TeacherBank.open(folder, recipe, facts, known_sha256(recipe.teacher))
-
-
-def _check_names(recipe: Recipe) -> None:
-    """Refuse a recipe that names a model, an optimiser or model arguments that do not exist."""
-    check_model_name(f"{recipe.model}.{recipe.dataset}")
-    check_optimizer(recipe)
-    if "num_classes" in recipe.model_args:
-        raise UserError("The setting model_args holds num_classes, but the classes are those of the data set.")
-    with torch.device("meta"):
-        _model(recipe)
+        bank = TeacherBank.open(teacher_bank, recipe, split, cfg)
+        batches, facts = BankedBatches(batches, bank, settings.batch_size), bank.record
+    return Assembly(model, split, batches, "\n".join((*split.notes, kept)), holdout, teacher, facts)
 
 
 def _model(recipe: Recipe) -> StagedClassifier:
@@ -261,3 +238,152 @@ def _training_images(recipe: Recipe, data: str | Path) -> tuple[ImageSplit, Imag
 
 def _of_size(split: ImageSplit, recipe: Recipe) -> ImageSplit:
     return split.averaged_down(recipe.image_size) if recipe.image_size else split
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What ``train`` would do."""
+
+    model: str  # builder and data set
+    source: str  # where the training images are
+    loading: str  # how they were read, whether they stay on the device as a whole, and why
+    images: int  # of one epoch
+    held_out: int  # training images kept out of it
+    classes: int
+    epochs: int
+    steps_per_epoch: int  # changes of the weights
+    total_steps: int
+    batch_size: int  # images of a step
+    parameters: int
+    macs: int  # multiply-accumulates of one image in the forward pass
+    device: str  # with the precision
+    seconds_per_step: float  # median of a few real steps on whole images
+    estimated_minutes: float  # of all steps; evaluations and compilation come on top
+    compile_seconds: float | None  # of the first compiled step; None without compile
+    peak_memory_bytes: int  # of the device on a GPU; of the whole process on a CPU, libraries and data included
+    output: str  # the run folder
+    files: tuple[str, ...]  # what would be in it
+
+
+def dry_run(
+    recipe: Recipe,
+    data: str | Path,
+    output: Path,
+    *,
+    teacher_bank: Path | None = None,
+    resume: bool = False,
+    compile: bool = False,
+) -> DryRun:
+    """Find out what ``train`` with the same arguments would do, and try a few steps on a net that is thrown away.
+
+    Nothing is written and the test split is not opened. ``cifar10`` and ``cifar100`` as ``data`` are downloaded if they
+    are not there yet, as ``train`` would do.
+
+    Raises:
+        UserError: Whatever ``train`` would refuse before its first step.
+    """
+    output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
+    with process_group() as here:
+        check_free(output, resume)
+        parts = assemble(recipe, data, here, teacher_bank)
+        model = parts.model.to(here.device).to(memory_format=torch.channels_last)
+        state = TrainState(model, recipe, parts.batches.steps, teacher=parts.teacher, compile=compile)
+        steps = state.steps_per_epoch
+        early = _time_steps(state, parts.batches, 0) if recipe.early_epochs else 0.0
+        seconds = _time_steps(state, parts.batches, recipe.early_epochs)
+        total_seconds = steps * (recipe.early_epochs * early + (recipe.epochs - recipe.early_epochs) * seconds)
+        name = f"{recipe.model}.{recipe.dataset}"
+        params, macs = count_params_and_macs(name, pretrained_cfg_overlay=recipe.cfg_overlay, **recipe.model_args)
+        weights = ["final/"]
+        if recipe.ema_decay:
+            weights.append("raw/" if recipe.final_weights == "ema" else "ema/")
+        return DryRun(
+            model=name,
+            source=parts.batches.source,
+            loading=parts.note,
+            images=parts.batches.num_images,
+            held_out=len(parts.holdout) if parts.holdout else 0,
+            classes=len(parts.batches.classes),
+            epochs=recipe.epochs,
+            steps_per_epoch=steps,
+            total_steps=recipe.epochs * steps,
+            batch_size=recipe.batch_size,
+            parameters=params,
+            macs=macs,
+            device=f"{here.world_size} x {here.device.type}, {precision_on(here.device, recipe.precision)}",
+            seconds_per_step=seconds,
+            estimated_minutes=total_seconds / 60,
+            compile_seconds=state.compile_seconds,
+            peak_memory_bytes=_peak_memory_bytes(here.device),
+            output=str(output),
+            files=(*weights, CHECKPOINT, PREVIOUS, "curves.png", "log.csv", "recipe.toml", "run.json", "tensorboard/"),
+        )
+
+
+def _time_steps(state: TrainState, batches: Batches, first_epoch: int) -> float:
+    """Median seconds of a few full steps on the images of an epoch, after some to warm up."""
+    times = []
+    state.train()
+    stream = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count(first_epoch))
+    for step in range(WARM_UP_STEPS + TIMED_STEPS):
+        started = time.perf_counter()
+        group = list(itertools.islice(stream, state.recipe.grad_accumulation))
+        loss, _ = state.accumulate(group, sum(len(targets) for _, targets, *_ in group))
+        state.step(step + 1)
+        loss.item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[WARM_UP_STEPS:])
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
+
+
+def record_teacher(recipe: Recipe, data: str | Path, bank: Path, *, epochs: int | None = None) -> int:
+    """Record the teacher of a recipe, in its precision, on the batches of its epochs, or of so many epochs.
+
+    Epochs that the bank holds already are kept, so the same call goes on after an interruption, mends what is damaged,
+    and with more epochs makes the bank longer.
+
+    Returns:
+        How many epochs were recorded now.
+
+    Raises:
+        UserError: If the recipe has no teacher, the folder holds another bank, or a logit overflows float16.
+        TrainingStopped: On SIGTERM or SIGINT; whole epochs are kept.
+    """
+    if not recipe.teacher:
+        raise UserError("The recipe has no teacher to record: add --set teacher=NAME.")
+    here, epochs = ranks(), recipe.epochs if epochs is None else epochs
+    parts = assemble(recipe, data, here)
+    teacher = parts.teacher
+    assert teacher is not None
+    facts = {
+        "recipe": bank_facts(recipe, parts.split, parts.model.pretrained_cfg),
+        "teacher": parts.facts["teacher"],
+        "epochs": epochs,
+    }
+    bank = make_folder(bank)
+    clear_temporaries(bank)
+    missing = [epoch for epoch in range(epochs) if not holds_epoch(bank, epoch, facts)]
+    bf16 = precision_on(here.device, recipe.precision) == "bf16"
+    console = PlainConsole()
+    console.print(f"{recipe.teacher} on {parts.batches.num_images:,} images, {len(missing)} of {epochs} epochs to do")
+    with StopRequest() as request, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        for epoch in missing:
+            started, kept = time.perf_counter(), []
+            for images, *_ in parts.batches.epoch(epoch):
+                if request.signal_number:
+                    raise TrainingStopped(
+                        f"{signal.Signals(request.signal_number).name} stopped the recording in epoch {epoch + 1}: "
+                        "the epochs before it are kept, so the same command goes on.",
+                        request.signal_number,
+                    )
+                with torch.no_grad(), torch.autocast(here.device.type, dtype=torch.bfloat16, enabled=bf16):
+                    kept.append(to_float16(teacher(images), recipe.teacher))
+            write_epoch(bank, epoch, torch.cat(kept).cpu(), facts)
+            console.print(f"epoch {epoch + 1:3d} of {epochs}  {time.perf_counter() - started:.0f} s")
+    return len(missing)

@@ -13,26 +13,24 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conam_zoo.data import AugmentationSettings, BatchSettings
 from conam_zoo.errors import UserError
+from conam_zoo.layers._torch_private import copy_all, lerp_all
 from conam_zoo.training.distillation import decoupled_loss, distillation_loss
-from conam_zoo.training.distributed import Ranks, ranks
-from conam_zoo.training.hardware import precision_on
-from conam_zoo.training.moving_average import MovingAverage
+from conam_zoo.training.distributed import Ranks, precision_on, ranks
 from conam_zoo.training.recipe import Recipe
 
-__all__ = ["TrainState", "batch_settings", "check_optimizer", "images_per_batch"]
+__all__ = ["MovingAverage", "TrainState", "batch_settings", "check_optimizer", "images_per_batch"]
+
+MOMENTA = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # of a weight's shape; others may be factors or scalars
 
 
 def check_optimizer(recipe: Recipe) -> None:
-    """Refuse an optimiser that timm does not know, or that cannot make a step here, for want of a GPU or otherwise.
-
-    Raises:
-        UserError: With what it lacks.
-    """
+    """Refuse an optimiser that timm does not know, or that cannot make a step here, for want of a GPU or otherwise."""
     known = list_optimizers()
     if recipe.opt not in known:
         near = difflib.get_close_matches(recipe.opt, known, n=3) or ["sgd", "adamw"]
@@ -40,7 +38,7 @@ def check_optimizer(recipe: Recipe) -> None:
     device = ranks().device
     trial = nn.Linear(2, 2, device=device)
     try:
-        optimizer = _optimizer(trial, recipe, None, device)
+        optimizer = _optimizer(trial, recipe)
         trial(torch.ones(1, 2, device=device)).sum().backward()
         optimizer.step()
     except Exception as error:  # whatever an optimiser raises without its library, its device or its second pass
@@ -71,23 +69,34 @@ def batch_settings(
     Raises:
         UserError: If the batch size cannot be shared out evenly, or an augmentation is out of range.
     """
-    shared = {field.name: getattr(recipe, field.name) for field in fields(AugmentationSettings)}
-    augmentation = AugmentationSettings(**shared)
+    augmentation = AugmentationSettings(**{f.name: getattr(recipe, f.name) for f in fields(AugmentationSettings)})
     size = images_per_batch(recipe, here)
     return BatchSettings(augmentation, size, recipe.seed, mean, std, here.rank, here.world_size, balance)
 
 
-class TrainState:
-    """A net in training.
+class MovingAverage(ModelEmaV3):
+    """timm's moving average of one model that stays on its device, with its lists of tensors made once, for speed.
 
-    Args:
-        model: The net, on its device; parameters that need no gradient stay as they are.
-        recipe: Optimiser, schedule, loss, precision.
-        batches_per_epoch: Batches of one epoch on this rank.
-        param_groups: Groups of parameters as optimisers take them, with ``lr_scale`` where a group learns slower; None
-            for timm's grouping: no weight decay for norms, biases and what the net's ``no_weight_decay`` names.
-        teacher: A net to learn from, or None.
-        compile: Whether to run the net through ``torch.compile``.
+    The decay grows over the first steps as timm's ``use_warmup`` has it. Integer buffers are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, decay=decay, use_warmup=True)
+        ours, theirs = ([*net.parameters(), *net.buffers()] for net in (self.module, model))
+        self._floating = [[t for t in tensors if t.is_floating_point()] for tensors in (ours, theirs)]
+        self._counters = [[t for t in tensors if not t.is_floating_point()] for tensors in (ours, theirs)]
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        lerp_all(self._floating[0], self._floating[1], 1.0 - decay)
+        if self._counters[0]:
+            copy_all(*self._counters)
+
+
+class TrainState:
+    """A net in training, on its device; parameters that need no gradient stay as they are.
+
+    ``batches_per_epoch`` are those of this rank. ``param_groups`` are as optimisers take them, with ``lr_scale`` where
+    a group learns slower; None for timm's: no weight decay for norms, biases and what ``no_weight_decay`` names.
 
     Attributes:
         model: The net as it was given: neither wrapped nor compiled.
@@ -108,7 +117,6 @@ class TrainState:
     ) -> None:
         self.model, self.recipe, self.teacher = model, recipe, teacher
         self.device = next(model.parameters()).device
-        self.grad_accumulation = recipe.grad_accumulation
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._frozen = [m for m in model.modules() if _is_frozen(m)]
         bf16 = precision_on(self.device, recipe.precision) == "bf16"
@@ -132,7 +140,7 @@ class TrainState:
 
     def _start_optimizer(self, param_groups: Iterable[dict[str, Any]] | None) -> None:
         recipe, steps = self.recipe, self.steps_per_epoch
-        self.optimizer = _optimizer(self.model, recipe, param_groups, self.device)
+        self.optimizer = _optimizer(self.model, recipe, param_groups)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
             t_initial=recipe.epochs * steps,
@@ -155,15 +163,12 @@ class TrainState:
             module.training = False
 
     def accumulate(self, group: Sequence[tuple[Tensor, ...]], images: float) -> tuple[Tensor, Tensor]:
-        """Gradients of one step, that has one or more batches.
+        """Gradients of one step; with the sum of its loss over the images and the number of right answers, as scalars.
 
         Args:
-            group: Images (B, 3, H, W) and targets of every batch: (B,) int64, or (B, classes) float32; as a third
-                tensor the teacher's logits (B, classes), where they come from a bank.
+            group: For each batch images (B, 3, H, W) and targets, (B,) int64 or (B, classes) float32; as a third tensor
+                the teacher's logits (B, classes), where they come from a bank.
             images: Images of the step on each rank, on average: the gradient is that of the mean over all images.
-
-        Returns:
-            Sum of the loss over the images, and the number of right answers; both scalars on the device.
         """
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
@@ -179,7 +184,7 @@ class TrainState:
             correct.append((logits.detach().argmax(1) == classes).sum())
         if self._compiling:
             self._compiling, self.compile_seconds = False, time.perf_counter() - started
-        return (losses[0], correct[0]) if len(group) == 1 else (torch.stack(losses).sum(), torch.stack(correct).sum())
+        return torch.stack(losses).sum(), torch.stack(correct).sum()
 
     def _loss(self, images: Tensor, targets: Tensor, guide: Tensor | None = None) -> tuple[Tensor, Tensor]:
         recipe = self.recipe
@@ -224,18 +229,17 @@ class TrainState:
         Raises:
             ValueError, RuntimeError, KeyError, TypeError: If it is not one of this net and this optimiser.
         """
-        _load(self.model, state["model"])
+        self.model.load_state_dict(state["model"])
         if self.ema is not None:
-            _load(self.ema.module, state["ema"])
+            self.ema.module.load_state_dict(state["ema"])
         if groups := _groups_with_decayed_attention(self.model, self.optimizer, state["optimizer"]["param_groups"]):
             self._start_optimizer(groups)
-        _check_groups(self.optimizer, state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for (
-            parameter,
-            buffers,
-        ) in self.optimizer.state.items():  # fused optimisers want them laid out as the weights are
+        # Fused optimisers want their buffers laid out as the weights are.
+        for parameter, buffers in self.optimizer.state.items():
             for name, buffer in buffers.items():
+                if name in MOMENTA and buffer is not None and buffer.shape != parameter.shape:
+                    raise ValueError(f"a {name} of its optimiser has the shape {tuple(buffer.shape)}")
                 if torch.is_tensor(buffer) and buffer.shape == parameter.shape:
                     buffers[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
         self._updates = updates
@@ -263,35 +267,16 @@ def _groups_with_decayed_attention(
     return groups if sizes == [len(group["params"]) for group in groups] else None
 
 
-def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    module.load_state_dict(tensors)
-    if wrong := [name for name, tensor in module.state_dict().items() if tensors[name].dtype != tensor.dtype]:
-        raise ValueError(f"{wrong[0]} is of type {tensors[wrong[0]].dtype}")
-
-
-def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Refuse the state of another optimiser; PyTorch looks at the numbers of groups and parameters alone."""
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        for key, value in group.items():
-            numeric = isinstance(value, int | float) and not isinstance(value, bool)
-            if numeric and not (isinstance(saved[key], int | float) and math.isfinite(saved[key])):
-                raise ValueError(f"{key} of its optimiser is {saved[key]!r}")
-        for number, parameter in zip(saved["params"], group["params"], strict=True):
-            for name, buffer in state["state"].get(number, {}).items():
-                known = name in ("momentum_buffer", "exp_avg", "exp_avg_sq")  # others may be factors or scalars
-                if known and buffer is not None and buffer.shape != parameter.shape:
-                    raise ValueError(f"{name} {number} of its optimiser has the shape {tuple(buffer.shape)}")
-
-
 def _is_frozen(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
     return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
 def _optimizer(
-    model: nn.Module, recipe: Recipe, param_groups: Iterable[dict[str, Any]] | None, device: torch.device
+    model: nn.Module, recipe: Recipe, param_groups: Iterable[dict[str, Any]] | None = None
 ) -> torch.optim.Optimizer:
     """timm's optimiser of that name, in its fused form where it has one for the device."""
+    device = next(model.parameters()).device
     options = inspect.signature(get_optimizer_class(recipe.opt, bind_defaults=False)).parameters
     fast = {"fused": True} if "fused" in options and device.type in ("cpu", "cuda") else {}
     optimizer: torch.optim.Optimizer = create_optimizer_v2(

@@ -23,7 +23,7 @@ from conam_zoo.data.readers.arrays import array_source
 from conam_zoo.data.transforms import SPLITTING, random_stream
 from conam_zoo.errors import UserError
 from conam_zoo.finetuning.net import finetune_recipe, net_for_data, train_on
-from conam_zoo.training.hardware import describe_environment
+from conam_zoo.training.run_folder import describe_environment
 
 __all__ = ["FewImages", "benchmark_finetune", "digits", "faces", "few_of_cifar100", "finetune_table"]
 

@@ -26,7 +26,7 @@ from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.training.hardware import describe_environment
+from conam_zoo.training.run_folder import describe_environment
 from experiments.speed.record import command_today
 
 __all__ = ["CHANGES", "EVERY_SITE", "benchmark_knockout", "knocked_out", "knockout_table", "measure_knockout"]

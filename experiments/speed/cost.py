@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from conam_zoo.models.registry import check_model_name
-from conam_zoo.training.hardware import precision_on
+from conam_zoo.training.distributed import precision_on
 from experiments.speed.baselines import LAYOUTS
 from experiments.speed.cost_module import SITES, measure_modules
 from experiments.speed.cost_net import NETS, measure_memory, measure_nets

@@ -10,7 +10,7 @@ from torchvision.models.densenet import DenseNet
 
 from conam_zoo.errors import UserError
 from conam_zoo.models.conam_densenet import ConAMDenseNet
-from conam_zoo.training.hardware import precision_on
+from conam_zoo.training.distributed import precision_on
 from experiments.speed.baselines import memory_format
 from experiments.speed.cost_net import image_batch, kept_bytes, training_step
 from experiments.speed.fresh_process import FreshProcesses

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conam_zoo.models.registry import check_model_name
-from conam_zoo.training.hardware import precision_on
+from conam_zoo.training.distributed import precision_on
 from experiments.speed.measure import benchmark_device, check_choice, check_least, time_in_turns
 from experiments.speed.record import BenchmarkRecord, Row, Skipped, make_record, summarise
 

@@ -151,7 +151,7 @@ def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *,
 
     def run(steps: int | None = None, folder: tempfile.TemporaryDirectory[str] = folder) -> None:
         first = 0 if steps is None else max(0, batches.steps - steps)
-        train_one_epoch(learner, batches, epoch=next(epochs), seed=recipe.seed, first_step=first)
+        train_one_epoch(learner, batches, epoch=next(epochs), first_step=first)
 
     return run
 

@@ -18,7 +18,7 @@ from conam_zoo.files import write_text
 from conam_zoo.models.registry import open_model
 from conam_zoo.release.onnx_files import make_onnx, write_onnx
 from conam_zoo.training.evaluate import evaluate
-from conam_zoo.training.hardware import describe_environment
+from conam_zoo.training.run_folder import describe_environment
 from conam_zoo.weights import ONNX_FILES, Manifest, load_manifest
 from experiments.speed.inference import mode_call, session_call
 from experiments.speed.measure import check_least, time_in_turns

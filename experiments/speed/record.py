@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from conam_zoo.errors import UserError
-from conam_zoo.training.hardware import describe_environment
+from conam_zoo.training.run_folder import describe_environment
 
 __all__ = [
     "BENCHMARKS",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from conam_zoo.errors import UserError
 from conam_zoo.models.conam_resnet import BasicBlock
 from conam_zoo.models.registry import check_model_name
-from conam_zoo.training.hardware import precision_on
+from conam_zoo.training.distributed import precision_on
 from experiments.speed.baselines import make_net
 from experiments.speed.cost_net import image_batch, training_step
 from experiments.speed.measure import benchmark_device, check_least, operator_shares, time_in_turns

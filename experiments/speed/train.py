@@ -12,7 +12,7 @@ import torch
 from conam_zoo.data import ImageSplit, read_split
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import check_model_name, count_params_and_macs
-from conam_zoo.training.hardware import precision_on
+from conam_zoo.training.distributed import precision_on
 from experiments.speed.baselines import make_net
 from experiments.speed.cost_net import image_batch, training_step
 from experiments.speed.fresh_process import FreshProcesses
