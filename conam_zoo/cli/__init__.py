@@ -16,7 +16,6 @@ from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
     finetuning,
     exporting,
     publishing,
-    queueing,
 )
 from conam_zoo.cli._shared import app
 from conam_zoo.errors import UserError

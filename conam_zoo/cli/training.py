@@ -1,17 +1,24 @@
-"""Commands that train: train, record-teacher, distill."""
+"""Commands that train: train, record-teacher, distill, and queue for many recipes."""
 
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.live import Live
 from rich.table import Table
 
-from conam_zoo.cli._shared import MODEL_HELP, Compile, Data, Settings, app, console
-from conam_zoo.escape import for_shell
+from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Compile, Data, Settings, app, console
+from conam_zoo.errors import UserError
+from conam_zoo.escape import PlainConsole, for_shell
+from conam_zoo.inputs import expand_path
 
 if TYPE_CHECKING:
+    from conam_zoo.training.queue import Job, Progress
     from conam_zoo.training.train import DryRun
 
 RecipeName = Annotated[
@@ -51,13 +58,12 @@ def train(
 
     The test split is not opened before the end.
     """
+    from conam_zoo.training import train as training
     from conam_zoo.training.recipe import load_recipe
 
     chosen = load_recipe(recipe, settings)
     if dry_run:
-        from conam_zoo.training.train import dry_run as try_steps
-
-        told = try_steps(chosen, data, output, teacher_bank=teacher_bank, resume=resume, compile=compile)
+        told = training.dry_run(chosen, data, output, teacher_bank=teacher_bank, resume=resume, compile=compile)
         table = Table(box=None, show_header=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
@@ -65,9 +71,7 @@ def train(
             table.add_row(*row)
         console().print(table)
         return
-    from conam_zoo.training.train import train as run
-
-    run(
+    training.train(
         chosen,
         data,
         output,
@@ -77,6 +81,26 @@ def train(
         checkpoint_minutes=checkpoint_minutes,
         command=for_shell("conam", *sys.argv[1:]),
     )
+
+
+def _rows(told: "DryRun") -> list[tuple[str, str]]:
+    held_out = f", and {told.held_out:,} held out" if told.held_out else ""
+    compiling = f", and {told.compile_seconds:.0f} s for torch.compile" if told.compile_seconds is not None else ""
+    milliseconds = 1000 * told.seconds_per_step
+    return [
+        ("net", f"{told.model}, {told.parameters:,} parameters, {told.macs:,} multiply-accumulates an image"),
+        ("images", f"{told.images:,} of {told.classes} classes from {told.source}{held_out}"),
+        (
+            "steps",
+            f"{told.epochs} epochs x {told.steps_per_epoch:,} = {told.total_steps:,}, of {told.batch_size} images",
+        ),
+        ("loading", told.loading),
+        ("device", told.device),
+        ("time", f"{milliseconds:.0f} ms a step, about {told.estimated_minutes:.1f} minutes in all{compiling}"),
+        ("memory", f"{told.peak_memory_bytes / 2**20:,.0f} MiB at its peak"),
+        ("output", f"{told.output}: {', '.join(told.files)}"),
+        ("written", "nothing yet: leave --dry-run out to start"),
+    ]
 
 
 @app.command(
@@ -125,19 +149,119 @@ def distill(
     train(recipe, data, output, settings, None, resume, dry_run, compile, checkpoint_minutes)
 
 
-def _rows(told: "DryRun") -> list[tuple[str, str]]:
-    held_out = f", and {told.held_out:,} held out" if told.held_out else ""
-    compiling = f", and {told.compile_seconds:.0f} s for torch.compile" if told.compile_seconds is not None else ""
-    steps = f"{told.epochs} epochs x {told.steps_per_epoch:,} = {told.total_steps:,}, of {told.batch_size} images"
-    milliseconds = 1000 * told.seconds_per_step
-    return [
-        ("net", f"{told.model}, {told.parameters:,} parameters, {told.macs:,} multiply-accumulates an image"),
-        ("images", f"{told.images:,} of {told.classes} classes from {told.source}{held_out}"),
-        ("steps", steps),
-        ("loading", told.loading),
-        ("device", told.device),
-        ("time", f"{milliseconds:.0f} ms a step, about {told.estimated_minutes:.1f} minutes in all{compiling}"),
-        ("memory", f"{told.peak_memory_bytes / 2**20:,.0f} MiB at its peak"),
-        ("output", f"{told.output}: {', '.join(told.files)}"),
-        ("written", "nothing yet: leave --dry-run out to start"),
-    ]
+@app.command(
+    rich_help_panel="For those who publish",
+    epilog="Example: conam queue 'resnet20*' 'resnet56*' --data DATA --seed 0 --seed 1 --seed 2 --parallel 4",
+)
+def queue(
+    patterns: Annotated[
+        list[str] | None, typer.Argument(help="Patterns of packaged recipes, such as 'resnet*'; all if left out.")
+    ] = None,
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "",
+    output: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs"),
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", help="Seeds of each recipe; its own if left out. Repeatable.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of every recipe; nothing is packed then."),
+    ] = None,
+    teacher_bank: Annotated[
+        Path | None,
+        typer.Option(
+            help="Logits that conam record-teacher kept, or a folder of such banks, named after the teachers."
+        ),
+    ] = None,
+    compile: Compile = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what is done and what would be trained.")] = False,
+) -> None:
+    """Train all recipes whose weights are not there yet, one after the other or several at a time, and pack them.
+
+    Called again, it goes on where it ended. A recipe whose weights are in the manifest is not trained again. The
+    weights of the recipe's own seed are packed.
+    """
+    from conam_zoo.training.queue import plan_queue, run_queue
+    from conam_zoo.training.run_folder import read_run
+    from conam_zoo.weights import find_checkout, load_manifest
+
+    if not data:
+        raise UserError("The queue has no data: pass --data, a folder that holds cifar10/ and cifar100/.")
+    if find_checkout() is None and not settings:
+        raise UserError("The queue packs weights into a checkout of conam_zoo: run from one.")
+    entries = load_manifest().entries
+    jobs = plan_queue(
+        patterns or [],
+        expand_path(output),
+        seeds=seeds or [],
+        settings=settings or [],
+        teacher_bank=teacher_bank and expand_path(teacher_bank),
+    )
+
+    def ships_already(job: "Job") -> bool:
+        """Whether the manifest has weights of this recipe, or of one of at least as many epochs."""
+        entry = entries.get(job.weights) if job.ships and not job.is_done() else None
+        return entry is not None and (entry.recipe == job.recipe_name or entry.epochs >= job.recipe.epochs)
+
+    there = [job for job in jobs if ships_already(job)]
+    jobs = [job for job in jobs if job not in there]
+    out = console()
+    if dry_run:
+        table = Table(box=None)
+        for title in ("training", "epochs", "folder", "state"):
+            table.add_column(title, overflow="fold")
+        for job in (*there, *jobs):
+            state = "in the manifest" if job in there else "done" if job.is_done() else "to be trained"
+            table.add_row(job.name, str(job.recipe.epochs), str(job.folder), state)
+        out.print(table)
+        return
+
+    def keep(job: "Job") -> None:
+        from conam_zoo.cli.publishing import pack
+
+        if settings or not job.ships:
+            return
+        marker, run = job.folder / "packed", read_run(job.folder) or {}
+        if not (marker.is_file() and marker.read_text(encoding="utf-8") == run.get("sha256")):
+            pack(job.folder, data)
+            marker.write_text(run["sha256"], encoding="utf-8")
+
+    live = Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else None
+    told: dict[str, int] = {}
+    with live or nullcontext():
+        results = run_queue(
+            jobs,
+            data,
+            parallel=parallel,
+            compile=compile,
+            on_event=lambda job, event: out.print(f"{job.name}: {event}"),
+            on_done=keep,
+            on_poll=lambda running: _show(running, out, live, told),
+        )
+    failed = [result for result in results.values() if result != "done"]
+    out.print(f"{len(results) - len(failed)} done, {len(there)} in the manifest, {len(failed)} not done")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show(running: "Sequence[Job]", out: PlainConsole, live: Live | None, told: dict[str, int]) -> None:
+    """One line for each training that runs: on a terminal they stay in place, else one is printed for each epoch."""
+    grid = Table.grid(padding=(0, 2))
+    for job in running:
+        progress = job.progress()
+        grid.add_row(job.name, *(_cells(progress) if progress else (f"epoch 0/{job.recipe.epochs}",)))
+        if live is None and progress is not None and told.get(job.name) != progress.epoch:
+            told[job.name] = progress.epoch
+            out.print(f"{job.name}: {', '.join(_cells(progress))}")
+    if live is not None:
+        live.update(grid, refresh=True)
+
+
+def _cells(progress: "Progress") -> tuple[str, str, str]:
+    images = "held out" if progress.held_out else "training"
+    left = timedelta(seconds=round(progress.seconds_left))
+    return (
+        f"epoch {progress.epoch}/{progress.epochs}",
+        f"{progress.top1_percent:.2f} % {images}",
+        f"{left} left",
+    )

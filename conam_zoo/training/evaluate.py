@@ -1,7 +1,6 @@
 """Evaluation of a net on a split of a data set, in float32 and without test-time augmentation."""
 
 import difflib
-import json
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,17 +18,10 @@ from conam_zoo.files import write_atomically
 from conam_zoo.inputs import check_suffix, expand_path
 from conam_zoo.models import StagedClassifier
 from conam_zoo.training.engine import predict_logits, score
+from conam_zoo.training.run_folder import RUN, read_run
 from conam_zoo.weights import Metrics
 
-__all__ = [
-    "TRAINED_ON",
-    "Evaluation",
-    "evaluate",
-    "evaluate_on",
-    "logits_on",
-    "run_folder_of",
-    "write_logits",
-]
+__all__ = ["TRAINED_ON", "Evaluation", "evaluate", "evaluate_on", "logits_on", "run_folder_of", "write_logits"]
 
 TRAINED_ON = "trained_on.npy"  # in a run folder: the hashes of its training images, sorted
 PARTS = {"test": "test", "val": "validation", "train": "training"}
@@ -37,29 +29,20 @@ PARTS = {"test": "test", "val": "validation", "train": "training"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a net makes of a split.
+    """What a net makes of a split."""
 
-    Attributes:
-        split: The images, with labels in the order of the net's classes.
-        part: ``"test"``, ``"validation"``, ``"training"``, or ``"all"`` of a set that has no splits.
-        logits: float32, (N, classes), on the CPU.
-        scores: Accuracies, NLL and calibration error.
-        trained_on: How many of the images the net was trained on; None where that is not known.
-        notes: What a person should know about the choice, one sentence each.
-    """
-
-    split: ImageSplit
-    part: str
-    logits: Tensor
+    split: ImageSplit  # with labels in the order of the net's classes
+    part: str  # "test", "validation", "training", or "all" of a set that has no splits
+    logits: Tensor  # float32, (N, classes), on the CPU
     scores: Metrics
-    trained_on: int | None
-    notes: tuple[str, ...]
+    trained_on: int | None  # how many of the images the net was trained on; None where that is not known
+    notes: tuple[str, ...]  # what a person should know about the choice, one sentence each
 
 
 def run_folder_of(name: str) -> Path | None:
     """The run folder that the weights of a model ``local-dir:RUN/final`` lie in, if it is still there."""
     folder = expand_path(name.removeprefix("local-dir:")).resolve().parent
-    return folder if name.startswith("local-dir:") and (folder / "run.json").is_file() else None
+    return folder if name.startswith("local-dir:") and (folder / RUN).is_file() else None
 
 
 def evaluate(
@@ -92,7 +75,8 @@ def evaluate(
         raise UserError(f"The split is {part!r}, but it must be one of {', '.join(PARTS)}.")
     if corrupt not in (None, "stop", "skip"):
         raise UserError(f"The choice for corrupt files is {corrupt!r}, but it must be 'stop' or 'skip'.")
-    facts = _run_facts(run) if run is not None else {}
+    facts = (read_run(run) or {}) if run is not None else {}
+    facts = facts if "choices" in facts else {}  # only a fine-tuning chose a split
     corrupt = corrupt or facts.get("split_rule", {}).get("corrupt", "skip" if facts.get("unreadable") else "stop")
     trained_on = _trained_on(run) if run is not None else None
     size = model.pretrained_cfg["input_size"][1]
@@ -127,17 +111,6 @@ def write_logits(evaluation: Evaluation, path: Path) -> None:
     write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
 
 
-def _run_facts(run: Path) -> dict[str, Any]:
-    """What ``run.json`` says of a fine-tuning; nothing for another training."""
-    try:
-        facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        return dict(facts) if "choices" in facts else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{run / 'run.json'} cannot be read ({error}): restore it, or move final/ elsewhere."
-        ) from error
-
-
 def _trained_on(run: Path) -> np.ndarray | None:
     path = run / TRAINED_ON
     if not path.is_file():
@@ -151,7 +124,7 @@ def _trained_on(run: Path) -> np.ndarray | None:
 def _root(data: str | Path, dataset: str | None) -> str | Path:
     path = expand_path(data)
     if not path.exists():
-        if "/" in str(data)[:1] or isinstance(data, Path):
+        if str(data).startswith("/") or isinstance(data, Path):
             raise UserError(f"The data folder {path} does not exist: pass a folder of images or arrays.")
         return data
     return path / dataset if dataset and (path / dataset).is_dir() else path
@@ -210,14 +183,9 @@ def _split(
 
 
 def _labels(split: ImageSplit, model: StagedClassifier) -> Tensor:
-    """The labels of a split in the order of the net's classes.
-
-    Raises:
-        UserError: If there is a class that the net does not know.
-    """
+    """The labels of a split in the order of the net's classes."""
     names = model.pretrained_cfg.get("label_names")
     if not names:
-        _check_count(split, model)
         return split.labels
     places = {unicodedata.normalize("NFC", str(name)): place for place, name in enumerate(names)}
     order, present = [], set(split.labels.tolist())
@@ -233,14 +201,6 @@ def _labels(split: ImageSplit, model: StagedClassifier) -> Tensor:
     return torch.tensor(order, dtype=torch.int64)[split.labels.cpu()]
 
 
-def _check_count(split: ImageSplit, model: StagedClassifier) -> None:
-    if len(split.classes) != model.num_classes:
-        raise UserError(
-            f"{split.source} has {len(split.classes)} classes, but the model has {model.num_classes}: "
-            "evaluate it on the data set that it was trained for."
-        )
-
-
 def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = False) -> Metrics:
     """Scores of a net on a split that is already read; see ``logits_on``."""
     return score(logits_on(model, split, sharded=sharded), split.labels.to(next(model.parameters()).device))
@@ -249,17 +209,18 @@ def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = F
 def logits_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = False) -> Tensor:
     """float32 logits (N, classes) of a split that is already read, on the net's device.
 
-    Args:
-        model: The net.
-        split: The images, on any device.
-        sharded: Share the work among the ranks of a training; all of them have to call this, with the same weights.
+    With ``sharded`` the ranks of a training share the work; all of them have to call this, with the same weights.
 
     Raises:
         UserError: If classes or size of the images are not those that the net was trained for.
     """
     cfg = model.pretrained_cfg
     names = cfg.get("label_names")
-    _check_count(split, model)
+    if len(split.classes) != model.num_classes:
+        raise UserError(
+            f"{split.source} has {len(split.classes)} classes, but the model has {model.num_classes}: "
+            "evaluate it on the data set that it was trained for."
+        )
     if names and tuple(names) != split.classes:
         raise UserError(f"The classes of {split.source} are not those of the model, or in another order.")
     size = tuple(cfg["input_size"][1:])

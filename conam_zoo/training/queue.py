@@ -4,6 +4,7 @@ Each job is a process of its own, ``python -m conam_zoo train``, with a run fold
 not stop the others, and a queue that is called again goes on where the last one ended.
 """
 
+import fnmatch
 import os
 import signal
 import statistics
@@ -11,12 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder
@@ -34,46 +32,28 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is.
+    """How far a training is."""
 
-    Attributes:
-        epoch: Epochs that are done.
-        epochs: Epochs of the recipe.
-        top1_percent: Accuracy of the last epoch: on the held-out images if there are any, else on the training images.
-        held_out: Which of the two it is.
-        seconds_left: Until the last epoch's end, at the pace of the last epochs.
-    """
-
-    epoch: int
-    epochs: int
-    top1_percent: float
-    held_out: bool
-    seconds_left: float
+    epoch: int  # that is done
+    epochs: int  # of the recipe
+    top1_percent: float  # of the last epoch: on the held-out images if there are any, else on the training images
+    held_out: bool  # which of the two it is
+    seconds_left: float  # until the last epoch's end, at the pace of the last epochs
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One training of the queue.
+    """One training of the queue."""
 
-    Attributes:
-        recipe_name: The packaged recipe.
-        recipe: What it says, with the job's seed and settings.
-        settings: The settings that the job replaces in it.
-        folder: The run folder.
-        ships: Whether its weights are those that the recipe ships: its own seed, nothing replaced.
-        teacher_bank: The bank that holds its teacher's logits, or None.
-    """
-
-    recipe_name: str
-    recipe: Recipe
-    settings: tuple[str, ...]
-    folder: Path
-    ships: bool
-    teacher_bank: Path | None = None
+    recipe_name: str  # of the packaged recipe
+    recipe: Recipe  # what it says, with the job's seed and settings
+    settings: tuple[str, ...]  # that the job replaces in it
+    folder: Path  # the run folder
+    ships: bool  # whether its weights are those that the recipe ships: its own seed, nothing replaced
+    teacher_bank: Path | None = None  # that holds its teacher's logits
 
     @property
     def name(self) -> str:
-        """Recipe and seed."""
         return f"{self.recipe_name}, seed {self.recipe.seed}"
 
     @property
@@ -96,11 +76,12 @@ class Job:
 
     def command(self, data: str, compile: bool = False) -> list[str]:
         """The command line that trains it, or goes on with it."""
-        settings = [word for setting in self.settings for word in ("--set", setting)]
-        arguments = ["train", self.recipe_name, "--data", data, "--output", str(self.folder), *settings]
-        arguments += ["--teacher-bank", str(self.teacher_bank)] if self.teacher_bank is not None else []
-        arguments += ["--compile"] if compile else []
-        return [sys.executable, "-m", "conam_zoo", *arguments, *(["--resume"] if has_checkpoint(self.folder) else [])]
+        command = [sys.executable, "-m", "conam_zoo", "train", self.recipe_name]
+        command += ["--data", data, "--output", str(self.folder)]
+        command += [word for setting in self.settings for word in ("--set", setting)]
+        command += ["--teacher-bank", str(self.teacher_bank)] if self.teacher_bank is not None else []
+        command += ["--compile"] if compile else []
+        return [*command, "--resume"] if has_checkpoint(self.folder) else command
 
     def progress(self) -> Progress | None:
         """What its log says, or None before the first epoch's end."""
@@ -118,8 +99,7 @@ class Job:
 
     def last_words(self) -> str:
         """Last line of its log."""
-        log = self.log
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.is_file() else []
         return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
@@ -144,12 +124,23 @@ def plan_queue(
     Raises:
         UserError: If a pattern names no recipe, a setting is not what it should be, or no recipe learns from the bank.
     """
-    names: list[str] = []
+    names: dict[str, None] = {}
     for pattern in patterns or ["*"]:
-        hits = [name for name in list_recipes() if fnmatch(name, pattern)]
+        hits = fnmatch.filter(list_recipes(), pattern)
         if not hits:
             raise UserError(f"No recipe matches {pattern!r}: there are {', '.join(list_recipes())}.")
-        names += [name for name in hits if name not in names]
+        names |= dict.fromkeys(hits)
+    recorded = None  # the teacher whose bank it is, if it is one bank
+    if teacher_bank is not None and epoch_file(teacher_bank, 0).exists():
+        recorded = read_epoch(teacher_bank, 0)[1]["recipe"]["teacher"]
+
+    def bank_of(teacher: str) -> Path | None:
+        if teacher_bank is None or not teacher:
+            return None
+        if recorded is not None:
+            return teacher_bank if teacher == recorded else None
+        return teacher_bank / teacher if epoch_file(teacher_bank / teacher, 0).exists() else None
+
     jobs = []
     for name in names:
         shipped = load_recipe(name)
@@ -157,8 +148,7 @@ def plan_queue(
             own = (*settings, f"seed={seed}")
             recipe = load_recipe(name, list(own))
             folder = output / f"{name}.seed{seed}"
-            bank = _bank_for(recipe, teacher_bank) if teacher_bank is not None else None
-            jobs.append(Job(name, recipe, own, folder, ships=recipe == shipped, teacher_bank=bank))
+            jobs.append(Job(name, recipe, own, folder, ships=recipe == shipped, teacher_bank=bank_of(recipe.teacher)))
     if teacher_bank is not None and not any(job.teacher_bank for job in jobs):
         teachers = ", ".join(sorted({job.recipe.teacher for job in jobs} - {""})) or "none"
         raise UserError(
@@ -166,21 +156,6 @@ def plan_queue(
             "leave --teacher-bank out, or let conam record-teacher write it."
         )
     return jobs
-
-
-def _bank_for(recipe: Recipe, folder: Path) -> Path | None:
-    if not recipe.teacher:
-        return None
-    if epoch_file(folder, 0).exists():
-        return folder if _bank_teacher(folder) == recipe.teacher else None
-    inner = folder / recipe.teacher
-    return inner if epoch_file(inner, 0).exists() else None
-
-
-@lru_cache
-def _bank_teacher(folder: Path) -> object:
-    facts = read_epoch(folder, 0)[1]
-    return facts.get("recipe", {}).get("teacher")
 
 
 def run_queue(
@@ -220,20 +195,24 @@ def run_queue(
     running: dict[Job, subprocess.Popen[bytes]] = {}
     teachers = _teachers(jobs)
 
-    def finish(job: Job, event: str) -> None:
+    def settle(job: Job, result: str, event: str = "") -> None:
+        results[job.name] = result
+        on_event(job, event or result)
+
+    def settled(job: Job, event: str) -> bool:
+        """Whether a job needs no training any more: it is done, or its record or what is done with it is at fault."""
         try:
+            if not job.is_done():
+                return False
             on_done(job)
         except UserError as error:
-            fail(job, error)
+            settle(job, f"failed: {error}")
         else:
-            results[job.name] = "done"
-            on_event(job, event)
+            settle(job, "done", event)
+        return True
 
-    def fail(job: Job, reason: object) -> None:
-        results[job.name] = f"failed: {reason}"
-        on_event(job, results[job.name])
-
-    with _stop_requests() as stopping, _no_orphans(running):
+    with _stop_requests() as stopping, ExitStack() as stack:
+        stack.callback(_end, running)  # whatever ends the queue
         while waiting or running:
             moved = False
             for job in list(waiting):
@@ -243,37 +222,24 @@ def run_queue(
                     continue
                 waiting.remove(job)
                 moved = True
-                if _is_done(job, fail):
-                    finish(job, "is there")
-                    continue
-                if job.name in results:
-                    continue
-                command = job.command(data, compile)
-                running[job] = _start(job, command, parallel)
-                on_event(job, "resumed" if "--resume" in command else "started")
+                if not settled(job, "is there"):
+                    command = job.command(data, compile)
+                    running[job] = _start(job, command, parallel)
+                    on_event(job, "resumed" if "--resume" in command else "started")
             if stopping:
-                for process in running.values():
-                    process.send_signal(signal.SIGTERM)
                 waiting.clear()
+                _end(running)
             for job, process in list(running.items()):
-                if stopping:
-                    process.wait()
                 if process.poll() is None:
                     continue
                 del running[job]
                 moved = True
-                if process.returncode == 0 and _is_done(job, fail):
-                    finish(job, "done")
-                elif job.name in results:
+                if process.returncode == 0 and settled(job, "done"):
                     continue
-                elif stopping:
-                    results[job.name] = "stopped"
-                    on_event(job, "stopped")
-                else:
-                    fail(job, job.last_words())
+                settle(job, "stopped" if stopping else f"failed: {job.last_words()}")
             if waiting and not running and not moved:
                 for job in waiting:
-                    fail(job, f"its teacher {job.recipe.teacher} waits for it in turn")
+                    settle(job, f"failed: its teacher {job.recipe.teacher} waits for it in turn")
                 waiting.clear()
             on_poll(list(running))
             if running:
@@ -302,27 +268,7 @@ def _teachers(jobs: Sequence[Job]) -> dict[Job, set[Job]]:
     return {job: {other for other in found if job not in needs(other)} or found for job, found in direct.items()}
 
 
-def _is_done(job: Job, fail: Callable[[Job, object], None]) -> bool:
-    try:
-        return job.is_done()
-    except UserError as error:
-        fail(job, error)
-        return False
-
-
-@contextmanager
-def _no_orphans(running: dict[Job, "subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """Whatever ends the queue, its trainings save their states and end before it."""
-    try:
-        yield
-    finally:
-        for process in running.values():
-            process.send_signal(signal.SIGTERM)
-        for process in running.values():
-            process.wait()
-
-
-def _start(job: Job, command: list[str], parallel: int) -> subprocess.Popen[bytes]:
+def _start(job: Job, command: list[str], parallel: int) -> "subprocess.Popen[bytes]":
     make_folder(job.folder.parent)
     environment = dict(os.environ)
     if parallel > 1:  # else each would take all cores, on a GPU too
@@ -336,16 +282,20 @@ def _start(job: Job, command: list[str], parallel: int) -> subprocess.Popen[byte
         )
 
 
+def _end(running: dict[Job, "subprocess.Popen[bytes]"]) -> None:
+    """Let the trainings save their states, and wait for their ends."""
+    for process in running.values():
+        process.send_signal(signal.SIGTERM)
+    for process in running.values():
+        process.wait()
+
+
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
     """A list that stays empty until a signal asks for an end."""
     received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
     heard = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in heard}
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in heard}
     try:
         yield received
     finally:
