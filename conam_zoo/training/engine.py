@@ -35,21 +35,12 @@ def train_one_epoch(
     on_step: Callable[[int], None] | None = None,
     checkpointer: Checkpointer | None = None,
 ) -> EpochSums:
-    """One pass over the batches, or the rest of one; a step is one update, of ``grad_accumulation`` batches.
+    """One pass over the batches, or the rest of one from ``first_step`` on; gives its sums over all ranks.
 
-    What a step draws, dropout included, is a function of seed, epoch, step and rank alone, so that a resumed run draws
-    what an uninterrupted one would have drawn.
-
-    Args:
-        state: The net and what changes it.
-        batches: Images and targets on the net's device.
-        epoch: Which epoch, from 0.
-        first_step: Where to start.
-        on_step: Told the number of steps done, now and then.
-        checkpointer: Has the sums of the steps before, and saves or stops; what one rank asks for, all do.
-
-    Returns:
-        The sums of the epoch over all ranks.
+    A step is one update, of ``grad_accumulation`` batches. What it draws, dropout included, is a function of seed,
+    epoch (from 0), step and rank alone, so that a resumed run draws what an uninterrupted one would have drawn.
+    ``on_step`` is told the number of steps done, now and then. The checkpointer has the sums of the steps before, and
+    saves or stops; what one rank asks for, all do.
 
     Raises:
         NonFiniteLossError: On all ranks, if a loss is not finite on any; nothing is saved after the step it was in.

@@ -209,10 +209,8 @@ def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = F
 def logits_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = False) -> Tensor:
     """float32 logits (N, classes) of a split that is already read, on the net's device.
 
-    With ``sharded`` the ranks of a training share the work; all of them have to call this, with the same weights.
-
-    Raises:
-        UserError: If classes or size of the images are not those that the net was trained for.
+    Classes and size of the images have to be those that the net was trained for. With ``sharded`` the ranks of a
+    training share the work; all of them have to call this, with the same weights.
     """
     cfg = model.pretrained_cfg
     names = cfg.get("label_names")

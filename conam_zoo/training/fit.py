@@ -63,18 +63,17 @@ def fit(
     Args:
         model: The net. It is moved to the training device and trained in place; parameters that need no gradient, and
             batch norms all of whose parameters are so, stay as they are.
-        recipe: How to train. Its ``model``, ``dataset``, ``holdout`` and augmentation are not looked at: they are in
-            the model and the batches.
+        recipe: How to train; model, data set, ``holdout`` and augmentation are those of the arguments.
         batches: Augmented images and targets.
         output: The run folder.
         holdout: Images to evaluate on after every epoch; nothing is chosen by them.
         monitor: Images that the liveness of each ConAM is measured on after every epoch.
-        teacher: A net on the training device to learn from as well, on the same images; see ``open_teacher``.
-        param_groups: Groups for the optimiser; see ``TrainState``.
+        teacher: A net on the training device; see ``open_teacher``.
+        param_groups: See ``TrainState``.
         resume: Continue from the newest checkpoint in the folder.
         record: Plain facts that a resumed training must share, such as where the data came from.
         compile: Run the net through ``torch.compile``.
-        checkpoint_minutes: Time after which the state is saved within an epoch, too; 0 for every step.
+        checkpoint_minutes: See ``train``.
 
     Raises:
         UserError: If the checkpoint is not what it should be.

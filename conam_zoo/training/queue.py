@@ -62,11 +62,7 @@ class Job:
         return f"{self.recipe.model}.{self.recipe.dataset}"
 
     def is_done(self) -> bool:
-        """Whether its run folder holds a finished run.
-
-        Raises:
-            UserError: If its record is damaged.
-        """
+        """Whether its run folder holds a finished run; a damaged record is a UserError."""
         return read_run(self.folder) is not None
 
     @property
@@ -111,15 +107,11 @@ def plan_queue(
     settings: Sequence[str] = (),
     teacher_bank: Path | None = None,
 ) -> list[Job]:
-    """The jobs of a queue: every recipe that a pattern names, with every seed.
+    """The jobs of a queue: every packaged recipe that a pattern such as ``"resnet*"`` names, with every seed.
 
-    Args:
-        patterns: Shell-style patterns of packaged recipes, such as ``"resnet*"``; none means all.
-        output: Folder of the run folders.
-        seeds: The seeds of each recipe; none means the recipe's own.
-        settings: Replacements such as ``"epochs=1"`` for all of them.
-        teacher_bank: Logits of a teacher, for the recipes that learn from it; or a folder of banks, each named after
-            its teacher. Recipes of other teachers run these.
+    No pattern means all recipes, no seed the recipe's own. ``output`` is the folder of the run folders.
+    ``teacher_bank`` has logits of a teacher, for the recipes that learn from it, or is a folder of banks, each named
+    after its teacher. Recipes of other teachers run these.
 
     Raises:
         UserError: If a pattern names no recipe, a setting is not what it should be, or no recipe learns from the bank.
@@ -179,16 +171,13 @@ def run_queue(
         data: Where the data sets are; see ``conam_zoo.data.read_split``.
         parallel: Trainings at a time.
         compile: Train with ``torch.compile``.
-        on_event: Called with a job and a word: ``started``, ``resumed``, ``done``, ``failed: ...``, ``is there``.
+        on_event: Told a job and a word: ``started``, ``resumed``, ``done``, ``stopped``, ``failed: ...``, ``is there``.
         on_done: Called once for each job that is done, before those that wait for it are started; its UserError makes
             the job a failed one.
-        on_poll: Called with the jobs that run, several times a minute at least.
+        on_poll: Told the jobs that run, several times a minute at least.
 
     Returns:
         For each job's name ``"done"``, ``"stopped"`` or why it failed.
-
-    Raises:
-        UserError: If the log of a job cannot be written.
     """
     results: dict[str, str] = {}
     waiting = list(jobs)

@@ -81,11 +81,7 @@ def list_recipes() -> list[str]:
 
 
 def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
-    """Read a recipe of the package or a TOML file, and apply settings such as ``"epochs=5"`` to it.
-
-    Raises:
-        UserError: If the recipe, a key or a value is not what it should be.
-    """
+    """Read a recipe of the package or a TOML file, and apply settings such as ``"epochs=5"`` to it."""
     if name in list_recipes():
         text = (resources.files("conam_zoo.training") / "recipes" / f"{name}.toml").read_text()
     elif name.endswith(".toml"):
@@ -115,9 +111,6 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     """``key=value`` texts as a dictionary, whether or not a recipe knows the keys.
 
     A value is read as TOML, or is the text itself if it is none, so that ``opt=sgd`` needs no quotes.
-
-    Raises:
-        UserError: If a text has no ``=``, or is nested too deeply.
     """
     values: dict[str, Any] = {}
     for setting in settings:
@@ -145,11 +138,7 @@ def _toml(value: Any) -> str:
 
 
 def recipe_from_dict(values: dict[str, Any], name: str) -> Recipe:
-    """The recipe that ``Recipe.to_dict`` made, of this version or an earlier one; ``name`` is for messages.
-
-    Raises:
-        UserError: If a setting is unknown, missing or out of its range.
-    """
+    """The recipe that ``Recipe.to_dict`` made, of this version or an earlier one; ``name`` is for messages."""
     from conam_zoo.models.config_schema import check_model_args
 
     values = dict(values)
@@ -177,10 +166,9 @@ def recipe_from_dict(values: dict[str, Any], name: str) -> Recipe:
             raise UserError(
                 f"The setting {key} is {getattr(recipe, key)!r}, which is out of its range: it must be {wanted}."
             )
-    if (recipe.early_size > 0) != (recipe.early_epochs > 0):
-        raise UserError(
-            f"The setting early_size is {recipe.early_size} and early_epochs {recipe.early_epochs}: set both, or none."
-        )
+    size, epochs = recipe.early_size, recipe.early_epochs
+    if (size > 0) != (epochs > 0):
+        raise UserError(f"The setting early_size is {size} and early_epochs {epochs}: set both, or none.")
     if recipe.alternate_flip and not recipe.flip:
         raise UserError("The setting alternate_flip is true, but flip is false: set flip to true as well.")
     if recipe.final_weights == "ema" and recipe.ema_decay == 0:

@@ -160,11 +160,7 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, str]]:
-    """The rows of ``log.csv``, as they are written.
-
-    Raises:
-        UserError: If the file is absent or no table.
-    """
+    """The rows of ``log.csv``, as they are written; a file that is absent or no table is refused."""
     path = folder / LOG
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -216,11 +212,7 @@ def draw_curves(log: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """What ``run.json`` holds, or None if the run is not finished.
-
-    Raises:
-        UserError: If the file is damaged.
-    """
+    """What ``run.json`` holds, or None if the run is not finished; a damaged file is refused."""
     path = folder / RUN
     if not path.exists():
         return None

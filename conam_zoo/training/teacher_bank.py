@@ -9,7 +9,7 @@ Each header holds all that the logits depend on, and a SHA-256 of this and the l
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conam_zoo.data import Batches, ImageSplit
+from conam_zoo.data import AugmentationSettings, Batches, ImageSplit
 from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
@@ -39,23 +39,8 @@ __all__ = [
 
 # The settings that decide which images a batch shows, and in which precision the teacher looks at them.
 SETTINGS = (
-    "dataset",
-    "teacher",
-    "seed",
-    "batch_size",
-    "grad_accumulation",
-    "holdout",
-    "image_size",
-    "crop_padding",
-    "flip",
-    "alternate_flip",
-    "cutout",
-    "mixup",
-    "cutmix",
-    "mix_share",
-    "early_size",
-    "early_epochs",
-    "precision",
+    *("dataset", "teacher", "seed", "batch_size", "grad_accumulation", "holdout", "image_size", "precision"),
+    *(field.name for field in fields(AugmentationSettings)),
 )
 
 
@@ -76,9 +61,6 @@ def write_epoch(bank: Path, epoch: int, logits: Tensor, facts: dict[str, Any]) -
     """Write the float16 logits (N, classes) of an epoch, in the order in which the images are shown.
 
     ``facts`` are ``recipe`` from ``bank_facts``, ``teacher`` from ``open_teacher``, and the planned ``epochs``.
-
-    Raises:
-        UserError: If it cannot be written.
     """
     header = json.dumps({**facts, "epoch": epoch}, sort_keys=True)
     metadata = {"facts": header, "sha256": _sha256(header, logits)}
@@ -87,11 +69,7 @@ def write_epoch(bank: Path, epoch: int, logits: Tensor, facts: dict[str, Any]) -
 
 
 def read_epoch(bank: Path, epoch: int) -> tuple[Tensor, dict[str, Any], str]:
-    """The float16 logits (N, classes) of an epoch, its facts and its hash, which was checked.
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
+    """The float16 logits (N, classes) of an epoch, its facts and its hash, which was checked."""
     path = epoch_file(bank, epoch)
     remedy = "let conam record-teacher write it again, which keeps what is whole"
     if not path.is_file():
@@ -115,11 +93,7 @@ def _sha256(header: str, logits: Tensor) -> str:
 
 
 def holds_epoch(bank: Path, epoch: int, facts: dict[str, Any]) -> bool:
-    """Whether the bank holds an epoch, whole.
-
-    Raises:
-        UserError: If it is one of other batches or of another teacher.
-    """
+    """Whether the bank holds an epoch, whole; one of other batches or of another teacher is refused."""
     if not epoch_file(bank, epoch).is_file():
         return False
     try:
@@ -146,11 +120,7 @@ class TeacherBank:
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe, split: ImageSplit, cfg: dict[str, Any]) -> "TeacherBank":
-        """Check a bank, each of its logits included.
-
-        Raises:
-            UserError: If the bank is damaged or unfinished, or is not one of the batches of this recipe.
-        """
+        """Check a bank, each of its logits included; one of other batches, damaged or unfinished, is refused."""
         if not recipe.teacher:
             raise UserError(f"The recipe has no teacher, so it cannot learn from {folder}: add --set teacher=NAME.")
         if (processes := ranks().world_size) > 1:
@@ -166,7 +136,8 @@ class TeacherBank:
         used, hashes, facts = min(held, recipe.epochs), [], bank_facts(recipe, split, cfg)
         for epoch in range(used):
             _, recorded, digest = read_epoch(folder, epoch)
-            _check_same(folder, recorded["recipe"], facts)
+            for key, value in facts.items():
+                _check_setting(folder, key, recorded["recipe"].get(key), value)
             hashes.append(digest)
         teacher, today = recorded["teacher"], known_sha256(recipe.teacher)
         if None not in (today, teacher["sha256"]) and today != teacher["sha256"]:
@@ -188,15 +159,15 @@ class TeacherBank:
         return cls(folder, used, {"teacher": teacher, "teacher_bank": {"sha256": together, "epochs": used}})
 
 
-def _check_same(folder: Path, recorded: dict[str, Any], facts: dict[str, Any]) -> None:
-    for key, value in facts.items():
-        if recorded.get(key) != value:
-            if key == "images":
-                raise UserError(f"{folder} was recorded on other training images: record a bank of these.")
-            raise UserError(
-                f"{folder} was recorded with {key} = {recorded.get(key)!r}, but the recipe has {value!r}: "
-                f"set {key} to that, or record a bank of this recipe."
-            )
+def _check_setting(folder: Path, key: str, recorded: Any, value: Any) -> None:
+    if recorded == value:
+        return
+    if key == "images":
+        raise UserError(f"{folder} was recorded on other training images: record a bank of these.")
+    raise UserError(
+        f"{folder} was recorded with {key} = {recorded!r}, but the recipe has {value!r}: "
+        f"set {key} to that, or record a bank of this recipe."
+    )
 
 
 class BankedBatches(Batches):
@@ -224,16 +195,11 @@ class BankedBatches(Batches):
 
 
 def to_float16(logits: Tensor, name: str) -> Tensor:
-    """Logits as the bank keeps them.
-
-    Raises:
-        UserError: If one of them is not finite in float16.
-    """
+    """Logits as the bank keeps them; those that are not finite in float16 are refused."""
     kept = logits.to(torch.float16)
     if not bool(kept.isfinite().all()):
-        worst = logits.abs().max().item()
         raise UserError(
-            f"The teacher {name} gives a logit of {worst:.6g}, which float16 does not hold (65504 at most): "
-            "choose another teacher, or learn from it without a bank."
+            f"The teacher {name} gives a logit of {logits.abs().max().item():.6g}, which float16 does not hold (65504 "
+            "at most): choose another teacher, or learn from it without a bank."
         )
     return kept

@@ -64,9 +64,9 @@ def train(
 
     The folder gets what ``fit`` writes, ``recipe.toml`` with every setting spelt out, ``curves.png``, ``final/`` with
     the weights in timm's Hub layout, beside it ``raw/`` or ``ema/`` with the other weights if there is a moving
-    average, and last of all ``run.json``: recipe, command, versions, hardware, results. With ``holdout`` in the recipe
-    the kept-out training images are evaluated instead, and the test split is never opened. Under ``torchrun`` all
-    processes call this, and all get the result.
+    average, and last of all ``run.json``, which is returned: recipe, command, versions, hardware, results. With
+    ``holdout`` in the recipe the kept-out training images are evaluated instead, and the test split is never opened.
+    Under ``torchrun`` all processes call this, and all get the result.
 
     Args:
         recipe: What to train and how.
@@ -75,11 +75,8 @@ def train(
         teacher_bank: Logits of the recipe's teacher that ``record_teacher`` kept; None to run the teacher.
         resume: Continue from the checkpoint in the run folder.
         compile: Run the net through ``torch.compile``.
-        checkpoint_minutes: Time after which the state is saved within an epoch, too.
+        checkpoint_minutes: Time after which the state is saved within an epoch, too; 0 for every step.
         command: The command line, for the record.
-
-    Returns:
-        What ``run.json`` holds.
 
     Raises:
         UserError: If the data or the run folder is not what it should be.
@@ -149,11 +146,9 @@ def train(
 
 
 def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Write what a finished training leaves: curves, recipe, weights, and ``run.json`` at the very end.
+    """Write what a finished training leaves: curves, recipe, weights, and ``run.json``, which is returned, at the end.
 
-    Returns:
-        The facts, with ``sha256`` of the weights in ``final/`` and, if there is a moving average, ``other_sha256`` of
-        those that were not chosen: ``raw/`` where the average is final, ``ema/`` where it is not.
+    It gets ``sha256`` of the weights in ``final/`` and, if there is a moving average, ``other_sha256`` of the others.
     """
     draw_curves(result.log, output / "curves.png", title=f"{recipe.model} on {recipe.dataset}")
     write_text(output / RECIPE, recipe.to_toml())
@@ -179,11 +174,7 @@ class Assembly:
 
 
 def assemble(recipe: Recipe, data: str | Path, here: Ranks, teacher_bank: Path | None = None) -> Assembly:
-    """Read the training images, and make net and teacher; the test split is not opened.
-
-    Raises:
-        UserError: If the recipe names what does not exist, or the data is not what it should be.
-    """
+    """Read the training images, and make net and teacher; the test split is not opened."""
     # What can be refused is refused before anything is read.
     check_model_name(f"{recipe.model}.{recipe.dataset}")
     check_optimizer(recipe)
@@ -221,7 +212,7 @@ def _model(recipe: Recipe) -> StagedClassifier:
 
 
 def _training_images(recipe: Recipe, data: str | Path) -> tuple[ImageSplit, ImageSplit | None]:
-    """The images to train on, and those held out from them by the recipe."""
+    """The images to train on, and those held out from them."""
     split = _of_size(read_split(data, "train", recipe.dataset), recipe)
     facts = DATASETS.get(recipe.dataset)
     if facts is not None and split.classes != facts.classes:
@@ -277,10 +268,7 @@ def dry_run(
     """Find out what ``train`` with the same arguments would do, and try a few steps on a net that is thrown away.
 
     Nothing is written and the test split is not opened. ``cifar10`` and ``cifar100`` as ``data`` are downloaded if they
-    are not there yet, as ``train`` would do.
-
-    Raises:
-        UserError: Whatever ``train`` would refuse before its first step.
+    are not there yet. What ``train`` would refuse before its first step is refused.
     """
     output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
     with process_group() as here:
@@ -346,10 +334,7 @@ def record_teacher(recipe: Recipe, data: str | Path, bank: Path, *, epochs: int 
     """Record the teacher of a recipe, in its precision, on the batches of its epochs, or of so many epochs.
 
     Epochs that the bank holds already are kept, so the same call goes on after an interruption, mends what is damaged,
-    and with more epochs makes the bank longer.
-
-    Returns:
-        How many epochs were recorded now.
+    and with more epochs makes the bank longer. It gives the number of epochs that were recorded now.
 
     Raises:
         UserError: If the recipe has no teacher, the folder holds another bank, or a logit overflows float16.

@@ -46,11 +46,7 @@ def check_optimizer(recipe: Recipe) -> None:
 
 
 def images_per_batch(recipe: Recipe, here: Ranks) -> int:
-    """Images of one batch of one process, so that a step has ``batch_size`` of them whatever the number of processes.
-
-    Raises:
-        UserError: If ``batch_size`` cannot be shared out evenly.
-    """
+    """Images of one batch of one process, so that a step has ``batch_size`` of them on however many processes."""
     shares = here.world_size * recipe.grad_accumulation
     if recipe.batch_size % shares or recipe.batch_size // shares < 2:
         raise UserError(
@@ -64,11 +60,7 @@ def images_per_batch(recipe: Recipe, here: Ranks) -> int:
 def batch_settings(
     recipe: Recipe, mean: Sequence[float], std: Sequence[float], here: Ranks, *, balance: bool = False
 ) -> BatchSettings:
-    """How this process makes its batches; with ``balance`` every class is shown equally often.
-
-    Raises:
-        UserError: If the batch size cannot be shared out evenly, or an augmentation is out of range.
-    """
+    """How this process makes its batches; with ``balance`` every class is shown equally often."""
     augmentation = AugmentationSettings(**{f.name: getattr(recipe, f.name) for f in fields(AugmentationSettings)})
     size = images_per_batch(recipe, here)
     return BatchSettings(augmentation, size, recipe.seed, mean, std, here.rank, here.world_size, balance)
