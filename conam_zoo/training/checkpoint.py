@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
 from conam_zoo.training.distributed import ranks, run_on_primary
-from conam_zoo.training.recipe import Recipe, recipe_from_dict
+from conam_zoo.training.recipe import recipe_from_dict
 from conam_zoo.training.train_state import TrainState
 
 __all__ = [
@@ -108,12 +108,11 @@ class Checkpointer(StopRequest):
     """Saves the state of a training in its run folder, and takes it up again.
 
     Entered, it notes a signal, for the loop to save and stop at its next step. In a process group every rank has one,
-    and rank 0 writes. A resumed training must have the same ``recipe`` and ``record``.
+    and rank 0 writes. A resumed training must have the same recipe and ``record``.
     """
 
     folder: Path
     state: TrainState
-    recipe: Recipe
     record: dict[str, Any]  # plain facts, such as where the data came from
     minutes: float = 10.0  # after which the state is saved within an epoch, too; 0 for every step
     epoch: int = 0  # epochs that are done
@@ -146,16 +145,12 @@ class Checkpointer(StopRequest):
                 model=self.state.model,
                 ema=self.state.ema.module if self.state.ema else None,
                 optimizer=self.state.optimizer,
-                facts={"recipe": self.recipe.to_dict(), "record": self.record, **position},
+                facts={"recipe": self.state.recipe.to_dict(), "record": self.record, **position},
             )
         self._saved_at = time.monotonic()
 
     def stop(self, signal_number: int) -> None:
-        """End the training if a signal, whose number is not 0, asked for it; the state has been saved.
-
-        Raises:
-            TrainingStopped: If so.
-        """
+        """End the training if a signal, whose number is not 0, asked for it; the state has been saved."""
         if signal_number:
             place = f"in epoch {self.epoch + 1} after step {self.step}" if self.step else f"after epoch {self.epoch}"
             raise TrainingStopped(
@@ -167,10 +162,8 @@ class Checkpointer(StopRequest):
     def resume(self, tell: Callable[[str], object]) -> None:
         """Take up the newest good state of the run folder; every rank gets what rank 0 reads.
 
-        ``tell`` gets a sentence if the newest is damaged or missing and the one before is taken.
-
-        Raises:
-            UserError: If there is no good state, or it is one of another training.
+        ``tell`` gets a sentence if the newest is damaged or missing and the one before is taken. It is an error if
+        there is no good state, or if it is one of another training.
         """
         saved = run_on_primary(lambda: self._newest_good(tell))
         if not ranks().first:
@@ -191,23 +184,18 @@ class Checkpointer(StopRequest):
         return state
 
     def _take_up(self, saved: dict[str, Any]) -> None:
-        """Put a state into the net and what changes it, all of it checked, whatever wrote it.
-
-        Raises:
-            OtherTrainingError: If it was begun with another recipe or on other data.
-            ValueError, RuntimeError, LookupError, TypeError, AttributeError: If it is damaged.
-        """
-        facts, steps = saved["facts"], self.state.steps_per_epoch
+        """Put a state into the net and what changes it, all of it checked, whatever wrote it."""
+        facts, recipe, steps = saved["facts"], self.state.recipe, self.state.steps_per_epoch
         rows, record = facts["log"], facts.get("record", self.record)
         before = recipe_from_dict(facts["recipe"], "in it").to_dict()
-        _check_same(f"{self.folder} was begun with another recipe", before, self.recipe.to_dict())
+        _check_same(f"{self.folder} was begun with another recipe", before, recipe.to_dict())
         known = {key: value for key, value in self.record.items() if key in record or key not in LATER_FACTS}
         _check_same(f"{self.folder} was begun on other data", record, known)
         epoch, step = facts.get("epoch", len(rows)), facts.get("step", 0)
         numbered = [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
-        if not numbered or epoch != len(rows) or epoch > self.recipe.epochs:
+        if not numbered or epoch != len(rows) or epoch > recipe.epochs:
             raise ValueError(f"its epoch is {epoch!r}, but its log has {len(rows)} rows")
-        if step not in range(steps + 1 if epoch < self.recipe.epochs else 1):
+        if step not in range(steps + 1 if epoch < recipe.epochs else 1):
             raise ValueError(f"its step is {step!r}")
         sums = dict(facts.get("sums", {}))
         if "hits" in sums:

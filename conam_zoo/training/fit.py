@@ -84,8 +84,8 @@ def fit(
     console = PlainConsole(quiet=not here.first, soft_wrap=True)
     model.to(here.device).to(memory_format=torch.channels_last)
     state = TrainState(model, recipe, batches.steps, param_groups=param_groups, teacher=teacher, compile=compile)
-    facts = json.loads(json.dumps(record or {}))
-    checkpointer = Checkpointer(output, state, recipe, facts, checkpoint_minutes)
+    facts = json.loads(json.dumps(record or {}))  # as they will be read back, without tuples
+    checkpointer = Checkpointer(output, state, facts, checkpoint_minutes)
     final: StagedClassifier = state.ema.module if state.ema and recipe.final_weights == "ema" else model
     holdout = holdout.to(here.device) if holdout is not None else None
     watched, cfg = None, model.pretrained_cfg

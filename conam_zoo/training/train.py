@@ -33,14 +33,7 @@ from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.fit import FitResult, fit
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import RECIPE, RUN, check_free, describe_environment, draw_curves, hold
-from conam_zoo.training.teacher_bank import (
-    BankedBatches,
-    TeacherBank,
-    bank_facts,
-    holds_epoch,
-    to_float16,
-    write_epoch,
-)
+from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, bank_facts, holds_epoch, to_float16, write_epoch
 from conam_zoo.training.train_state import TrainState, batch_settings, check_optimizer
 
 __all__ = ["MONITORED_IMAGES", "Assembly", "DryRun", "assemble", "dry_run", "export_run", "record_teacher", "train"]
