@@ -154,7 +154,7 @@ def test_a_header_that_claims_too_much_asks_for_no_memory(tmp_path: Path, suffix
 
 def test_an_archive_that_unpacks_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch) -> None:
     np.savez_compressed(tmp_path / "set.npz", images=np.zeros((400, 64, 64), np.uint8), labels=np.arange(400) % 2)
-    monkeypatch.setattr("conam_zoo.data.readers.arrays.free_bytes", lambda device: 10**6)
+    monkeypatch.setattr("conam_zoo.data.arrays.free_bytes", lambda device: 10**6)
     with pytest.raises(UserError, match=r"but 0\.0 GB of memory are free"):
         find_sources(tmp_path / "set.npz")
 

@@ -14,7 +14,7 @@ from conam_zoo.data import (
     normalize,
 )
 from conam_zoo.data.dataset import source_of_split
-from conam_zoo.data.sampler import Shards, epoch_order
+from conam_zoo.data.loaders import Shards, epoch_order
 from conam_zoo.data.transforms import MIXING, mix, random_stream
 from conam_zoo.errors import UserError
 

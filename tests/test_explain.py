@@ -20,8 +20,7 @@ from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.explain import explain
-from conam_zoo.visualize.explain_plots import draw_explanations
-from conam_zoo.visualize.plots import draw_map, draw_scale, relative
+from conam_zoo.visualize.plots import draw_explanations, draw_map, draw_scale, relative
 from conam_zoo.visualize.predict import pictures_in
 
 PHOTOS = CHECKOUT / "examples" / "photos"

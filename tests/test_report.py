@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conam_zoo.finetuning.report import Report, build_report, report_markdown
-from conam_zoo.finetuning.report_plots import draw_report
+from conam_zoo.finetuning.report import Report, build_report, draw_report, report_markdown
 
 LOG = [
     {"epoch": epoch, "loss": 1.0, "train_top1_percent": 50.0, "holdout_top1_percent": None, "lr": 0.1}

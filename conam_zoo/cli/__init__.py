@@ -12,9 +12,7 @@ from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
     zoo,
     predicting,
     training,
-    evaluating,
-    finetuning,
-    exporting,
+    models,
     publishing,
 )
 from conam_zoo.cli._shared import app

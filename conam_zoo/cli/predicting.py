@@ -50,33 +50,31 @@ def _with_progress(paths: list[Path]) -> Iterable[Path]:
 
 def _write_sheets(items: Iterator[Any], output: Path, draw: Callable[[list[Any], Path], None]) -> Iterator[Any]:
     """Draw the items, twenty to a file, and hand each on as soon as it is drawn."""
-    from conam_zoo.visualize.plots import SHEET_ROWS, sheet_path
+    from conam_zoo.visualize.plots import SHEET_ROWS, sheet_paths
 
-    number = 0
-    while rows := list(islice(items, SHEET_ROWS)):
-        number += 1
-        draw(rows, sheet_path(output, number))
+    for path in sheet_paths(output):
+        rows = list(islice(items, SHEET_ROWS))
+        if not rows:
+            return
+        draw(rows, path)
         yield from rows
+
+
+def _sheets(output: Path, pictures: int) -> list[Path]:
+    from conam_zoo.visualize.plots import SHEET_ROWS, sheet_paths
+
+    return list(islice(sheet_paths(output), -(-pictures // SHEET_ROWS)))
 
 
 def _check_outputs(model: str, paths: list[Path], output: Path | None, json_file: Path | None) -> None:
     from conam_zoo.inputs import check_suffix, expand_path, refuse_overwriting
-    from conam_zoo.visualize.plots import SHEET_ROWS, sheet_path
 
-    sheets: list[Path] = []
     if output is not None:
         check_suffix(output, ".png")
-        sheets = [sheet_path(output, number) for number in range(1, -(-len(paths) // SHEET_ROWS) + 1)]
     place = expand_path(model.removeprefix("local-dir:"))  # a name of the zoo is no file, and harmless here
     read = [place, *(place / name for name in ("config.json", "model.safetensors"))]
+    sheets = _sheets(output, len(paths)) if output is not None else []
     refuse_overwriting([*sheets, json_file], [*(path for path in paths if str(path) != "-"), *read])
-
-
-def _say_written(output: Path, pictures: int) -> None:
-    from conam_zoo.visualize.plots import SHEET_ROWS, sheet_path
-
-    for number in range(1, -(-pictures // SHEET_ROWS) + 1):
-        console().print(f"written: {sheet_path(output, number)}")
 
 
 @app.command(epilog="Example: conam predict resnet20_conam.cifar10 cat.jpg dog.png --output sheet.png")
@@ -101,7 +99,7 @@ def predict(
 
     A picture that cannot be read is told and left out; the exit code is 1 then.
     """
-    from conam_zoo.deploy.command import open_classifier
+    from conam_zoo.deploy.runtime import open_classifier
     from conam_zoo.visualize.plots import THUMBNAIL, draw_sheet
     from conam_zoo.visualize.predict import expand_pictures, percent, predict_each
 
@@ -126,8 +124,8 @@ def predict(
             then = ", ".join(f"{other} {percent(share)}" for other, share in others)
             table.add_row(path.name, for_rich(name, "bold"), for_rich(percent(value), "bold"), then)
         console().print(table)
-        if output is not None:
-            _say_written(output, len(rows))
+        for sheet in _sheets(output, len(rows)) if output is not None else []:
+            console().print(f"written: {sheet}")
     failures.exit()
 
 
@@ -158,8 +156,7 @@ def explain(
     """
     from conam_zoo.models.registry import open_model
     from conam_zoo.visualize.explain import explain_each
-    from conam_zoo.visualize.explain_plots import draw_explanations
-    from conam_zoo.visualize.plots import THUMBNAIL
+    from conam_zoo.visualize.plots import THUMBNAIL, draw_explanations
     from conam_zoo.visualize.predict import expand_pictures
 
     paths = expand_pictures(images)
@@ -174,28 +171,25 @@ def explain(
     )
     rows = [(_row(e), f"{e.path.name}: {_sentence(e)}") for e in drawn]
     if not json_only([row for row, _ in rows], json_file):
-        for _, line in rows:
+        for line in [line for _, line in rows] + [f"written: {sheet}" for sheet in _sheets(output, len(rows))]:
             console().print(line)
-        _say_written(output, len(rows))
     failures.exit()
 
 
 def _row(e: "Explanation") -> dict[str, Any]:
-    def effects(site: Any) -> dict[str, Any]:
-        return {
-            name: effect
-            and {
-                "row": effect.row,
-                "column": effect.column,
-                "probability_after": float(effect.probabilities[e.predicted]),
-            }
-            for name, effect in (("most", site.most), ("least", site.least))
-        }
+    def effect(patch: Any) -> dict[str, Any] | None:
+        if patch is None:
+            return None
+        after = float(patch.probabilities[e.predicted])
+        return {"row": patch.row, "column": patch.column, "probability_after": after}
 
     return {
         "image": str(e.path),
         "top": [{"class": name, "probability": value} for name, value in e.top],
-        "sites": [{"site": s.site, "confidence": s.confidence.tolist(), **effects(s)} for s in e.sites],
+        "sites": [
+            {"site": s.site, "confidence": s.confidence.tolist(), "most": effect(s.most), "least": effect(s.least)}
+            for s in e.sites
+        ],
     }
 
 

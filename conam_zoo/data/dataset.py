@@ -3,8 +3,10 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ __all__ = [
     "Unreadable",
     "data_sha256",
     "find_unreadable",
+    "fits",
+    "free_bytes",
     "image_hashes",
     "median_side",
     "pixel_statistics",
@@ -32,27 +36,20 @@ __all__ = [
 ]
 
 PEEKED = 200  # images that are looked at to learn the usual size
+SHARE_OF_MEMORY = 0.5  # of what is free: the rest is for the training
+UNKNOWN = 4 * 2**30  # bytes that are taken for free where the system does not tell
 
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """One split of a data set.
+    """One split of a data set, in memory."""
 
-    Attributes:
-        images: uint8, (N, H, W, 3).
-        labels: int64, (N,).
-        classes: Class names in label order.
-        source: Where it was read, for messages.
-        names: What each image is called where it was read (a path), or nothing if it has no name.
-        notes: What a person should know about how it was read.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    source: str
-    names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    images: Tensor  # uint8, (N, H, W, 3)
+    labels: Tensor  # int64, (N,)
+    classes: tuple[str, ...]  # in label order
+    source: str  # where it was read, for messages
+    names: tuple[str, ...] = ()  # of the images, where they were read; none if they have no names
+    notes: tuple[str, ...] = ()  # what a person should know about how it was read
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,32 +87,20 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class LazyImages:
-    """Images that are read one by one.
+    """Images that are read one by one, if need be in worker processes: ``read`` can be pickled."""
 
-    Attributes:
-        labels: int64, (N,).
-        classes: Class names in label order.
-        source: Where they are, for messages.
-        names: What each image is called, (N,).
-        read: From a number of ``members`` to an RGB picture; raises ``UserError`` if it cannot be read. It can be
-            pickled, for worker processes.
-        members: The numbers that belong to this source, in its order, (N,).
-        notes: What a person should know about how it was found.
-    """
-
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    source: str
-    names: Sequence[str]
-    read: Callable[[int], Image.Image]
-    members: np.ndarray
-    notes: tuple[str, ...] = ()
+    labels: np.ndarray  # int64, (N,)
+    classes: tuple[str, ...]  # in label order
+    source: str  # where they are, for messages
+    names: Sequence[str]  # of the images, (N,)
+    read: Callable[[int], Image.Image]  # a number of ``members`` to an RGB picture; ``UserError`` if it is damaged
+    members: np.ndarray  # the numbers that belong to this source, in its order, (N,)
+    notes: tuple[str, ...] = ()  # what a person should know about how it was found
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def select(self, indices: np.ndarray) -> "LazyImages":
-        """Some of the images, in the order of ``indices``."""
         names = [self.names[index] for index in indices]
         return replace(self, labels=self.labels[indices], names=names, members=self.members[indices])
 
@@ -138,13 +123,9 @@ class Unreadable:
 
 
 class ArrayReader:
-    """Reads images out of an array (M, H, W) or (M, H, W, C): what ``LazyImages.read`` is for arrays.
+    """Reads images out of an array (M, H, W) or (M, H, W, C), whose values run from 0 to ``top``.
 
     An array that is mapped into memory is not copied to worker processes: they map its file again.
-
-    Args:
-        images: Values of 0..``top``; 1, 3 or 4 channels.
-        top: Which value is white.
     """
 
     def __init__(self, images: np.ndarray, top: float = 255.0) -> None:
@@ -155,11 +136,6 @@ class ArrayReader:
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
         return to_rgb(Image.fromarray(pixels))
-
-    def as_they_are(self, members: np.ndarray, size: int) -> np.ndarray | None:
-        """A copy of some images, uint8 (N, size, size, 3), if they are stored so; else None."""
-        stored = self.images.dtype == np.uint8 and self.images.shape[1:] == (size, size, 3)
-        return np.array(self.images[members]) if stored else None
 
     def __getstate__(self) -> dict[str, Any]:
         state = vars(self).copy()
@@ -187,14 +163,37 @@ def source_of_split(split: ImageSplit) -> LazyImages:
     )
 
 
+def free_bytes(device: torch.device | str) -> int:
+    """Free memory of a device, in bytes; on the CPU without swapping, within the limit of a container."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = [line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
+    free = [int(available[0]) * 1024 if available else UNKNOWN]
+    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    if limit and used and limit[0] != "max":
+        free.append(max(0, int(limit[0]) - int(used[0])))
+    return min(free)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def fits(count: int, size: int, free: int) -> bool:
+    """Whether uint8 images of ``size`` x ``size`` take at most half of ``free`` bytes."""
+    return 3 * count * size * size <= SHARE_OF_MEMORY * free
+
+
 def median_side(source: LazyImages) -> float:
     """Median of the shorter side in pixels, of up to 200 images spread evenly over the source."""
     sides = []
     for index in np.unique(np.linspace(0, len(source) - 1, PEEKED).astype(int)):
-        try:
+        with suppress(UserError):  # told later, with all the others
             sides.append(min(source.picture(index).size))
-        except UserError:
-            continue  # told later, with all the others
     if not sides:
         raise UserError(f"None of the images of {source.source} can be read: check the files.")
     return float(np.median(sides))
@@ -205,10 +204,11 @@ def read_source(source: LazyImages, size: int) -> tuple[ImageSplit, list[Unreada
 
     The split holds the readable ones in the order of the source.
     """
-    if isinstance(source.read, ArrayReader):
-        stored = source.read.as_they_are(source.members, size)
-        if stored is not None:
-            return _split_of(source, torch.from_numpy(stored)), []
+    labels, names, notes = torch.from_numpy(source.labels), tuple(source.names), source.notes
+    stored = source.read.images if isinstance(source.read, ArrayReader) else np.empty(0)
+    if stored.dtype == np.uint8 and stored.shape[1:] == (size, size, 3):
+        images = torch.from_numpy(stored[source.members])
+        return ImageSplit(images, labels, source.classes, source.source, names, notes), []
     dark: list[str] = []
     images = torch.empty(len(source), size, size, 3, dtype=torch.uint8)
 
@@ -219,18 +219,10 @@ def read_source(source: LazyImages, size: int) -> tuple[ImageSplit, list[Unreada
         images[index] = torch.from_numpy(np.array(resize_image(picture, size)))
 
     broken = _each(source, fill)
-    split = _split_of(source, images)
     if dark:
-        more = f"; and {len(dark) - 1} more" if len(dark) > 1 else ""
-        split = replace(split, notes=(*split.notes, min(dark) + more))
-    if broken:
-        split = split.select(torch.from_numpy(_others(source, broken)))
-    return split, broken
-
-
-def _split_of(source: LazyImages, images: Tensor) -> ImageSplit:
-    labels = torch.from_numpy(source.labels)
-    return ImageSplit(images, labels, source.classes, source.source, tuple(source.names), source.notes)
+        notes = (*notes, min(dark) + (f"; and {len(dark) - 1} more" if len(dark) > 1 else ""))
+    split = ImageSplit(images, labels, source.classes, source.source, names, notes)
+    return (split.select(torch.from_numpy(_others(source, broken))) if broken else split), broken
 
 
 def find_unreadable(source: LazyImages) -> tuple[LazyImages, list[Unreadable]]:
@@ -256,18 +248,18 @@ def _each(source: LazyImages, work: Callable[[int], object]) -> list[Unreadable]
 
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split images with labels (N,) class by class: the same share of each, at least one image, and never the only one.
+    """Hold out the same share of each class of labels (N,), at least one image, and never the only one.
 
     Returns:
         Indices that are kept and indices that are held out, both sorted.
     """
     stream = random_stream(SPLITTING, seed)
-    held = []
+    held = [np.array([], dtype=np.int64)]
     for label in np.unique(labels):
         members = stream.permutation(np.flatnonzero(labels == label))
         if len(members) > 1:
             held.append(members[: min(len(members) - 1, max(1, round(share * len(members))))])
-    chosen = np.sort(np.concatenate(held)) if held else np.array([], dtype=np.int64)
+    chosen = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "decode_image",
     "full_scale",
     "read_image",
+    "reason_of",
     "resize_image",
     "to_rgb",
     "to_uint8",
@@ -53,11 +54,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
-    """The same of an open file or a path; ``name`` is what messages call it.
-
-    Raises:
-        UserError: If it is no picture of a format that is read, is too large, or is damaged.
-    """
+    """``read_image`` of an open file or a path; ``name`` is what messages call it."""
     try:
         with Image.open(file, formats=FORMATS) as image:
             check_size(*image.size, f"The image {name}")
@@ -68,16 +65,16 @@ def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image that is read here: convert it to PNG or JPEG.") from error
     except Exception as error:  # a decoder raises whatever its parser ran into: struct.error, zlib.error, IndexError...
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"The image {name} is damaged or too large ({reason}): replace it.") from error
+        raise UserError(f"The image {name} is damaged or too large ({reason_of(error)}): replace it.") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def check_size(width: int, height: int, what: str) -> None:
-    """Refuse pictures whose pixels, or whose resized copy, would fill the memory.
-
-    Raises:
-        UserError: If there are too many pixels, or one side is 1,000 times as long as the other.
-    """
+    """Refuse pictures whose pixels, or whose resized copy, would fill the memory."""
     if width * height > MAX_PIXELS:
         raise UserError(
             f"{what} is too large ({width:,} x {height:,} pixels; {MAX_PIXELS // 10**6} million are the most): "
@@ -91,11 +88,7 @@ def check_size(width: int, height: int, what: str) -> None:
 
 
 def to_rgb(image: Image.Image, name: str = "An image") -> Image.Image:
-    """8-bit RGB of a decoded picture: transparency over white; integers of more bits and floats scaled by their range.
-
-    Raises:
-        UserError: If its values fit no range; see ``full_scale``.
-    """
+    """8-bit RGB of a decoded picture: transparency over white; more bits and floats scaled by ``full_scale``."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
         top, note = full_scale(values.dtype, value_range(values), name)
@@ -121,26 +114,17 @@ def value_range(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def full_scale(dtype: np.dtype, limits: tuple[float, float] | None, what: str) -> tuple[float, str]:
-    """Which value is white, by rule.
+    """Which value is white, and a note where 16 bits hold no more than 12, else an empty string.
 
     8 and 16 bits without sign are taken over their whole range. Other integers lie in 0..255 or 0..65535, floats in
     0..1, 0..255 or 0..65535: the first range that holds them, of which floats have to use a quarter or more.
-
-    Args:
-        dtype: Of the values.
-        limits: What ``value_range`` gave.
-        what: The image or the array, for messages.
-
-    Returns:
-        The value, and a note where 16 bits hold no more than 12; else an empty string.
+    ``limits`` is what ``value_range`` gave, ``what`` the name of the image or the array for messages.
 
     Raises:
         UserError: If the values fit no range.
     """
-    if dtype == np.bool_:
-        return 1.0, ""
-    if dtype == np.uint8:
-        return 255.0, ""
+    if dtype in (np.bool_, np.uint8):
+        return (1.0 if dtype == np.bool_ else 255.0), ""
     if limits is None:
         raise UserError(f"{what} holds no finite value: write it again.")
     low, high = limits
@@ -177,7 +161,7 @@ def _blocks(values: np.ndarray) -> list[np.ndarray]:
     return [values[start : start + step] for start in range(0, len(values), step)]
 
 
-def resize_image(image: Image.Image, size: int, interpolation: str = "bicubic") -> Image.Image:
+def resize_image(image: Image.Image, size: int) -> Image.Image:
     """A square of ``size`` pixels: the short side resized, the middle kept; what timm's evaluation transform does.
 
     >>> resize_image(Image.new("RGB", (90, 60)), 32).size
@@ -188,5 +172,5 @@ def resize_image(image: Image.Image, size: int, interpolation: str = "bicubic") 
 
     if image.size == (size, size):
         return image
-    resized: Image.Image = center_crop(resize(image, [size], InterpolationMode(interpolation)), [size, size])
+    resized: Image.Image = center_crop(resize(image, [size], InterpolationMode.BICUBIC), [size, size])
     return resized

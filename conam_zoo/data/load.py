@@ -1,28 +1,32 @@
 """Opening a data set of any kind: all of its splits for fine-tuning, or one of them."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
+from conam_zoo.data.arrays import has_arrays, npy_sources, npz_sources
 from conam_zoo.data.dataset import (
     ArrayReader,
     ImageSplit,
     LazyImages,
     Unreadable,
     find_unreadable,
+    fits,
+    free_bytes,
     median_side,
     read_source,
     source_of_split,
     stratified_split,
 )
-from conam_zoo.data.memory import fits
-from conam_zoo.data.readers.arrays import has_arrays, npy_sources, npz_sources
-from conam_zoo.data.readers.folders import folder_sources
-from conam_zoo.data.readers.timm_sets import NAME_PREFIXES, named_sources
+from conam_zoo.data.folders import folder_sources
+from conam_zoo.data.images import decode_image, reason_of, to_rgb
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.inputs import expand_path, status
@@ -33,42 +37,34 @@ SMALL_SIDE = 48  # up to this median side, 32 px are taken: CIFAR's size, at whi
 SIZES = (32, 64)
 LARGEST_SIDE = 1024  # pixels, of what a model folder may state
 NAMED_IN_MESSAGES = 3
+NAME_PREFIXES = (
+    "hfds/",
+    "torch/",
+    "wds/",
+    "tfds/",
+    "hfids/",
+)  # of the sets that timm opens
+TORCHVISION_FOLDER = "data"  # for its downloads
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set, ready for fine-tuning.
+    """A data set, ready for fine-tuning."""
 
-    Attributes:
-        train: Training images; a source instead of a split where they are too many for the memory.
-        val: Validation images; None if there are none and none were to be split off.
-        test: Test images; None if there are none.
-        classes: Class names in label order.
-        counts: Training images of each class, in label order.
-        image_size: Side that all images were resized to, in pixels.
-        median_side: Median of the shorter side before, in pixels.
-        source: Where it was read.
-        unreadable: Images that were left out because they cannot be read.
-        notes: What a person should know, one sentence part each.
-    """
-
-    train: ImageSplit | LazyImages
-    val: ImageSplit | None
-    test: ImageSplit | None
-    classes: tuple[str, ...]
-    counts: tuple[int, ...]
-    image_size: int
-    median_side: float
-    source: str
-    unreadable: tuple[Unreadable, ...] = ()
-    notes: tuple[str, ...] = ()
+    train: ImageSplit | LazyImages  # a source instead of a split where the images are too many for the memory
+    val: ImageSplit | None  # None if there are none and none were to be split off
+    test: ImageSplit | None  # None if there are none
+    classes: tuple[str, ...]  # in label order
+    counts: tuple[int, ...]  # training images of each class, in label order
+    image_size: int  # side that all images were resized to, in pixels
+    median_side: float  # of the shorter side before, in pixels
+    source: str  # where it was read
+    unreadable: tuple[Unreadable, ...] = ()  # images that were left out because they cannot be read
+    notes: tuple[str, ...] = ()  # what a person should know, one sentence part each
 
 
 def find_sources(
-    data: str | Path,
-    *,
-    training: bool = True,
-    splits: tuple[str, ...] = ("train", "test"),
+    data: str | Path, *, training: bool = True, splits: tuple[str, ...] = ("train", "test")
 ) -> dict[str, LazyImages]:
     """The splits of a data set of any kind, before anything of it is read: ``train``, perhaps ``val`` and ``test``.
 
@@ -81,8 +77,8 @@ def find_sources(
     Raises:
         UserError: If it is none of these.
     """
-    path = expand_path(data)
-    found = status(path) if not str(data).startswith(NAME_PREFIXES) or path.exists() else None
+    path, named = expand_path(data), str(data).startswith(NAME_PREFIXES)
+    found = status(path) if not named or path.exists() else None
     if found is not None and path.is_dir():
         if has_arrays(path):
             return npy_sources(path, training=training, train_only=splits == ("train",))
@@ -93,8 +89,8 @@ def find_sources(
         raise UserError(f"{path} is a file, but not an .npz one: pass a folder of images, or arrays.")
     if str(data) in DATASETS:
         return {split: source_of_split(_download(str(data), split)) for split in splits}
-    if str(data).startswith(NAME_PREFIXES):
-        return named_sources(str(data))
+    if named:
+        return _timm_sources(str(data))
     raise UserError(
         f"There is no data set {data}: the folder or file does not exist; pass a folder of images, arrays, or a name "
         f"that begins with {', '.join(NAME_PREFIXES)}."
@@ -107,7 +103,7 @@ def _download(name: str, split: str) -> ImageSplit:
 
     cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     try:
-        dataset = cls("data", train=split == "train", download=True)
+        dataset = cls(TORCHVISION_FOLDER, train=split == "train", download=True)
     except Exception as error:  # torchvision raises whatever urllib, tarfile or its own checks raise
         raise UserError(
             f"{name} could not be downloaded by torchvision ({error}): download it elsewhere and pass its folder."
@@ -116,12 +112,102 @@ def _download(name: str, split: str) -> ImageSplit:
     return ImageSplit(torch.from_numpy(dataset.data), labels, DATASETS[name].classes, f"torchvision {name}")
 
 
+def _timm_sources(name: str) -> dict[str, LazyImages]:
+    """The splits of a data set that ``timm.data.create_dataset`` knows by name.
+
+    ``hfds/`` and ``torch/`` sets are read image by image when they are wanted. Streams cannot be: they are read once,
+    as a whole, into memory. Where the files of a ``wds/`` or ``tfds/`` set lie is part of the name, after an ``@``:
+    ``wds/pets@/data/pets``.
+    """
+    sources = {"train": _open_timm(name, "train")}
+    wanted = {"val": ("validation", "val"), "test": ("test",)}
+    if name.startswith("torch/"):  # what torchvision has beside the training images, timm calls validation
+        wanted = {"test": ("validation",)}
+    for split, others in wanted.items():
+        for other in others:
+            source = None
+            with suppress(_NotOpenedError):
+                source = _open_timm(name, other)
+            if source is not None and len(source):
+                sources[split] = source
+                break
+        if split in sources and sources[split].labels.min() < 0:
+            del sources[split]
+            note = f"the {split} split of {name} is left out: its labels are kept secret"
+            sources["train"] = replace(sources["train"], notes=(*sources["train"].notes, note))
+    return sources
+
+
+class _NotOpenedError(UserError):
+    """timm cannot open a split, which may not exist."""
+
+
+def _open_timm(full_name: str, split: str) -> LazyImages:
+    from timm.data import create_dataset
+
+    name, _, root = full_name.partition("@")
+    torchvision = name.startswith("torch/")
+    folder = root or (TORCHVISION_FOLDER if torchvision else None)
+    try:
+        dataset = create_dataset(name, root=folder, split=split, download=torchvision, is_training=False)
+        read = _stream if hasattr(dataset, "set_epoch") else _map
+        return read(dataset, f"{full_name}, {split}")
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the set's library raises: no network, no such split, no package
+        raise _NotOpenedError(
+            f"timm cannot open the data set {full_name} ({reason_of(error)}): check its name, the network, and that "
+            "the library behind the prefix is installed."
+        ) from error
+
+
+def _map(dataset: Any, source: str) -> LazyImages:
+    """A set with random access."""
+    if hasattr(dataset, "targets"):  # torchvision
+        return _timm_source(dataset.targets, dataset.classes, source, partial(_torchvision_picture, dataset))
+    reader = dataset.reader  # not the data set itself, which replaces a damaged image by the next one
+    return _timm_source(reader.iter_targets(), _class_names(reader), source, partial(_reader_picture, reader, source))
+
+
+def _torchvision_picture(dataset: Any, index: int) -> Image.Image:
+    return to_rgb(dataset[index][0])
+
+
+def _reader_picture(reader: Any, source: str, index: int) -> Image.Image:
+    return decode_image(reader[index][0], f"{source} {index}")
+
+
+def _stream(dataset: Any, source: str) -> LazyImages:
+    """A set that is read from its beginning to its end, once."""
+    budget, used = free_bytes("cpu") // 2, 0
+    pictures, labels = [], []
+    for picture, label, *_ in dataset:
+        pictures.append(to_rgb(picture))
+        labels.append(label)
+        used += 3 * picture.width * picture.height
+        if used > budget:
+            raise UserError(
+                f"The stream {source} does not fit into {budget / 1e9:.1f} GB, half of the free memory: use its hfds/ "
+                "form or an image folder, which are read from the disk."
+            )
+    return _timm_source(labels, _class_names(dataset.reader), source, pictures.__getitem__)
+
+
+def _class_names(reader: Any) -> list[str]:
+    """Class names by label, where the set states them."""
+    indices = getattr(reader, "class_to_idx", None) or {}
+    return sorted(indices, key=indices.__getitem__)
+
+
+def _timm_source(labels: Any, classes: list[str], source: str, read: Callable[[int], Image.Image]) -> LazyImages:
+    numbers = np.array([int(label) for label in labels], dtype=np.int64)
+    names = tuple(map(str, classes or range(int(numbers.max(initial=-1)) + 1)))
+    images = [f"{source} {index}" for index in range(len(numbers))]
+    return LazyImages(numbers, names, source, images, read, np.arange(len(numbers)))
+
+
 def read_split(
-    data: str | Path,
-    split: str,
-    dataset: str | None = None,
-    *,
-    image_size: int | None = None,
+    data: str | Path, split: str, dataset: str | None = None, *, image_size: int | None = None
 ) -> ImageSplit:
     """Read one split; no image of another split is opened.
 
@@ -145,15 +231,15 @@ def read_split(
         )
     sources = find_sources(data, training=False, splits=(split,))
     wanted = ("train",) if split == "train" else ("test", "val") if image_size is None else ("test", "val", "train")
-    source = next((sources[name] for name in wanted if name in sources), None)
-    if source is None:
+    found = next((name for name in wanted if name in sources), None)
+    if found is None:
         raise UserError(
             f"{data} has neither {split}_images.npy nor a folder {' or '.join(wanted)}, only {', '.join(sources)}: "
             "point --data at the folder that holds them."
         )
-    if split != "train" and source is sources.get("train"):
+    source, size = sources[found], image_size
+    if found == "train" != split:
         source = replace(source, source=f"{source.source} (all images, because there is no test split)")
-    size = image_size
     if size is None:
         source, size = _of_one_size(source)
     result, unreadable = read_source(source, size)
@@ -168,18 +254,14 @@ def read_split(
 
 
 def _of_one_size(source: LazyImages) -> tuple[LazyImages, int]:
-    """A source that refuses images of another size than the first one that can be read, and that one's side."""
-    if isinstance(source.read, ArrayReader):
-        sizes = {source.read.images.shape[2:0:-1]}
-    else:
-        sizes = set()
-        for index in range(len(source)):
-            try:
-                sizes.add(source.picture(index).size)
-                break
-            except UserError:
-                continue  # told with all the others
-    width, height = next(iter(sizes), (1, 1))
+    """A source that refuses images of another width or height than the first readable one's width, and that width."""
+    if isinstance(source.read, ArrayReader) and source.read.images.shape[1] == source.read.images.shape[2]:
+        return source, source.read.images.shape[1]
+    width = 1
+    for index in range(len(source)):
+        with suppress(UserError):  # told with all the others
+            width = source.picture(index).width
+            break
 
     def read(index: int) -> Image.Image:
         picture = source.read(index)
@@ -187,15 +269,11 @@ def _of_one_size(source: LazyImages) -> tuple[LazyImages, int]:
             raise UserError(f"It has {picture.height} x {picture.width} pixels, but all need {width} x {width}.")
         return picture
 
-    return (source if isinstance(source.read, ArrayReader) and width == height else replace(source, read=read)), width
+    return replace(source, read=read), width
 
 
 def check_image_size(image_size: int | None) -> None:
-    """Refuse a side that images cannot be resized to; None is the choice by their own size.
-
-    Raises:
-        UserError: If it is no multiple of 8 from 8 to 1024.
-    """
+    """Refuse a side that images cannot be resized to; None is the choice by their own size."""
     if image_size is not None and (not 8 <= image_size <= LARGEST_SIDE or image_size % 8):
         raise UserError(
             f"The image size is {image_size}, but it must be a multiple of 8 up to {LARGEST_SIDE}, such as 32 or 64."
@@ -235,46 +313,44 @@ def open_images(
     if not 0 <= val_share < 1:
         raise UserError(f"The share for validation is {val_share}, but it must lie in [0, 1).")
     sources = sources or find_sources(data)
-    train = sources["train"]
+    train: ImageSplit | LazyImages = sources["train"]
     if not len(train):
         raise UserError(f"{data} holds no training images: add some.")
     if len(train.classes) < 2:
         raise UserError(f"{data} has only the class {', '.join(train.classes)}: a classifier needs two or more.")
-    side = median_side(train)
+    side = median_side(sources["train"])
     size = image_size if image_size is not None else SIZES[side > SMALL_SIDE]
     notes = [note for source in sources.values() for note in source.notes]
     unreadable: list[Unreadable] = []
-    splits: dict[str, ImageSplit] = {}
-    kept: ImageSplit | LazyImages = train
+    others: dict[str, ImageSplit] = {}
     for name, source in sources.items():
-        if name == "train" and not fits(len(source), size, "cpu", free=free):
-            kept, broken = find_unreadable(source)
+        if name == "train" and not fits(len(source), size, free_bytes("cpu") if free is None else free):
+            train, broken = find_unreadable(source)
         else:
-            splits[name], broken = read_source(source, size)
-        if name in splits:
-            notes += [note for note in splits[name].notes if note not in notes]
+            split, broken = read_source(source, size)
+            notes += [note for note in split.notes if note not in notes]
+            if name == "train":
+                train = split
+            elif len(split):
+                others[name] = split
+            else:
+                notes.append(f"the {name} split holds no readable image, so it counts as absent")
         unreadable += [replace(image, name=f"{source.source}: {image.name}") for image in broken]
-        if name in splits and not len(splits[name]) and name != "train":
-            del splits[name]
-            notes.append(f"the {name} split holds no readable image, so it counts as absent")
     if unreadable and corrupt == "stop":
         raise UserError(_sentence(unreadable))
-    kept = splits.get("train", kept)
-    val = splits.get("val")
+    val = others.get("val")
     if val is None and val_share > 0:
-        kept, val = _split_off(kept, val_share, seed, size, notes)
-    labels = kept.labels.numpy() if isinstance(kept.labels, Tensor) else kept.labels
-    counts = np.bincount(labels, minlength=len(train.classes))
-    if missing := [name for name, count in zip(train.classes, counts, strict=True) if count == 0]:
-        raise UserError(
-            f"{data} has no readable training image of the class {missing[0]}: add some or remove the class."
-        )
+        train, val = _split_off(train, val_share, seed, size, notes)
+    counts = np.bincount(np.asarray(train.labels), minlength=len(train.classes)).tolist()
+    if 0 in counts:
+        missing = train.classes[counts.index(0)]
+        raise UserError(f"{data} has no readable training image of the class {missing}: add some or remove the class.")
     return ImageData(
-        train=kept,
+        train=train,
         val=val,
-        test=splits.get("test"),
+        test=others.get("test"),
         classes=train.classes,
-        counts=tuple(counts.tolist()),
+        counts=tuple(counts),
         image_size=size,
         median_side=side,
         source=str(data),
@@ -296,15 +372,15 @@ def _sentence(unreadable: list[Unreadable]) -> str:
 def _split_off(
     train: ImageSplit | LazyImages, share: float, seed: int, size: int, notes: list[str]
 ) -> tuple[ImageSplit | LazyImages, ImageSplit]:
-    labels = train.labels.numpy() if isinstance(train.labels, Tensor) else train.labels
+    """The training images that are kept, and those split off for validation."""
+    labels = np.asarray(train.labels)
     kept, held = stratified_split(labels, share, seed)
     counts = np.bincount(labels, minlength=len(train.classes))
     if single := [name for name, count in zip(train.classes, counts, strict=True) if count == 1]:
         notes.append(f"not in the validation split, because they have a single image: {', '.join(single[:5])}")
     if not len(held):
         raise UserError(f"{train.source} has a single image of each class: add images.")
+    source = f"{train.source}, split off for validation"
     if isinstance(train, ImageSplit):
-        val = train.select(torch.from_numpy(held))
-        return train.select(torch.from_numpy(kept)), replace(val, source=f"{train.source}, split off for validation")
-    val, _ = read_source(train.select(held), size)
-    return train.select(kept), replace(val, source=f"{train.source}, split off for validation")
+        return train.select(torch.from_numpy(kept)), replace(train.select(torch.from_numpy(held)), source=source)
+    return train.select(kept), replace(read_source(train.select(held), size)[0], source=source)

@@ -11,16 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from conam_zoo.data.dataset import ImageSplit, LazyImages, source_of_split
-from conam_zoo.data.memory import fits, free_bytes
-from conam_zoo.data.sampler import Shards, epoch_order
+from conam_zoo.data.dataset import ImageSplit, LazyImages, fits, free_bytes, source_of_split
 from conam_zoo.data.transforms import (
     IMAGES,
     MIXING,
+    ORDER,
     AugmentationSettings,
     ImageDraws,
     Normalizer,
@@ -31,51 +31,89 @@ from conam_zoo.data.transforms import (
     mix,
     random_stream,
 )
+from conam_zoo.errors import UserError
 
-__all__ = ["BatchSettings", "Batches", "DeviceLoader", "WorkerLoader", "create_loader"]
+__all__ = ["BatchSettings", "Batches", "DeviceLoader", "Shards", "WorkerLoader", "create_loader", "epoch_order"]
 
 MAX_WORKERS = 16
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How batches are made, whatever the images.
-
-    Attributes:
-        augmentation: What is done to the images.
-        batch_size: Images of a full batch on this rank.
-        seed: Seed of order and augmentation.
-        mean: Mean of each channel, in [0, 1].
-        std: Standard deviation of each channel.
-        rank: Index of this device.
-        world_size: Number of devices that share an epoch.
-        balance: Show every class equally often; see ``epoch_order``.
-    """
+    """How batches are made, whatever the images."""
 
     augmentation: AugmentationSettings
-    batch_size: int
-    seed: int
-    mean: Sequence[float]
+    batch_size: int  # images of a full batch on this rank
+    seed: int  # of order and augmentation
+    mean: Sequence[float]  # of each channel, in [0, 1]
     std: Sequence[float]
-    rank: int = 0
-    world_size: int = 1
-    balance: bool = False
+    rank: int = 0  # index of this device
+    world_size: int = 1  # devices that share an epoch
+    balance: bool = False  # show every class equally often; see ``epoch_order``
+
+
+def epoch_order(labels: np.ndarray, seed: int, epoch: int, *, balance: bool = False) -> Tensor:
+    """The indices (N,) of an epoch, a function of the arguments alone.
+
+    With ``balance`` every class is shown equally often instead of every image once: an epoch still has N images, and
+    within a class every image comes up as often as any other, give or take one.
+    """
+    stream = random_stream(ORDER, seed, epoch)
+    if not balance:
+        return torch.from_numpy(stream.permutation(len(labels)))
+    classes = stream.permutation(np.unique(labels))  # shuffled: who gets the remainder is chance
+    quota, remainder = divmod(len(labels), len(classes))
+    chosen = []
+    for rank, label in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        count = quota + (rank < remainder)
+        rounds = [stream.permutation(members) for _ in range(-(-count // len(members)))]
+        chosen.append(np.concatenate(rounds)[:count] if rounds else members[:0])
+    return torch.from_numpy(stream.permutation(np.concatenate(chosen)))
+
+
+class Shards:
+    """Cuts the order of an epoch into the batches of one device (rank) out of several.
+
+    The order is cut into global batches, and each rank takes its own run of each, so that all ranks make the same
+    number of steps. The last, smaller global batch is shared out as evenly as it goes; it is left out if a rank would
+    get fewer than two images of it, because batch norm cannot train on a single one.
+
+    Raises:
+        UserError: If the images are too few for a single step.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 2:
+            raise UserError(f"The batch size on each device is {batch_size}, but batch norm needs 2 images or more.")
+        self.whole = batch_size * world_size
+        full, rest = divmod(count, self.whole)
+        if rest < 2 * world_size:
+            rest = 0
+        self.steps = full + (rest > 0)
+        self.num_images = full * self.whole + rest
+        self.rank, self.world_size = rank, world_size
+        if self.steps == 0:
+            raise UserError(
+                f"There are {count} training images, but {world_size} device(s) need {2 * world_size} for one step: "
+                "add images."
+            )
+
+    def part(self, step: int) -> slice:
+        """Which positions of the epoch's order are this rank's batch at a step."""
+        start = step * self.whole
+        size = min(self.whole, self.num_images - start)
+        first, last = (start + size * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
 
 
 class Batches(ABC):
-    """Augmented training batches; everything drawn is a function of (seed, epoch, step) alone.
+    """Augmented training batches; everything drawn is a function of (seed, epoch, step) alone."""
 
-    Attributes:
-        classes: Class names in label order.
-        source: Where the images were read, for messages.
-        num_images: Images of one epoch over all ranks.
-        steps: Batches of one epoch on this rank.
-    """
-
-    classes: tuple[str, ...]
-    source: str
-    num_images: int
-    steps: int
+    classes: tuple[str, ...]  # in label order
+    source: str  # where the images were read, for messages
+    num_images: int  # of one epoch over all ranks
+    steps: int  # batches of one epoch on this rank
 
     @abstractmethod
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
@@ -89,19 +127,7 @@ class Batches(ABC):
 
 
 class _AugmentedBatches(Batches):
-    """What the two loaders share: order, shards, augmentation, normalisation.
-
-    Args:
-        labels: Label of every training image, int64 (N,).
-        classes: Class names in label order.
-        source: Where the images were read, for messages.
-        size: (H, W) of the images.
-        settings: How the batches are made.
-        device: Where they are wanted.
-
-    Raises:
-        UserError: If the settings do not fit the images.
-    """
+    """What the two loaders share: order, shards, augmentation, normalisation; ``size`` is (H, W) of the images."""
 
     def __init__(
         self,
@@ -110,18 +136,17 @@ class _AugmentedBatches(Batches):
         source: str,
         size: tuple[int, int],
         settings: BatchSettings,
-        device: torch.device | str = "cpu",
+        device: torch.device | str,
     ) -> None:
-        self.classes, self.source = classes, source
         check_fits(settings.augmentation, size, f"the images of {source}")
         shards = Shards(len(labels), settings.batch_size, settings.rank, settings.world_size)
+        self.classes, self.source = classes, source
         self.num_images, self.steps = shards.num_images, shards.steps
         self._shards, self._settings, self._size, self._device = shards, settings, size, torch.device(device)
         self._host_labels = labels.cpu().numpy()
         self._labels = labels.to(self._device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """See ``Batches.epoch``."""
         seed, augmentation = self._settings.seed, self._settings.augmentation
         order = epoch_order(self._host_labels, seed, epoch, balance=self._settings.balance)
         crop = augmentation.crop_size(epoch, self._size)
@@ -136,14 +161,11 @@ class _AugmentedBatches(Batches):
             labels = self._labels[order_here[part]]
             if augmentation.cutout:
                 images = cut_out(images, draws[part], augmentation.cutout)
-            if not augmentation.mixes:
-                yield images, labels
-                continue
-            stream = random_stream(MIXING, seed, epoch, step, self._settings.rank)
-            if augmentation.mix_share == 1 or stream.random() < augmentation.mix_share:
-                yield mix(images, labels, len(self.classes), augmentation, stream)
-            else:
-                yield images, labels
+            if augmentation.mixes:
+                stream = random_stream(MIXING, seed, epoch, step, self._settings.rank)
+                if augmentation.mix_share == 1 or stream.random() < augmentation.mix_share:
+                    images, labels = mix(images, labels, len(self.classes), augmentation, stream)
+            yield images, labels
 
     def _window(self, images: Tensor, indices: Tensor, draws: ImageDraws, crop: tuple[int, int]) -> Tensor:
         """Crop and flip, where that is asked for: uint8 (B, h, w, 3)."""
@@ -261,15 +283,11 @@ def create_loader(
     """
     device = torch.device(device)
     free = free_bytes(device) if free is None else free
-    held = isinstance(train, ImageSplit) and (
-        train.images.device.type == device.type == "cpu" or fits(len(train), size, device, free=free)
-    )
     need = f"{3 * len(train) * size * size / 1e6:,.1f} MB of images, {free / 1e6:,.0f} MB free on {device.type}"
-    if held and isinstance(train, ImageSplit):
-        batches = DeviceLoader(train.to(device), settings)
-        return batches, f"The whole training set stays on the {device.type} as uint8 ({need})."
-    source = source_of_split(train) if isinstance(train, ImageSplit) else train
     if isinstance(train, ImageSplit):
-        workers = 0  # nothing to decode
-    loader = WorkerLoader(source, size, settings, device=device, workers=workers)
+        if train.images.device.type == device.type == "cpu" or fits(len(train), size, free):
+            line = f"The whole training set stays on the {device.type} as uint8 ({need})."
+            return DeviceLoader(train.to(device), settings), line
+        train, workers = source_of_split(train), 0  # nothing to decode
+    loader = WorkerLoader(train, size, settings, device=device, workers=workers)
     return loader, f"The training set is read by a loader with {loader.workers} workers as it is needed ({need})."

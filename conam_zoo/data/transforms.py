@@ -33,31 +33,22 @@ ORDER, IMAGES, MIXING, SPLITTING, FLIPS = 1, 2, 3, 4, 5
 
 @dataclass(frozen=True)
 class AugmentationSettings:
-    """What is done to training images.
+    """What is done to training images; 0 turns a step off.
 
-    Attributes:
-        crop_padding: Pixels of reflection padding on each side before a random crop back to the old size; 0 for none.
-        flip: Whether half of the images are mirrored.
-        cutout: Side in pixels of a square that is replaced by the mean colour; 0 for none. Its centre may be any
-            pixel, and what would lie outside of the image is lost.
-        mixup: Both parameters of mixup's beta distribution; 0 for no mixup.
-        cutmix: The same of CutMix. With both on, each batch gets one of them, with even chances (as timm does).
-        early_size: Side in pixels of the random crops in the first ``early_epochs`` epochs; 0 for whole images.
-        early_epochs: How many epochs that are.
-        alternate_flip: With ``flip``, show each image once as it is and once mirrored in two epochs in a row
-            (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498, 2024).
-        mix_share: Share of the batches that mixup or CutMix is applied to.
+    Cutout's centre may be any pixel, and what would lie outside of the image is lost. With mixup and CutMix on, each
+    batch gets one of them, with even chances, as in timm. ``alternate_flip`` is of Jordan, "94% on CIFAR-10 in 3.29
+    Seconds on a Single GPU", arXiv 2404.00498, 2024.
     """
 
-    crop_padding: int = 4
-    flip: bool = True
-    cutout: int = 0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    early_size: int = 0
+    crop_padding: int = 4  # pixels of reflection padding on each side before a random crop back to the old size
+    flip: bool = True  # mirror half of the images
+    cutout: int = 0  # side in pixels of a square that is replaced by the mean colour
+    mixup: float = 0.0  # both parameters of the beta distribution
+    cutmix: float = 0.0  # likewise
+    early_size: int = 0  # side in pixels of the random crops in the first ``early_epochs`` epochs
     early_epochs: int = 0
-    alternate_flip: bool = False
-    mix_share: float = 1.0
+    alternate_flip: bool = False  # with ``flip``, show each image plain and mirrored in two epochs in a row
+    mix_share: float = 1.0  # share of the batches that mixup or CutMix is applied to
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout", "mixup", "cutmix", "early_size", "early_epochs"):
@@ -67,11 +58,10 @@ class AugmentationSettings:
 
     @property
     def mixes(self) -> bool:
-        """Whether the targets are soft."""
         return self.mixup > 0 or self.cutmix > 0
 
     def crop_size(self, epoch: int, size: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) of what is shown of images of the size (H, W) in an epoch, counted from 0."""
+        """(h, w) of what is shown of images of the size (H, W) in an epoch, counted from 0."""
         early = self.early_size > 0 and epoch < self.early_epochs
         return (self.early_size, self.early_size) if early else size
 
@@ -83,20 +73,12 @@ def random_stream(purpose: int, seed: int, *position: int) -> np.random.Generato
 
 @dataclass(frozen=True)
 class ImageDraws:
-    """What is drawn for every image of an epoch, in the order in which they are shown; each (N,).
+    """What is drawn for every image of an epoch, in the order in which they are shown; each (N,)."""
 
-    Attributes:
-        top: Row of the crop's upper edge in the padded image, int64.
-        left: Column of its left edge.
-        mirrored: Whether it is flipped, bool.
-        centre_y: Row of Cutout's centre.
-        centre_x: Column of Cutout's centre.
-    """
-
-    top: Tensor
-    left: Tensor
-    mirrored: Tensor
-    centre_y: Tensor
+    top: Tensor  # row of the crop's upper edge in the padded image, int64
+    left: Tensor  # column of its left edge
+    mirrored: Tensor  # bool
+    centre_y: Tensor  # row of Cutout's centre
     centre_x: Tensor
 
     @classmethod
@@ -109,10 +91,7 @@ class ImageDraws:
         crop: tuple[int, int] | None = None,
         mirrored: Tensor | None = None,
     ) -> "ImageDraws":
-        """Draw for ``count`` images of the size (H, W), of which crops of another size are shown if that is given.
-
-        ``mirrored`` (N,) says which are to be flipped if that is decided already.
-        """
+        """Draw for images of the size (H, W), of which ``crop`` (h, w) is shown; ``mirrored`` (N,) may be decided."""
 
         def integers(high: int) -> Tensor:
             return torch.from_numpy(stream.integers(high, size=count))
@@ -131,7 +110,6 @@ class ImageDraws:
         )
 
     def to(self, device: torch.device | str) -> "ImageDraws":
-        """The same numbers on a device."""
         return ImageDraws(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
     def __getitem__(self, part: slice) -> "ImageDraws":
@@ -147,7 +125,7 @@ def alternating_flips(count: int, seed: int, epoch: int) -> Tensor:
 def crop_and_flip(
     images: Tensor, indices: Tensor, draws: ImageDraws, padding: int, crop: tuple[int, int] | None = None
 ) -> Tensor:
-    """Random windows of reflection-padded images, some mirrored, in one gather.
+    """Random windows of reflection-padded images, some mirrored, in one gather: uint8 (B, h, w, 3).
 
     The padded images are never made: the reflection is in the positions that are read.
 
@@ -155,11 +133,8 @@ def crop_and_flip(
         images: uint8, (N, H, W, 3), contiguous.
         indices: Which images, (B,).
         draws: What was drawn for each, (B,).
-        padding: Pixels of padding, smaller than H and W.
-        crop: (h, w) of the windows, at most (H, W); None for (H, W).
-
-    Returns:
-        uint8, (B, h, w, 3).
+        padding: Pixels, fewer than H and W.
+        crop: (h, w), at most (H, W); None for (H, W).
     """
     height, width, channels = images.shape[1:]
     shown_height, shown_width = crop or (height, width)
@@ -192,15 +167,8 @@ def mix(
 
     The order within a batch is random already, so the reverse is as good as any other pairing.
 
-    Args:
-        images: Normalised, (B, C, H, W).
-        labels: int64, (B,).
-        num_classes: Length of the soft targets.
-        settings: Which of the two, and how strong.
-        stream: The random numbers of this batch.
-
     Returns:
-        Mixed images, and soft targets (B, classes) in float32 that hold each class's share.
+        Mixed images (B, C, H, W), and soft targets (B, classes) in float32 that hold each class's share.
     """
     cut = settings.cutmix > 0 and (settings.mixup == 0 or stream.random() < 0.5)
     alpha = settings.cutmix if cut else settings.mixup
@@ -228,11 +196,7 @@ def _span(stream: np.random.Generator, size: int, share: float) -> tuple[int, in
 
 
 def check_fits(settings: AugmentationSettings, size: Sequence[int], source: str) -> None:
-    """Refuse a padding that reflection cannot fill, and crops that are larger than the images.
-
-    Raises:
-        UserError: If the padding is not smaller than both sides of the images, or ``early_size`` larger than one.
-    """
+    """Refuse a padding that reflection cannot fill, and crops that are larger than the images."""
     if settings.crop_padding >= min(size):
         raise UserError(
             f"The setting crop_padding is {settings.crop_padding}, but {source} have {size[0]} x {size[1]} pixels: "
@@ -248,13 +212,8 @@ def check_fits(settings: AugmentationSettings, size: Sequence[int], source: str)
 class Normalizer:
     """uint8 images (B, H, W, 3) -> float32 (B, 3, H, W) in channels_last, channel-wise normalised.
 
-    The constants are laid out once for a whole row of pixels, so that a batch is one pass of one kernel over long rows.
-
-    Args:
-        mean: Mean of each channel, in [0, 1].
-        std: Standard deviation of each channel.
-        width: Width W of the images, in pixels.
-        device: Where the images are.
+    ``mean`` and ``std`` are of each channel, in [0, 1]. The constants are laid out once for a whole row of ``width``
+    pixels, so that a batch is one pass of one kernel over long rows.
     """
 
     def __init__(
@@ -265,7 +224,6 @@ class Normalizer:
         self.offset = (-centre / spread).float().repeat(width).to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalise a batch; see the class."""
         rows = torch.addcmul(self.offset, images.flatten(2), self.scale)  # (B, H, W * 3)
         return rows.unflatten(2, (-1, images.shape[3])).permute(0, 3, 1, 2)
 

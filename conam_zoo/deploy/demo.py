@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 from PIL import Image
 
-from conam_zoo.deploy.command import open_classifier
+from conam_zoo.deploy.runtime import open_classifier
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_html
 from conam_zoo.layers.confidence import EVEN, has_confidence

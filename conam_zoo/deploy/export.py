@@ -1,53 +1,57 @@
 """A net as one file for other runtimes: ONNX (``.onnx``) or ``torch.export`` (``.pt2``), checked before it is in place.
 
-The graph ends in logits, never in a softmax. Sources: https://docs.pytorch.org/docs/stable/onnx_export.html and
-https://docs.pytorch.org/docs/stable/export.html
+The graph ends in logits, never in a softmax. In int8 files convolutions, the joins of branches and the classifier
+compute in int8, weights with one scale for each channel; ConAM stays in float32, because its logits are unbounded.
+Sources: https://docs.pytorch.org/docs/stable/onnx_export.html, https://docs.pytorch.org/docs/stable/export.html and
+https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from conam_zoo.deploy.quantize import quantize
-from conam_zoo.deploy.runtime import FORMAT, need_onnx, open_session
+from conam_zoo.data import read_split
+from conam_zoo.datasets import DATASETS
+from conam_zoo.deploy.runtime import FORMAT, need_onnx, open_classifier, open_session
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
+from conam_zoo.inputs import expand_path, refuse_overwriting
 from conam_zoo.layers.conam import ConAM
 from conam_zoo.models import StagedClassifier
+from conam_zoo.models.registry import open_model, weights_sha256
+from conam_zoo.training.evaluate import evaluate
+from conam_zoo.weights import load_manifest
 
-__all__ = ["EXPORT_OPSET", "Exported", "export"]
+__all__ = ["EXPORT_OPSET", "Exported", "calibration_images", "dataset_of", "export", "export_named"]
 
 EXPORT_OPSET = 18
 CHECKED_BATCHES = (1, 7)
 TOLERANCE = 1e-3  # of the largest logit in size: float32, in another order of additions
+CALIBRATION_IMAGES = 500
+CALIBRATION_BATCH = 50
+QUANTISED = ("Conv", "Gemm", "Add")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What ``export`` wrote.
-
-    Attributes:
-        path: The file.
-        size_bytes: Its size.
-        inputs: Name, shape and type of the input, in words.
-        outputs: Names of the outputs.
-        largest_difference: Between its outputs and PyTorch's on batches of 1 and 7 images; of an int8 file, that of its
-            logits to the float32 net's.
-    """
+    """What ``export`` wrote."""
 
     path: Path
     size_bytes: int
-    inputs: str
-    outputs: tuple[str, ...]
-    largest_difference: float
+    inputs: str  # name, shape and type of the input, in words
+    outputs: tuple[str, ...]  # their names
+    largest_difference: float  # from PyTorch's outputs; of an int8 file, of its logits from the float32 net's
 
 
 class _Graph(nn.Module):
@@ -70,8 +74,7 @@ class _Graph(nn.Module):
         def keep(site: str, module: ConAM, inputs: tuple[Tensor]) -> None:
             maps[site] = module.confidence(inputs[0])
 
-        modules = dict(self.net.named_modules())
-        hooks = [modules[site].register_forward_pre_hook(partial(keep, site)) for site in self.sites]
+        hooks = [self.net.get_submodule(s).register_forward_pre_hook(partial(keep, s)) for s in self.sites]
         try:
             x = image.permute(0, 3, 1, 2).float() * self.scale + self.offset if self.pixels else image
             logits = self.net(x)
@@ -79,6 +82,16 @@ class _Graph(nn.Module):
             for hook in hooks:
                 hook.remove()
         return (logits, *(maps[site] for site in self.sites))
+
+    def inputs_of(self, images: Tensor) -> Tensor:
+        """uint8 images (N, H, W, 3) as the graph takes them."""
+        return images if self.pixels else images.permute(0, 3, 1, 2).float().contiguous() * self.scale + self.offset
+
+    def example(self, count: int) -> Tensor:
+        """Random images as the graph takes them; the same each time."""
+        channels, height, width = self.net.pretrained_cfg["input_size"]
+        generator = torch.Generator().manual_seed(count)
+        return self.inputs_of(torch.randint(0, 256, (count, height, width, channels), generator=generator).byte())
 
 
 def export(
@@ -121,44 +134,30 @@ def export(
     sites = [name for name, module in net.named_modules() if isinstance(module, ConAM)] if confidence else []
     graph = _Graph(net, pixels, sites).eval()
     names = ("logits", *(f"confidence.{site}" for site in sites))
-    differences: list[float] = []
+    difference = 0.0
 
     def write(temporary: Path) -> None:
+        nonlocal difference
         if kind == ".pt2":
             torch.export.save(_traced(graph), temporary)
-            differences.append(_compare(graph, torch.export.load(temporary).module(), names, output))
+            difference = _compare(graph, torch.export.load(temporary).module(), names, output)
             return
         _write_onnx(graph, temporary, names, opset, _metadata(model, pixels, calibration is not None, facts or {}))
-        differences.append(_compare(graph, _runner(temporary), names, output))
+        difference = _compare(graph, _runner(temporary), names, output)
         if calibration is not None:
-            quantize(temporary, _input_of(graph, calibration))
-            differences[:] = [_difference_int8(graph, _runner(temporary), calibration, output)]
+            _quantize(temporary, graph.inputs_of(calibration))
+            difference = _difference_int8(graph, _runner(temporary), calibration, output)
 
     write_atomically(output, write)
-    cfg = model.pretrained_cfg
-    height, width = cfg["input_size"][1:]
+    height, width = model.pretrained_cfg["input_size"][1:]
     words = f"image, (N, {height}, {width}, 3) uint8" if pixels else f"image, (N, 3, {height}, {width}) float32"
-    return Exported(output, output.stat().st_size, words, names, differences[0])
-
-
-def _example(graph: _Graph, count: int) -> Tensor:
-    """Random images as the graph takes them; the same each time."""
-    channels, height, width = graph.net.pretrained_cfg["input_size"]
-    drawn = torch.randint(0, 256, (count, height, width, channels), generator=torch.Generator().manual_seed(count))
-    return _input_of(graph, drawn.to(torch.uint8))
-
-
-def _input_of(graph: _Graph, images: Tensor) -> Tensor:
-    """uint8 images (N, H, W, 3) as the graph takes them."""
-    if graph.pixels:
-        return images
-    return images.permute(0, 3, 1, 2).float().contiguous() * graph.scale + graph.offset
+    return Exported(output, output.stat().st_size, words, names, difference)
 
 
 def _traced(graph: _Graph) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
-        return torch.export.export(graph, (_example(graph, 2),), dynamic_shapes={"image": {0: batch}})
+        return torch.export.export(graph, (graph.example(2),), dynamic_shapes={"image": {0: batch}})
 
 
 def _write_onnx(graph: _Graph, path: Path, names: Sequence[str], opset: int, metadata: Mapping[str, str]) -> None:
@@ -214,14 +213,10 @@ def _runner(path: Path) -> Any:
 
 @torch.no_grad()
 def _compare(graph: _Graph, run: Any, names: Sequence[str], output: Path) -> float:
-    """Largest difference on a batch of each size, of all outputs.
-
-    Raises:
-        UserError: If it is too large.
-    """
+    """Largest difference of all outputs on a batch of each size; too large a one is refused."""
     largest = 0.0
     for count in CHECKED_BATCHES:
-        images = _example(graph, count)
+        images = graph.example(count)
         for name, found, wanted in zip(names, run(images), graph(images), strict=True):
             if found.shape != wanted.shape:
                 raise UserError(f"{output} is not written: its {name} has the shape {tuple(found.shape)}.")
@@ -237,15 +232,11 @@ def _compare(graph: _Graph, run: Any, names: Sequence[str], output: Path) -> flo
 
 @torch.no_grad()
 def _difference_int8(graph: _Graph, run: Any, calibration: Tensor, output: Path) -> float:
-    """Largest difference of the logits on calibration images, whose classes have to stay the same on nine in ten.
-
-    Raises:
-        UserError: If they do not.
-    """
+    """Largest difference of the logits on calibration images, whose classes have to stay the same on nine in ten."""
     largest = 0.0
     agreed = total = 0
     for count in CHECKED_BATCHES * 10:
-        images = _input_of(graph, calibration[total : total + count])
+        images = graph.inputs_of(calibration[total : total + count])
         found, wanted = run(images)[0], graph(images)[0]
         largest = max(largest, (found - wanted).abs().max().item())
         agreed, total = agreed + int((found.argmax(1) == wanted.argmax(1)).sum()), total + len(images)
@@ -257,3 +248,136 @@ def _difference_int8(graph: _Graph, run: Any, calibration: Tensor, output: Path)
             "the float32 net gives them. Leave --int8 out."
         )
     return largest
+
+
+def _quantize(path: Path, images: Tensor) -> None:
+    """Replace a float32 ONNX file by its int8 form, calibrated on images as the file takes them; metadata stays."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(images.split(CALIBRATION_BATCH))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"image": batch.numpy()}
+
+    metadata = list(onnx.load(str(path), load_external_data=False).metadata_props)
+    with TemporaryDirectory() as scratch:
+        fused = Path(scratch) / "fused.onnx"
+        logging.disable(logging.WARNING)
+        try:
+            quant_pre_process(str(path), str(fused), skip_symbolic_shape=True)
+            quantize_static(
+                str(fused),
+                str(path),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(QUANTISED),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=_sums_with_constants(onnx.load(str(fused)).graph),
+            )
+        finally:
+            logging.disable(logging.NOTSET)
+    proto = onnx.load(str(path))
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(metadata)
+    onnx.save(proto, str(path))
+
+
+def _sums_with_constants(graph: Any) -> list[str]:
+    """Names of the sums of a map and a constant; what is left are the joins of two branches.
+
+    ConAM's perceptron adds its biases, and the scale of a patch is one plus its confidence: both stay in float32.
+    """
+    constants = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "Add" and constants.intersection(node.input)]
+
+
+def export_named(
+    name: str,
+    output: Path,
+    *,
+    data: str | Path | None = None,
+    int8: bool = False,
+    pixels: bool = False,
+    confidence: bool = False,
+    opset: int = EXPORT_OPSET,
+) -> Iterator[str]:
+    """``export`` of a model by its name, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
+
+    With ``int8``, training images of ``data`` calibrate it, and its test images give top-1 before and after.
+
+    Yields:
+        Lines for a person.
+
+    Raises:
+        UserError: If something does not fit; nothing is written then.
+        WeightsError: If no verified weights can be had.
+    """
+    if int8 and data is None:
+        raise UserError("--int8 is calibrated on training images: say where they are with --data.")
+    if data is not None and not int8:
+        raise UserError("--data is for the calibration of --int8: add --int8, or leave --data out.")
+    kind, _, place = name.partition(":")
+    folder = expand_path(place if kind == "local-dir" else "")
+    weights = [folder / "config.json", *folder.glob("*.safetensors*")] if kind == "local-dir" else []
+    refuse_overwriting([expand_path(output)], [*weights, *([expand_path(data)] if data else [])])
+    model = open_model(name)
+    dataset = dataset_of(model)
+    calibration = calibration_images(model, data, dataset) if data is not None else None
+    done = export(
+        model,
+        output,
+        pixels=pixels,
+        confidence=confidence,
+        opset=opset,
+        calibration=calibration,
+        facts=_facts(name, model),
+    )
+    yield f"written: {done.path}, {done.size_bytes:,} bytes"
+    yield f"input: {done.inputs}; outputs: {', '.join(done.outputs)}"
+    if calibration is None or data is None:
+        yield f"checked: at most {done.largest_difference:.1e} from PyTorch's outputs on batches of 1 and 7"
+        return
+    yield f"calibrated on {len(calibration):,} images; logits within {done.largest_difference:.2f} of the net's"
+    try:
+        before = evaluate(model, data, dataset)
+    except UserError as error:
+        yield f"top-1 not measured: {error}"
+        return
+    after = evaluate(open_classifier(str(output)), data, dataset)
+    yield (
+        f"top-1 on {len(before.split):,} {before.part} images: {before.scores.top1_percent:.2f} % before, "
+        f"{after.scores.top1_percent:.2f} % in int8"
+    )
+
+
+def dataset_of(model: StagedClassifier) -> str | None:
+    """The published data set whose classes a model has, or None."""
+    names = tuple(model.pretrained_cfg.get("label_names") or ())
+    return next((facts.name for facts in DATASETS.values() if facts.classes == names), None)
+
+
+def calibration_images(model: StagedClassifier, data: str | Path, dataset: str | None) -> Tensor:
+    """Training images, the same ones each time: uint8 (N, H, W, 3)."""
+    size = model.pretrained_cfg["input_size"][1]
+    images = read_split(data, "train", dataset, image_size=None if dataset else size).images
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
+    return images[chosen]
+
+
+def _facts(name: str, model: StagedClassifier) -> dict[str, Any]:
+    """Where the weights came from, for the file's metadata."""
+    cfg = model.pretrained_cfg
+    facts: dict[str, Any] = {"name": cfg["architecture"] if name.startswith("local-dir:") else name}
+    if sha256 := weights_sha256(name):
+        facts["sha256"] = sha256
+    entry = load_manifest().entries.get(f"{cfg['architecture']}.{cfg.get('tag')}")
+    if ":" in name or entry is None:
+        return facts
+    return facts | {"name": entry.name, "top1_percent": entry.metrics.top1_percent}

@@ -1,16 +1,18 @@
-"""Running an exported ONNX file as a model: for ``conam evaluate`` and ``conam predict``."""
+"""Opening models by name, and exported ONNX files as such: for ``conam evaluate``, ``predict`` and ``demo``."""
 
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from conam_zoo.errors import UserError
+from conam_zoo.models import StagedClassifier
+from conam_zoo.models.registry import open_model
 
-__all__ = ["FORMAT", "OnnxClassifier", "need_onnx", "open_session"]
+__all__ = ["FORMAT", "OnnxClassifier", "need_onnx", "open_classifier", "open_session"]
 
 FORMAT = "conam_zoo 1"  # in the metadata of every file that this package exports
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -18,22 +20,28 @@ FACTS = ("architecture", "classes", "num_classes", "input_size", "mean", "std", 
 
 
 def need_onnx(otherwise: str = "") -> None:
-    """Refuse to go on without the packages of the extra ``onnx``; ``otherwise`` is another way out.
-
-    Raises:
-        UserError: With the remedy.
-    """
+    """Refuse to go on without the packages of the extra ``onnx``; ``otherwise`` is another way out."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         remedies = ", ".join(filter(None, ("pip install 'conam-zoo[onnx]'", otherwise)))
         raise UserError(f"ONNX files need {', '.join(missing)}: {remedies}.")
 
 
-def open_session(path: Path) -> Any:
-    """An ONNX Runtime session on a file, on the CPU, with as many threads as PyTorch has.
+def open_classifier(name: str) -> StagedClassifier:
+    """A model by name, ``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``, or path of an exported ``.onnx`` file.
+
+    Such a file stands in for a net where logits and configuration are all that is asked for.
 
     Raises:
-        UserError: If ONNX Runtime cannot read it.
+        UserError: If there is no such model, or the file is not one.
+        WeightsError: If no verified weights can be had.
     """
+    if ":" not in name and name.lower().endswith(".onnx"):
+        return cast(StagedClassifier, OnnxClassifier(name).eval())
+    return open_model(name)
+
+
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session on a file, on the CPU, with as many threads as PyTorch has."""
     need_onnx()
     import onnxruntime
 
@@ -49,13 +57,10 @@ def open_session(path: Path) -> Any:
 
 
 class OnnxClassifier(nn.Module):
-    """An exported file as a classifier: normalised images (N, 3, H, W) to logits (N, classes), on the CPU.
-
-    Args:
-        path: A file that ``export`` wrote.
+    """A file that ``export`` wrote as a classifier: normalised images (N, 3, H, W) to logits (N, classes), on the CPU.
 
     Raises:
-        UserError: If it is not one.
+        UserError: If it is no such file.
     """
 
     mean: Tensor

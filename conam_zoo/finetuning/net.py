@@ -73,40 +73,24 @@ CROP_SHARE = 8  # the crop's padding is the image size divided by this, as 4 is 
 
 @dataclass(frozen=True)
 class NetForData:
-    """A net made for a data set.
+    """A net made for a data set."""
 
-    Attributes:
-        model: The net with a new head; its ``pretrained_cfg`` holds classes, image size and statistics.
-        started_from: What its weights are.
-        statistics_from: Where mean and deviation of the pixels come from.
-    """
-
-    model: StagedClassifier
-    started_from: str
-    statistics_from: str
+    model: StagedClassifier  # with a new head; its ``pretrained_cfg`` holds classes, image size and statistics
+    started_from: str  # what its weights are
+    statistics_from: str  # where mean and deviation of the pixels come from
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """What fine-tuning ends in.
+    """What fine-tuning ends in."""
 
-    Attributes:
-        model: The net, in evaluation mode.
-        report_on: The images that the report is about: the test split, or without one the validation split.
-        logits: Of these images, float32 (N, classes), on the CPU.
-        flipped_logits: Of the same images, mirrored.
-        log: One row for each epoch.
-        train_minutes: Time that the epochs took.
-        sha256: Of ``final/model.safetensors``.
-    """
-
-    model: StagedClassifier
-    report_on: ImageSplit
-    logits: Tensor
-    flipped_logits: Tensor
-    log: list[dict[str, Any]]
-    train_minutes: float
-    sha256: str
+    model: StagedClassifier  # in evaluation mode
+    report_on: ImageSplit  # the test split, or without one the validation split
+    logits: Tensor  # of these images, float32 (N, classes), on the CPU
+    flipped_logits: Tensor  # of the same images, mirrored
+    log: list[dict[str, Any]]  # one row for each epoch
+    train_minutes: float  # that the epochs took
+    sha256: str  # of ``final/model.safetensors``
 
 
 def finetune_recipe(
@@ -126,7 +110,7 @@ def finetune_recipe(
         data: Name of the data, for the record.
         image_size: Side of the images, in pixels; the crop's padding follows from it.
         settings: Replacements such as ``"weight_decay=1e-3"``.
-        images: How many training images there are; the batch size follows from it, and the learning rate from that.
+        images: How many training images there are; batch size and learning rate follow from it.
         from_scratch: Whether the weights begin as random numbers, which learn faster.
         **choices: Settings of a recipe; None for the default.
 
@@ -158,11 +142,7 @@ def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bo
     The patch sides grow with the images, so that there are as many patches as before. Mean and deviation are those that
     the weights were trained with, because the first layer knows them; from scratch, those of the training images.
 
-    Args:
-        name: A name such as ``resnet20_conam.cifar10``, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
-        data: The data set.
-        recipe: For ``model_args`` and the seed of the new head.
-        from_scratch: Leave the weights out.
+    The recipe gives ``model_args`` and the seed of the new head.
 
     Raises:
         UserError: If the name is unknown or the image size does not fit the net.
@@ -211,15 +191,11 @@ def _monitored(train: ImageSplit | LazyImages, size: int) -> ImageSplit:
 
 
 def freeze_layers(model: StagedClassifier, freeze: str) -> int:
-    """Take layers out of the training: their parameters stay, and their batch norms keep their statistics.
+    """Take layers out of the training, and say how many parameters are left to train.
 
-    Args:
-        model: The net.
-        freeze: ``"none"``; ``"stem"``; the name of a stage, such as ``"layer2"``, for everything up to its end; or
-            ``"backbone"`` for everything but the head.
-
-    Returns:
-        How many parameters are left to train.
+    Frozen parameters stay as they are, and frozen batch norms keep their statistics. ``freeze`` is ``"none"``;
+    ``"stem"``; the name of a stage, such as ``"layer2"``, for everything up to its end; or ``"backbone"`` for
+    everything but the head.
 
     Raises:
         UserError: If there is no such layer.
@@ -230,20 +206,14 @@ def freeze_layers(model: StagedClassifier, freeze: str) -> int:
     ends["backbone"] = len(order)
     if freeze not in ends:
         raise UserError(f"There is no layer {freeze!r} to freeze: choose one of {', '.join(ends)}.")
-    frozen = [module for name, module in model.named_children() if name in order[: ends[freeze]]]
-    if freeze == "backbone":
-        frozen = [module for module in model.children() if module is not model.fc]
-    for module in frozen:
-        module.requires_grad_(False)
+    for name, module in model.named_children():
+        if name in order[: ends[freeze]] or (freeze == "backbone" and module is not model.fc):
+            module.requires_grad_(False)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def check_layer_decay(layer_decay: float) -> None:
-    """Refuse a factor that is none.
-
-    Raises:
-        UserError: If it does not lie in (0, 1].
-    """
+    """Refuse a factor that does not lie in (0, 1]."""
     if not 0 < layer_decay <= 1:
         raise UserError(f"The layer decay is {layer_decay}, but it must lie in (0, 1].")
 
@@ -265,7 +235,7 @@ def train_on(
     """Train a net on a data set and write ``final/``; the last epoch's weights are taken, none is chosen.
 
     Args:
-        net: The net, perhaps with frozen layers.
+        net: Perhaps with frozen layers.
         data: The images.
         recipe: How to train.
         output: The run folder; see ``conam_zoo.training.fit.fit``.

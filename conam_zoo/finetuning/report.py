@@ -1,89 +1,72 @@
 """The report on a classifier: accuracy, a table of classes, the confusion matrix, the most confident mistakes.
 
-It is counted from the logits of one set of images with labels; ``report_plots`` draws it.
+It is counted from the logits of one set of images with labels, and written as a page with pictures.
 """
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from conam_zoo.escape import for_markdown
+from conam_zoo.files import write_figure
+from conam_zoo.training.run_folder import draw_curves
+from conam_zoo.visualize.plots import class_label
+from conam_zoo.visualize.predict import percent
 
-__all__ = ["ClassScores", "Mistake", "Report", "build_report", "report_markdown"]
+__all__ = ["ClassScores", "Mistake", "Report", "build_report", "draw_report", "report_markdown"]
 
 MOST_CLASSES = 2_000  # of a confusion matrix: it grows with their square
 MOST_CONFUSIONS = 20
+NUMBERED = 25  # up to so many classes, the cells of the confusion matrix hold their counts
+LABELLED = 100  # up to so many, its rows and columns have names
+CELLS = 400  # of a side at most: of more classes, several share a cell
+MISTAKES = 24  # on their sheet
+COLUMNS = 6
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """How well one class is told from the others; all in percent but ``support``.
-
-    Attributes:
-        name: The class.
-        precision_percent: Of the images given this name, how many are right; None if none was given it.
-        recall_percent: Of the images of this class, how many are found; None if there are none.
-        f1_percent: Harmonic mean of the two; None if both are undefined.
-        support: Images of this class.
-    """
+    """How well one class is told from the others; None where that is undefined."""
 
     name: str
-    precision_percent: float | None
-    recall_percent: float | None
-    f1_percent: float | None
-    support: int
+    precision_percent: float | None  # of the images given this name, how many are right
+    recall_percent: float | None  # of the images of this class, how many are found
+    f1_percent: float | None  # harmonic mean of the two
+    support: int  # images of this class
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that was given a wrong name.
+    """An image that was given a wrong name."""
 
-    Attributes:
-        index: Its place among the images.
-        name: What it is called, or "".
-        truth: Its class.
-        predicted: The class that it was taken for.
-        probability: With which probability.
-    """
-
-    index: int
-    name: str
-    truth: str
-    predicted: str
-    probability: float
+    index: int  # its place among the images
+    name: str  # what it is called, or ""
+    truth: str  # its class
+    predicted: str  # the class that it was taken for
+    probability: float  # with which probability
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is counted.
-
-    Attributes:
-        images: How many there are.
-        top1_percent: Images whose most probable class is right.
-        top5_percent: Images whose class is among the five most probable; None for five classes or fewer.
-        balanced_percent: Mean of the recalls of the classes that occur.
-        chance_percent: Share of the most frequent class: what saying always the same would reach.
-        flip_top1_percent: As ``top1_percent``, with the mean of the probabilities of image and mirror image.
-        flip_top5_percent: The same of ``top5_percent``.
-        classes: One entry for each class, in label order.
-        confusion: Counts (classes, classes): rows are the truth, columns what was predicted; None for more than 2,000
-            classes.
-        mistakes: All of them, the most confident first.
-    """
+    """What is counted."""
 
     images: int
     top1_percent: float
-    top5_percent: float | None
-    balanced_percent: float
-    chance_percent: float
-    flip_top1_percent: float
+    top5_percent: float | None  # None for five classes or fewer
+    balanced_percent: float  # mean of the recalls of the classes that occur
+    chance_percent: float  # share of the most frequent class: what saying always the same would reach
+    flip_top1_percent: float  # with the mean of the probabilities of image and mirror image
     flip_top5_percent: float | None
-    classes: list[ClassScores]
-    confusion: list[list[int]] | None
-    mistakes: list[Mistake]
+    classes: list[ClassScores]  # in label order
+    confusion: list[list[int]] | None  # counts: rows are the truth, columns the answers; None for > 2,000 classes
+    mistakes: list[Mistake]  # all of them, the most confident first
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -151,51 +134,171 @@ def _top(scores: Tensor, labels: Tensor, k: int) -> float:
 def report_markdown(report: Report, *, title: str, about: str, choices: list[tuple[str, str]], usage: str) -> str:
     """The report as a page that shows ``curves.png``, ``confusion.png`` and ``mistakes.png`` beside it.
 
-    Args:
-        report: What was counted.
-        title: Headline.
-        about: One sentence that says which images these are.
-        choices: What was chosen, as pairs for a table.
-        usage: Markdown on how to use the weights; all other texts are plain.
+    ``about`` is one sentence that says which images these are, ``choices`` are pairs for a table, and ``usage`` is
+    Markdown on how to use the weights; all other texts are plain.
     """
 
-    def percent(value: float | None) -> str:
+    def percentage(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} %"
 
-    lines = [f"# {for_markdown(title)}", "", for_markdown(about), ""]
-    lines += ["| | plain | with the mirror image |", "| --- | --: | --: |"]
-    lines.append(f"| accuracy (top-1) | {report.top1_percent:.2f} % | {report.flip_top1_percent:.2f} % |")
+    top5 = ""
     if report.top5_percent is not None:
-        lines.append(
-            f"| among the first five (top-5) | {report.top5_percent:.2f} % | {report.flip_top5_percent:.2f} % |"
-        )
-    lines.append(f"| mean over the classes (balanced accuracy) | {report.balanced_percent:.2f} % | |")
-    lines.append(f"| always the most frequent class | {report.chance_percent:.2f} % | |")
-    lines += ["", "The second column averages the probabilities of each image and its mirror image.", ""]
-    lines += ["## Curves", "", "![loss, accuracy and learning rate over the epochs](curves.png)", ""]
-    lines += ["## Classes", "", "| class | precision | recall | F1 | images |", "| --- | --: | --: | --: | --: |"]
-    lines += [
-        f"| {for_markdown(row.name)} | {percent(row.precision_percent)} | {percent(row.recall_percent)} | "
-        f"{percent(row.f1_percent)} | {row.support} |"
+        top5 = f"\n| among the first five (top-5) | {report.top5_percent:.2f} % | {report.flip_top5_percent:.2f} % |"
+    classes = "\n".join(
+        f"| {for_markdown(row.name)} | {percentage(row.precision_percent)} | {percentage(row.recall_percent)} | "
+        f"{percentage(row.f1_percent)} | {row.support} |"
         for row in report.classes
-    ]
-    if report.confusion is not None:
-        lines += ["", "![confusion matrix](confusion.png)"]
-    lines += ["", "## Mistakes", ""]
+    )
+    confusion = "\n\n![confusion matrix](confusion.png)" if report.confusion is not None else ""
+    mistakes = f"None: all {report.images} images were given the right name."
     if report.mistakes:
         pairs = Counter((mistake.truth, mistake.predicted) for mistake in report.mistakes).most_common(MOST_CONFUSIONS)
-        lines += [
-            f"{len(report.mistakes)} of {report.images} images were given a wrong name; the most confident first:",
-            "",
-            "![the most confident mistakes](mistakes.png)",
-            "",
-            "| class | most often taken for | images |",
-            "| --- | --- | --: |",
-            *(f"| {for_markdown(truth)} | {for_markdown(other)} | {number} |" for (truth, other), number in pairs),
-            "",
-        ]
-    else:
-        lines += [f"None: all {report.images} images were given the right name.", ""]
-    lines += ["## Choices", "", "| what | choice |", "| --- | --- |"]
-    lines += [f"| {for_markdown(what)} | {for_markdown(choice)} |" for what, choice in choices]
-    return "\n".join([*lines, "", "## Use", "", usage]) + "\n"
+        rows = "\n".join(
+            f"| {for_markdown(truth)} | {for_markdown(other)} | {number} |" for (truth, other), number in pairs
+        )
+        mistakes = f"""\
+{len(report.mistakes)} of {report.images} images were given a wrong name; the most confident first:
+
+![the most confident mistakes](mistakes.png)
+
+| class | most often taken for | images |
+| --- | --- | --: |
+{rows}"""
+    table = "\n".join(f"| {for_markdown(what)} | {for_markdown(choice)} |" for what, choice in choices)
+    return f"""\
+# {for_markdown(title)}
+
+{for_markdown(about)}
+
+| | plain | with the mirror image |
+| --- | --: | --: |
+| accuracy (top-1) | {report.top1_percent:.2f} % | {report.flip_top1_percent:.2f} % |{top5}
+| mean over the classes (balanced accuracy) | {report.balanced_percent:.2f} % | |
+| always the most frequent class | {report.chance_percent:.2f} % | |
+
+The second column averages the probabilities of each image and its mirror image.
+
+## Curves
+
+![loss, accuracy and learning rate over the epochs](curves.png)
+
+## Classes
+
+| class | precision | recall | F1 | images |
+| --- | --: | --: | --: | --: |
+{classes}{confusion}
+
+## Mistakes
+
+{mistakes}
+
+## Choices
+
+| what | choice |
+| --- | --- |
+{table}
+
+## Use
+
+{usage}
+"""
+
+
+def draw_report(report: Report, images: Tensor, log: list[dict[str, Any]], folder: Path, title: str) -> list[str]:
+    """Draw ``curves.png``, ``confusion.png`` and ``mistakes.png``; a sentence for each that could not be drawn.
+
+    ``images`` are those that the report is about, uint8 (N, H, W, 3).
+    """
+    pictures = {
+        "curves.png": lambda path: draw_curves(log, path, title),
+        "confusion.png": lambda path: _draw_confusion(report, path),
+        "mistakes.png": lambda path: _draw_mistakes(report, images, path),
+    }
+    failures = []
+    for name, draw in pictures.items():
+        try:
+            (folder / name).unlink(missing_ok=True)
+            draw(folder / name)
+        except Exception as error:  # whatever a drawing library runs into, the training is worth more
+            failures.append(f"{name} could not be drawn ({type(error).__name__}: {error}); everything else is there.")
+    return failures
+
+
+def _draw_confusion(report: Report, path: Path) -> None:
+    """Draw the confusion matrix: a row is a class, its colours are shares of that class, its numbers are images.
+
+    The picture has at most 100 names a side, and 400 cells: of more classes, a cell shows the largest share in it.
+    """
+    if report.confusion is None:
+        return
+    counts = np.array(report.confusion)
+    classes = len(counts)
+    total = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+    if classes > CELLS:
+        starts = np.arange(0, classes, -(-classes // CELLS))
+        shares = np.maximum.reduceat(np.maximum.reduceat(shares, starts, axis=0), starts, axis=1)
+    names = [class_label(row.name) for row in report.classes] if classes <= LABELLED else []
+    cell = 0.42 if classes <= NUMBERED else 0.16
+    side = max(2.6, cell * min(classes, LABELLED) / (1 if names else 2))
+    text = 0.085 * max(map(len, names), default=0) * (1 if classes <= NUMBERED else 0.65) + 0.5
+    figure = Figure(figsize=(side + text + 0.9, side + text + 0.5), layout="constrained")
+    axes = figure.subplots()
+    norm = PowerNorm(0.5, 0, 1)  # rare confusions are what one looks for
+    extent = (-0.5, classes - 0.5, classes - 0.5, -0.5)  # the axes count classes, however many share a cell
+    image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest", extent=extent)
+    size = 9 if classes <= NUMBERED else 6
+    if names:
+        axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(classes), names, fontsize=size)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("truth")
+    if classes <= NUMBERED:
+        digits = len(str(counts.max()))
+        for row, column in zip(*counts.nonzero(), strict=True):
+            axes.text(
+                column,
+                row,
+                str(counts[row, column]),
+                ha="center",
+                va="center",
+                fontsize=9 if digits < 4 else 7,
+                color="white" if shares[row, column] > 0.3 else "black",
+            )
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=25)
+    bar.set_label("share of the class", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    axes.set_title(f"{report.top1_percent:.1f} % of {report.images:,} images", fontsize=10)
+    write_figure(path, figure, dpi=130, bbox_inches="tight")
+
+
+def _draw_mistakes(report: Report, images: Tensor, path: Path) -> None:
+    """Draw up to 24 mistakes, the most confident first: image, what it is, what it was taken for."""
+    shown = report.mistakes[:MISTAKES]
+    if not shown:
+        return
+    columns = min(COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(max(4.5, 1.75 * columns), 2.2 * rows + 0.7), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, mistake in zip(figure.axes, shown, strict=False):
+        axes.imshow(images[mistake.index].cpu().numpy(), interpolation="nearest")
+        axes.set_title(class_label(mistake.truth, 22), fontsize=9, pad=3)
+        axes.text(
+            0.5,
+            -0.05,
+            f"{class_label(mistake.predicted, 22)}: {percent(mistake.probability)}",
+            transform=axes.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color="#b3261e",
+        )
+    count = len(report.mistakes)
+    what = "all mistakes" if count <= MISTAKES else f"the {MISTAKES} most confident of {count:,} mistakes"
+    figure.suptitle(f"{what}: the class, and in red what it was taken for", fontsize=10)
+    write_figure(path, figure, dpi=110)

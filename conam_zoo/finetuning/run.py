@@ -22,8 +22,7 @@ from conam_zoo.finetuning.net import (
     net_for_data,
     train_on,
 )
-from conam_zoo.finetuning.report import build_report, report_markdown
-from conam_zoo.finetuning.report_plots import draw_report
+from conam_zoo.finetuning.report import build_report, draw_report, report_markdown
 from conam_zoo.inputs import expand_path
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.distributed import precision_on, ranks
@@ -67,17 +66,14 @@ def finetune(
     validation split chooses nothing, so a report on it is as honest as one on a test split.
 
     Args:
-        data: An image folder (with ``train``, ``val``, ``test`` or with class folders directly), a folder with ``.npy``
-            arrays, an ``.npz`` file, or a timm data-set name such as ``hfds/…``.
+        data: See ``conam_zoo.data.load.find_sources``.
         model: The net to start from: ``resnet20_conam.cifar10``, ``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``.
         output: The run folder.
         epochs: Passes over the training images; None for 20.
         lr: Peak learning rate; None for the default.
         batch_size: Images in a step; None for the largest of 32, 16 and 8 that makes 10 steps an epoch.
-        image_size: Side that all images are resized to, in pixels; None for 32 where the median side is at most 48,
-            else 64.
-        freeze: Layers that are not trained: ``none``, ``stem``, a stage such as ``layer2`` with all before it, or
-            ``backbone``.
+        image_size: See ``conam_zoo.data.open_images``, as for ``val_share`` and ``corrupt``.
+        freeze: Layers that are not trained; see ``conam_zoo.finetuning.net.freeze_layers``.
         layer_decay: Factor by which each layer learns slower than the one behind it; 1 for none.
         balance: Show every class equally often.
         flip: Mirror half of the training images; leave it out where left and right matter, as in writing.
@@ -184,6 +180,13 @@ def _choices(
     images: ImageData, recipe: Recipe, *, freeze: str, layer_decay: float, balance: bool, trained: int
 ) -> list[tuple[str, str]]:
     low, high = min(images.counts), max(images.counts)
+    steps = (
+        (f"crop after {recipe.crop_padding} px of padding", recipe.crop_padding),
+        ("flip", recipe.flip),
+        (f"Cutout {recipe.cutout} px", recipe.cutout),
+        (f"mixup {recipe.mixup:g}", recipe.mixup),
+        (f"CutMix {recipe.cutmix:g}", recipe.cutmix),
+    )
     names = ", ".join(images.classes[:6]) + (", …" if len(images.classes) > 6 else "")
     rows = [
         ("net", f"{recipe.model} with a new head; {trained:,} parameters learn"),
@@ -191,30 +194,13 @@ def _choices(
         ("training images", f"{sum(images.counts):,}; of a class {low:,}" + (f" to {high:,}" if high > low else "")),
         ("validation images", f"{len(images.val):,} ({images.val.source})" if images.val is not None else "none"),
         ("report on", f"the {len(images.test):,} test images" if images.test is not None else "the validation images"),
-        (
-            "image size",
-            f"{images.image_size} px; the median short side is {images.median_side:.0f} px",
-        ),
+        ("image size", f"{images.image_size} px; the median short side is {images.median_side:.0f} px"),
         (
             "training",
             f"{recipe.epochs} epochs, batches of {recipe.batch_size}, {recipe.opt}, learning rate {recipe.lr:g}, "
             f"{precision_on(ranks().device, recipe.precision)}, seed {recipe.seed}",
         ),
-        (
-            "augmentation",
-            ", ".join(
-                text
-                for text, used in (
-                    (f"crop after {recipe.crop_padding} px of padding", recipe.crop_padding),
-                    ("flip", recipe.flip),
-                    (f"Cutout {recipe.cutout} px", recipe.cutout),
-                    (f"mixup {recipe.mixup:g}", recipe.mixup),
-                    (f"CutMix {recipe.cutmix:g}", recipe.cutmix),
-                )
-                if used
-            )
-            or "none",
-        ),
+        ("augmentation", ", ".join(text for text, used in steps if used) or "none"),
         ("frozen", freeze),
         ("layer-wise decay of the rate", f"{layer_decay:g}" if layer_decay < 1 else "none"),
     ]

@@ -6,8 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from conam_zoo.datasets import DATASETS
-from conam_zoo.deploy.command import calibration_images, open_classifier
-from conam_zoo.deploy.export import export
+from conam_zoo.deploy.export import calibration_images, export
+from conam_zoo.deploy.runtime import open_classifier
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.evaluate import evaluate

@@ -1,6 +1,6 @@
 """Explaining a classification: where each ConAM is confident, and what the net says when that patch is blurred."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from conam_zoo.errors import UserError
 from conam_zoo.layers.confidence import has_confidence
 from conam_zoo.models import StagedClassifier
-from conam_zoo.visualize.predict import Prediction, class_names, predict_each, split_transform
+from conam_zoo.visualize.predict import Prediction, Skip, class_names, predict_each, split_transform
 
 __all__ = ["Explanation", "PatchEffect", "SiteExplanation", "explain", "explain_each"]
 
@@ -20,62 +20,39 @@ EVEN = 0.01  # a map whose confidences differ by less than this share of their m
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float32]
-_Key = tuple[str, str]  # a site, and which of its patches: the most confident or the least
 
 
 @dataclass(frozen=True)
 class PatchEffect:
-    """What the net says when one patch of the picture is blurred.
+    """What the net says when one patch of the picture is blurred."""
 
-    Attributes:
-        row: Row of the patch in the confidence map.
-        column: Its column.
-        blurred: The picture with that patch blurred, (H, W, 3).
-        probabilities: Of every class, (classes,).
-    """
-
-    row: int
+    row: int  # of the patch in the confidence map
     column: int
-    blurred: Pixels
-    probabilities: Values
+    blurred: Pixels  # the picture with that patch blurred, (H, W, 3)
+    probabilities: Values  # of every class, (classes,)
 
 
 @dataclass(frozen=True)
 class SiteExplanation:
-    """One ConAM of the net.
+    """One ConAM of the net, with the effects of blurring two patches; None where no patch stands out."""
 
-    Attributes:
-        site: Name of the module, such as ``layer3.0.attn``.
-        confidence: Its map, (rows, columns).
-        most: The effect of blurring the patch with the highest confidence; None where no patch stands out.
-        least: The effect of blurring the patch with the lowest, to compare ``most`` with; None likewise.
-    """
-
-    site: str
-    confidence: Values
-    most: PatchEffect | None
-    least: PatchEffect | None
+    site: str  # name of the module, such as ``layer3.0.attn``
+    confidence: Values  # its map, (rows, columns)
+    most: PatchEffect | None  # of the patch with the highest confidence
+    least: PatchEffect | None  # of the patch with the lowest, to compare ``most`` with
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a net makes of one picture, and why as far as ConAM tells.
-
-    Attributes:
-        path: The file.
-        image: The picture, upright and RGB, in its own size unless a smaller one was asked for, (height, width, 3).
-        seen: What the net was shown, (H, W, 3).
-        classes: Class names in the order of the probabilities.
-        probabilities: Of every class, (classes,).
-        sites: The ConAMs in order of execution.
-    """
+    """What a net makes of one picture, and why as far as ConAM tells."""
 
     path: Path
-    image: Pixels
-    seen: Pixels
-    classes: tuple[str, ...]
-    probabilities: Values
-    sites: tuple[SiteExplanation, ...]
+    image: Pixels  # upright and RGB, in its own size unless a smaller one was asked for, (height, width, 3)
+    seen: Pixels  # what the net was shown, (H, W, 3)
+    classes: tuple[str, ...]  # in the order of the probabilities
+    probabilities: Values  # of every class, (classes,)
+    top: list[tuple[str, float]]  # the five most probable classes with their probabilities, best first
+    sites: tuple[SiteExplanation, ...]  # in order of execution
 
     @property
     def predicted(self) -> int:
@@ -83,10 +60,9 @@ class Explanation:
         return int(self.probabilities.argmax())
 
     @property
-    def top(self) -> list[tuple[str, float]]:
-        """The five most probable classes with their probabilities, best first."""
-        best = np.argsort(-self.probabilities, kind="stable")[:5]
-        return [(self.classes[index], float(self.probabilities[index])) for index in best]
+    def maps(self) -> dict[str, Values]:
+        """The confidence maps by site."""
+        return {each.site: each.confidence for each in self.sites}
 
 
 def explain(model: StagedClassifier, paths: Iterable[str | Path], sites: list[str] | None = None) -> list[Explanation]:
@@ -111,7 +87,7 @@ def explain_each(
     sites: list[str] | None = None,
     *,
     side: int | None = None,
-    skip: Callable[[Path, UserError], object] | None = None,
+    skip: Skip | None = None,
 ) -> Iterator[Explanation]:
     """The explanations one after the other; for ``side`` and ``skip`` see ``predict_each``."""
     known = [name for name, module in model.named_modules() if has_confidence(module)]
@@ -129,20 +105,24 @@ def explain_each(
 
 def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) -> Explanation:
     maps = {site: prediction.maps[site].numpy() for site in sites}
-    patches: dict[_Key, tuple[int, int]] = {}
+    places: dict[tuple[str, str], tuple[int, int]] = {}  # of the patches to blur, by site and kind
     for site, map_ in maps.items():
         if np.ptp(map_) > EVEN * abs(map_.mean()):
-            patches[site, "most"] = _position(map_.argmax(), map_)
-            patches[site, "least"] = _position(map_.argmin(), map_)
-    blurred = {key: _blur(prediction.seen, patch, maps[key[0]].shape) for key, patch in patches.items()}
-    after = _classify(model, blurred)
-    effects = {key: PatchEffect(*patch, np.asarray(blurred[key]), after[key]) for key, patch in patches.items()}
+            for kind, index in (("most", map_.argmax()), ("least", map_.argmin())):
+                row, column = np.unravel_index(index, map_.shape)
+                places[site, kind] = int(row), int(column)
+    blurred = [_blur(prediction.seen, place, maps[site].shape) for (site, _), place in places.items()]
+    effects = {
+        key: PatchEffect(*place, np.asarray(picture), after)
+        for (key, place), picture, after in zip(places.items(), blurred, _classify(model, blurred), strict=True)
+    }
     return Explanation(
         path=prediction.path,
         image=np.asarray(prediction.image),
         seen=np.asarray(prediction.seen),
         classes=tuple(class_names(model)),
         probabilities=prediction.probabilities.numpy(),
+        top=prediction.top,
         sites=tuple(
             SiteExplanation(site, maps[site], most=effects.get((site, "most")), least=effects.get((site, "least")))
             for site in sites
@@ -150,20 +130,15 @@ def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) 
     )
 
 
-def _classify(model: StagedClassifier, pictures: dict[_Key, Image.Image]) -> dict[_Key, Values]:
+def _classify(model: StagedClassifier, pictures: list[Image.Image]) -> list[Values]:
     """The probabilities of all classes for pictures of the size that the net takes."""
     if not pictures:
-        return {}
+        return []
     _, normalize = split_transform(model)
-    batch = torch.stack([normalize(picture) for picture in pictures.values()])
+    batch = torch.stack([normalize(picture) for picture in pictures])
     with torch.inference_mode():
         logits = model(batch.to(next(model.parameters()).device))
-    return dict(zip(pictures, logits.float().softmax(1).cpu().numpy(), strict=True))
-
-
-def _position(index: np.intp, map_: Values) -> tuple[int, int]:
-    row, column = np.unravel_index(index, map_.shape)
-    return int(row), int(column)
+    return list(logits.float().softmax(1).cpu().numpy())
 
 
 def _blur(picture: Image.Image, patch: tuple[int, int], grid: tuple[int, ...]) -> Image.Image:

@@ -1,7 +1,9 @@
-"""Predictions as a picture, and the panels of it: photograph, top-5 bars, confidence map of every ConAM site."""
+"""Predictions and explanations as pictures, and the panels of these: photograph, top-5 bars, confidence maps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,38 +11,39 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from conam_zoo.errors import UserError
 from conam_zoo.escape import for_matplotlib
 from conam_zoo.files import write_figure
 from conam_zoo.inputs import check_suffix
 from conam_zoo.models.registry import open_model
+from conam_zoo.visualize.explain import Explanation, PatchEffect, SiteExplanation
 from conam_zoo.visualize.predict import Prediction, percent, predict
 
 __all__ = [
     "COLOURS",
-    "PALE",
     "SHEET_ROWS",
-    "STRONG",
     "THUMBNAIL",
     "caption",
+    "class_label",
     "colour_scale",
-    "draw_bars",
     "draw_card_picture",
-    "draw_frame",
+    "draw_explanations",
     "draw_map",
-    "draw_picture",
     "draw_scale",
     "draw_sheet",
     "relative",
-    "sheet_path",
+    "sheet_paths",
 ]
 
 SHEET_ROWS = 20  # pictures of one sheet: time and memory of the layout grow faster than their number
+MOST_PICTURES = 100  # explained on one sheet: two rows each still stay below the 65,535 pixels that a PNG writer takes
 THUMBNAIL = 400  # pixels of a photograph's longer side on a sheet
 # Both are CC0, so that a card may carry them; see examples/photos/LICENSES.md.
 PHOTOGRAPHS = ("bird.jpg", "cat.jpg")
@@ -59,34 +62,16 @@ def caption(text: str, longest: int = 30) -> str:
     return for_matplotlib(text)
 
 
-def sheet_path(path: Path, number: int) -> Path:
-    """The name of one of several sheets: ``sheet.png``, ``sheet-2.png``, ``sheet-3.png``."""
-    return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+def class_label(name: str, longest: int = 24) -> str:
+    """The name of a class for a figure."""
+    return caption(name.replace("_", " "), longest)
 
 
-def draw_picture(axes: Axes, pixels: NDArray[np.uint8], text: str = "") -> None:
-    """A picture (height, width, 3) without ticks, scaled down if it is large; ``text`` comes from ``caption``."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    axes.imshow(np.asarray(image))
-    axes.set_xlabel(text, fontsize=8)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def draw_bars(axes: Axes, top: list[tuple[str, float]]) -> None:
-    """Class names with their probabilities, best first, on one scale from 0 to 1."""
-    names = [caption(name.replace("_", " "), 24) for name, _ in top]
-    values = [probability for _, probability in top]
-    positions = range(len(names))
-    axes.barh(list(positions), values, color=[STRONG] + [PALE] * (len(names) - 1), height=0.72)
-    for position, name, value in zip(positions, names, values, strict=True):
-        axes.text(0.02, position, f"{name}  {percent(value)}", va="center", fontsize=8, color="black")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_yticks([])
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+def sheet_paths(path: Path) -> Iterator[Path]:
+    """The names of several sheets: ``sheet.png``, ``sheet-2.png``, ``sheet-3.png``, …"""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def relative(confidence: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -103,20 +88,11 @@ def colour_scale(largest: float) -> TwoSlopeNorm:
     return TwoSlopeNorm(1, 0, max(largest, 1.5))
 
 
-def draw_map(
-    axes: Axes, seen: NDArray[np.uint8], confidence: NDArray[np.float32], largest: float, fontsize: float = 7.5
-) -> AxesImage:
-    """A confidence map over the picture that the net was shown.
+def draw_map(axes: Axes, seen: NDArray[np.uint8], confidence: NDArray[np.float32], largest: float) -> AxesImage:
+    """A confidence map (rows, columns) over the picture (H, W, 3) that the net was shown.
 
-    A patch's number is its confidence in percent; its colour is the multiple of the map's mean: white at 1, purple
-    below, orange above.
-
-    Args:
-        axes: Where to draw.
-        seen: The picture, (H, W, 3).
-        confidence: The map, (rows, columns).
-        largest: Multiple of the mean at the upper end of the colours.
-        fontsize: Of the numbers, in points; a map of more than eight patches a side has none.
+    A patch's number is its confidence in percent; a map of more than eight patches a side has none. Its colour is the
+    multiple of the map's mean: white at 1, purple below, orange above, up to ``largest``.
     """
     rows, columns = confidence.shape
     height, width = seen.shape[:2]
@@ -124,33 +100,13 @@ def draw_map(
     grey = np.asarray(Image.fromarray(seen).convert("L"))
     axes.imshow(grey, cmap="gray", vmin=-60, vmax=255, extent=extent)  # no deep black: the colours have to show
     overlay = axes.imshow(relative(confidence), cmap=COLOURS, alpha=0.6, norm=colour_scale(largest), extent=extent)
-    if max(rows, columns) <= 8:
-        for row in range(rows):
-            for column in range(columns):
-                text = axes.text(
-                    (column + 0.5) * width / columns - 0.5,
-                    (row + 0.5) * height / rows - 0.5,
-                    f"{100 * confidence[row, column]:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=fontsize,
-                    color="black",
-                )
-                text.set_path_effects(OUTLINE)
+    for (row, column), share in np.ndenumerate(confidence if max(rows, columns) <= 8 else confidence[:0]):
+        place = (column + 0.5) * width / columns - 0.5, (row + 0.5) * height / rows - 0.5
+        text = axes.text(*place, f"{100 * share:.1f}", ha="center", va="center", fontsize=7.5, color="black")
+        text.set_path_effects(OUTLINE)
     axes.set_xticks([])
     axes.set_yticks([])
     return overlay
-
-
-def draw_frame(axes: Axes, seen: NDArray[np.uint8], patch: tuple[int, int], grid: tuple[int, ...]) -> None:
-    """A frame round one patch of a picture (H, W, 3) that is divided into (rows, columns) patches."""
-    (row, column), (rows, columns) = patch, grid
-    height, width = seen.shape[:2]
-    inset = 0.06 * min(width / columns, height / rows)  # inside the patch, so that no edge of the picture cuts it
-    corner = (column * width / columns - 0.5 + inset, row * height / rows - 0.5 + inset)
-    sides = (width / columns - 2 * inset, height / rows - 2 * inset)
-    for colour, line in (("black", 3.0), ("white", 1.2)):
-        axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=line, zorder=3))
 
 
 def draw_scale(figure: Figure, overlay: AxesImage, axes: list[Axes], maps: Sequence[NDArray[np.float32]]) -> Colorbar:
@@ -182,27 +138,39 @@ def draw_sheet(predictions: list[Prediction], path: Path, title: str) -> None:
         UserError: If the file cannot be written.
     """
     check_suffix(path, ".png")
-    sites = list(predictions[0].maps)
-    columns = 2 + len(sites)
+    columns = 2 + len(predictions[0].maps)
     figure = Figure(figsize=(2.1 * columns + 1.2, 2.05 * len(predictions) + 0.7), layout="constrained")
-    grid = figure.subplots(len(predictions), columns, squeeze=False, width_ratios=[1, 1.25, *[1] * len(sites)])
-    maps = [m.numpy() for p in predictions for m in p.maps.values()]
-    largest = max((float(relative(each).max()) for each in maps), default=1.0)
-    overlay = None
-    for row, (axes, prediction) in enumerate(zip(grid, predictions, strict=True)):
-        draw_picture(axes[0], np.asarray(prediction.image), caption(prediction.path.name))
-        draw_bars(axes[1], prediction.top)
-        for site, panel in zip(sites, axes[2:], strict=True):
-            overlay = draw_map(panel, np.asarray(prediction.seen), prediction.maps[site].numpy(), largest)
-            if row == 0:
-                panel.set_title(site.removesuffix(".attn"), fontsize=9)
-        if row == 0:
-            axes[0].set_title("image", fontsize=9)
-            axes[1].set_title("top 5, probability", fontsize=9)
-    if overlay is not None:
-        draw_scale(figure, overlay, list(grid[:, 2:].flat), maps)
-    figure.suptitle(caption(title, 80), fontsize=11)
-    write_figure(path, figure, dpi=130, format="png")
+    _draw_rows(_grid(figure, len(predictions), columns), predictions)
+    _write(figure, path, title)
+
+
+def draw_explanations(explanations: list[Explanation], path: Path, title: str, *, contact_sheet: bool = False) -> None:
+    """Write a PNG of explanations; all maps share one scale of colours.
+
+    In detail, a picture takes two rows: the picture, its five most probable classes and the confidence maps with the
+    most confident patch framed; below, what the net was shown, the probability of its answer after a patch is blurred,
+    and the blurred pictures. On a contact sheet a picture takes one row, with the probabilities below the maps.
+
+    Raises:
+        UserError: If the file cannot be written, or there are too many pictures for one.
+    """
+    check_suffix(path, ".png")
+    if len(explanations) > MOST_PICTURES:
+        raise UserError(f"{len(explanations)} pictures are too many for one sheet: explain at most {MOST_PICTURES}.")
+    lines = 1 if contact_sheet else 2
+    rows, columns = lines * len(explanations), 2 + len(explanations[0].sites)
+    layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06)
+    figure = Figure(figsize=(2.15 * columns + 1.2, 2.3 * rows + 0.8), layout=layout)
+    grid = _grid(figure, rows, columns)
+    _draw_rows(grid, explanations, lines)
+    for index, explanation in enumerate(explanations):
+        for panel, site in zip(grid[lines * index][2:], explanation.sites, strict=True):
+            _draw_frame(panel, explanation, site)
+            if contact_sheet:
+                panel.set_xlabel(_change(explanation, site.most), fontsize=7.5)
+        if not contact_sheet:
+            _draw_effects(grid[2 * index + 1], explanation)
+    _write(figure, path, title)
 
 
 def draw_card_picture(folder: Path, photographs: Path) -> Path:
@@ -215,3 +183,100 @@ def draw_card_picture(folder: Path, photographs: Path) -> Path:
     predictions = predict(open_model(f"local-dir:{folder}"), [photographs / name for name in PHOTOGRAPHS])
     draw_sheet(predictions, picture, title=folder.name)
     return picture
+
+
+def _grid(figure: Figure, rows: int, columns: int) -> Any:
+    return figure.subplots(rows, columns, squeeze=False, width_ratios=[1, 1.25, *[1] * (columns - 2)])
+
+
+def _write(figure: Figure, path: Path, title: str) -> None:
+    figure.suptitle(caption(title, 80), fontsize=11)
+    write_figure(path, figure, dpi=130, format="png")
+
+
+def _draw_rows(grid: Any, shown: Sequence[Prediction | Explanation], lines: int = 1) -> None:
+    """Every ``lines`` rows of panels: a picture, its five classes, and its maps, with titles above and their scale."""
+    maps = [np.asarray(map_) for each in shown for map_ in each.maps.values()]
+    largest = max((float(relative(each).max()) for each in maps), default=1.0)
+    overlay = None
+    for axes, each in zip(grid[::lines], shown, strict=True):
+        _draw_picture(axes[0], np.asarray(each.image), caption(each.path.name))
+        bars = [(class_label(name), probability) for name, probability in each.top]
+        _draw_bars(axes[1], bars, [STRONG] + [PALE] * (len(bars) - 1), fontsize=8)
+        for panel, map_ in zip(axes[2:], each.maps.values(), strict=True):
+            overlay = draw_map(panel, np.asarray(each.seen), np.asarray(map_), largest)
+    titles = ("image", "top 5, probability", *(site.removesuffix(".attn") for site in shown[0].maps))
+    for panel, title in zip(grid[0], titles, strict=True):
+        panel.set_title(title, fontsize=9)
+    if overlay is not None:
+        draw_scale(grid[0][0].figure, overlay, list(grid[:, 2:].flat), maps)
+
+
+def _draw_picture(axes: Axes, pixels: NDArray[np.uint8], text: str) -> None:
+    """A picture (height, width, 3) without ticks, scaled down if it is large; ``text`` comes from ``caption``."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    axes.imshow(np.asarray(image))
+    axes.set_xlabel(text, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _draw_bars(axes: Axes, bars: list[tuple[str, float]], colours: list[str], fontsize: float) -> None:
+    """Names with their probabilities, on one scale from 0 to 1."""
+    axes.barh(list(range(len(bars))), [value for _, value in bars], color=colours, height=0.72)
+    for position, (name, value) in enumerate(bars):
+        axes.text(0.02, position, f"{name}  {percent(value)}", va="center", fontsize=fontsize, color="black")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(max(len(bars), 1) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _draw_frame(axes: Axes, explanation: Explanation, site: SiteExplanation) -> None:
+    """A frame round the most confident patch of a panel that shows the picture."""
+    if site.most is None:
+        return
+    (height, width), (rows, columns) = explanation.seen.shape[:2], site.confidence.shape
+    inset = 0.06 * min(width / columns, height / rows)  # inside the patch, so that no edge of the picture cuts it
+    corner = (site.most.column * width / columns - 0.5 + inset, site.most.row * height / rows - 0.5 + inset)
+    sides = (width / columns - 2 * inset, height / rows - 2 * inset)
+    for colour, line in (("black", 3.0), ("white", 1.2)):
+        axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=line, zorder=3))
+
+
+def _draw_effects(axes: Sequence[Axes], explanation: Explanation) -> None:
+    """The lower row: what the net sees, the probabilities of its answer after blurring, and the blurred pictures."""
+    height, width = explanation.seen.shape[:2]
+    _draw_picture(axes[0], explanation.seen, f"what the net sees, {width} x {height}")
+    answer = explanation.predicted
+    bars, colours = [], []
+    for site in explanation.sites:
+        for word, effect, colour in (("most", site.most, STRONG), ("least", site.least, PALE)):
+            if effect is not None:
+                name = f"{site.site.removesuffix('.attn')}, {word} confident"
+                bars.append((name, float(effect.probabilities[answer])))
+                colours.append(colour)
+    _draw_bars(axes[1], bars, colours, fontsize=6.5)
+    axes[1].axvline(float(explanation.probabilities[answer]), color="black", linewidth=1, linestyle=(0, (4, 2)))
+    axes[1].set_title(f"{class_label(explanation.classes[answer])} after blurring one patch", fontsize=8)
+    axes[1].set_xlabel("dashed: the picture as it is", fontsize=7)
+    for panel, site in zip(axes[2:], explanation.sites, strict=True):
+        shown = explanation.seen if site.most is None else site.most.blurred
+        _draw_picture(panel, shown, _change(explanation, site.most))
+        _draw_frame(panel, explanation, site)
+
+
+def _change(explanation: Explanation, effect: PatchEffect | None) -> str:
+    """What blurring did to the answer, as one line."""
+    if effect is None:
+        return "all patches alike: none blurred"
+
+    def said(label: int) -> str:
+        return class_label(explanation.classes[label])
+
+    answer, now = explanation.predicted, int(effect.probabilities.argmax())
+    before, after = (percent(float(each[answer])) for each in (explanation.probabilities, effect.probabilities))
+    other = f" ({said(now)} {percent(float(effect.probabilities[now]))})" if now != answer else ""
+    return f"{said(answer)} {before} → {after}{other}"

@@ -22,6 +22,7 @@ from conam_zoo.models import StagedClassifier
 __all__ = [
     "STANDARD_INPUT",
     "Prediction",
+    "Skip",
     "class_names",
     "expand_pictures",
     "percent",
@@ -35,26 +36,19 @@ __all__ = [
 BATCH = 16  # pictures in a pass of the net
 STANDARD_INPUT = Path("-")
 
+Skip = Callable[[Path, UserError], object]  # called for a picture that cannot be read, which is left out then
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a net says of one picture.
-
-    Attributes:
-        path: The file.
-        image: The picture, upright and RGB, in its own size unless a smaller one was asked for.
-        seen: What the net was shown: the picture after resizing, before normalisation.
-        probabilities: Of every class, (classes,).
-        top: Class names with probabilities, best first, at most five.
-        maps: For each ConAM site the confidence map, (rows, columns).
-    """
+    """What a net says of one picture."""
 
     path: Path
-    image: Image.Image
-    seen: Image.Image
-    probabilities: Tensor
-    top: list[tuple[str, float]]
-    maps: dict[str, Tensor]
+    image: Image.Image  # upright and RGB, in its own size unless a smaller one was asked for
+    seen: Image.Image  # what the net was shown: after resizing, before normalisation
+    probabilities: Tensor  # of every class, (classes,)
+    top: list[tuple[str, float]]  # class names with probabilities, best first, at most five
+    maps: dict[str, Tensor]  # for each ConAM site the confidence map, (rows, columns)
 
 
 def percent(probability: float) -> str:
@@ -83,11 +77,7 @@ def split_transform(model: StagedClassifier, scale: int = 1) -> tuple[Compose, C
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The picture files of a folder by name, without its sub-folders and hidden files.
-
-    Raises:
-        UserError: If there is none, or the folder may not be read.
-    """
+    """The picture files of a folder by name, without its sub-folders and hidden files; it has to hold some."""
     try:
         paths = sorted(
             path
@@ -102,15 +92,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def predict(model: StagedClassifier, paths: Iterable[str | Path]) -> list[Prediction]:
-    """Classify picture files, resized as the model's configuration says.
-
-    Args:
-        model: A classifier in evaluation mode, made by timm.
-        paths: Picture files of any size and mode; ``-`` is standard input.
-
-    Raises:
-        UserError: If a file cannot be read.
-    """
+    """Classify picture files as ``predict_each`` does; ``-`` is standard input."""
     return list(predict_each(model, paths))
 
 
@@ -119,41 +101,39 @@ def predict_each(
     paths: Iterable[str | Path],
     *,
     side: int | None = None,
-    skip: Callable[[Path, UserError], object] | None = None,
+    skip: Skip | None = None,
     say: Callable[[str], object] | None = None,
 ) -> Iterator[Prediction]:
-    """The predictions one after the other, in memory that does not grow with the number of pictures.
+    """Classify picture files one after the other, in memory that does not grow with their number.
 
     Args:
-        model: A classifier in evaluation mode, made by timm.
-        paths: Picture files.
+        model: A classifier in evaluation mode, made by timm; its configuration says how pictures are resized.
+        paths: Picture files of any size and mode.
         side: The longer side, in pixels, to which ``Prediction.image`` is scaled down; None for its own size.
-        skip: Called for a picture that cannot be read, which is left out then.
+        skip: See ``Skip``.
         say: Called with what a person should know about a picture, such as that it is dark.
 
     Raises:
         UserError: If a file cannot be read and there is no ``skip``.
     """
     resize, normalize = split_transform(model)
-    waiting: list[tuple[Path, Image.Image, Image.Image]] = []
-    for path, image in _read_each(paths, skip):
-        if say is not None and NOTE in image.info:
-            say(image.info[NOTE])
-        seen = resize(image)
-        if side is not None:
-            image = image.copy() if image is seen else image
-            image.thumbnail((side, side))
-        waiting.append((path, image, seen))
-        if len(waiting) == BATCH:
-            yield from _predict_batch(model, waiting, normalize)
-            waiting = []
-    if waiting:
-        yield from _predict_batch(model, waiting, normalize)
+
+    def prepared() -> Iterator[tuple[Path, Image.Image, Image.Image]]:
+        for path, image in _read_each(paths, skip):
+            if say is not None and NOTE in image.info:
+                say(image.info[NOTE])
+            seen = resize(image)
+            if side is not None:
+                image = image.copy() if image is seen else image
+                image.thumbnail((side, side))
+            yield path, image, seen
+
+    pictures = prepared()
+    while batch := list(islice(pictures, BATCH)):
+        yield from _predict_batch(model, batch, normalize)
 
 
-def _read_each(
-    paths: Iterable[str | Path], skip: Callable[[Path, UserError], object] | None
-) -> Iterator[tuple[Path, Image.Image]]:
+def _read_each(paths: Iterable[str | Path], skip: Skip | None) -> Iterator[tuple[Path, Image.Image]]:
     for path in map(Path, paths):
         try:
             image = _read_standard_input() if path == STANDARD_INPUT else read_image(path)
@@ -193,11 +173,7 @@ def _predict_batch(
 
 
 def expand_pictures(paths: list[Path]) -> list[Path]:
-    """Folders replaced by their pictures, and home folders written out.
-
-    Raises:
-        UserError: If a folder holds no pictures.
-    """
+    """Folders replaced by their pictures, and home folders written out."""
     expanded: list[Path] = []
     for path in map(expand_path, paths):
         try:
@@ -212,20 +188,12 @@ def expand_pictures(paths: list[Path]) -> list[Path]:
 
 @torch.inference_mode()
 def pooled_features(
-    model: StagedClassifier, paths: Iterable[Path], *, skip: Callable[[Path, UserError], object] | None = None
+    model: StagedClassifier, paths: Iterable[Path], *, skip: Skip | None = None
 ) -> tuple[Tensor, list[Path]]:
-    """What the classifier of a net sees of each picture, which is resized as for ``predict``.
-
-    Args:
-        model: A net in evaluation mode, made by timm.
-        paths: Picture files.
-        skip: Called for a picture that cannot be read, which is left out then.
+    """What the classifier of a net sees of each picture, which is read as for ``predict_each``.
 
     Returns:
         Features, float32 (N, num_features), and the files that they belong to.
-
-    Raises:
-        UserError: If a file cannot be read and there is no ``skip``.
     """
     resize, normalize = split_transform(model)
     device = next(model.parameters()).device

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from conam_zoo.data import ImageData, ImageSplit, read_split
+from conam_zoo.data.arrays import array_source
 from conam_zoo.data.dataset import read_source
-from conam_zoo.data.readers.arrays import array_source
 from conam_zoo.data.transforms import SPLITTING, random_stream
 from conam_zoo.errors import UserError
 from conam_zoo.finetuning.net import finetune_recipe, net_for_data, train_on

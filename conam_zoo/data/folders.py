@@ -3,8 +3,8 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -50,19 +50,36 @@ def folder_sources(root: Path, *, training: bool = True) -> dict[str, LazyImages
     root = _unwrapped(root)
     folders, notes = _split_folders(root)
     if not folders:
-        return _scan({"train": root}, notes, training=True)
-    if "train" not in folders and training:
+        folders, training = {"train": root}, True
+    elif "train" not in folders and training:
         name = next(iter(folders.values())).name
         raise UserError(f"{root} holds a folder {name} but none named train: name the training images' folder so.")
-    return _scan(folders, notes, training=training)
+    walk = _Walk(folders.values())
+    sources: dict[str, LazyImages] = {}
+    for split, folder in folders.items():
+        found, others = walk.classes_in(folder)
+        if any(found.values()):
+            known = next((source.classes for source in sources.values()), None)
+            sources[split] = _source(folder, found, others, known)
+        elif split == "train" and training:
+            raise UserError(
+                f"{folder} holds no class folders with images: put the images of each class into a folder named after "
+                "it."
+            )
+        else:
+            notes.append(f"{folder}: the split holds no images, so it counts as absent")
+    if not sources:
+        raise UserError(f"{folder} holds no class folders with images, and no other split does.")
+    above = next(iter(folders.values())).parent
+    for reason, paths in walk.left_out.items():
+        notes.append(f"{len(paths)} {reason} left out, such as {os.path.relpath(paths[0], above)}")
+    first = next(iter(sources))
+    sources[first] = replace(sources[first], notes=(*notes, *sources[first].notes))
+    return sources
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted by name.
-
-    Raises:
-        UserError: If it may not be read.
-    """
+    """What a folder holds, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -80,9 +97,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _reason_to_leave_out(entry: os.DirEntry[str]) -> str:
     """Why a folder is no part of the set; an empty string if it is."""
     if entry.name.startswith(".") or entry.name.lower() in FOREIGN:
-        return "hidden"
+        return "folders of the system"
     if any(os.path.lexists(os.path.join(entry.path, name)) for name in RUN_FILES):
-        return "run folder"
+        return "run folders"
     return ""
 
 
@@ -152,28 +169,16 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     return {split: splits[split] for split in order}, notes
 
 
-@dataclass
-class _Class:
-    """The pictures of a class folder, and what was left out of it."""
-
-    name: str
-    pictures: list[Path] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
-
-
 class _Walk:
     """Goes through folders so that each is visited once, and each picture given once, by identity.
 
     Real folders come before links: where a link leads into another class, its pictures stay with that class.
     """
 
-    def __init__(self, roots: list[Path]) -> None:
+    def __init__(self, roots: Iterable[Path]) -> None:
         self.left_out: dict[str, list[str]] = {}
         self._pictures: set[Identity] = set()
-        self._folders: set[Identity] = set()
-        for root in roots:
-            for folder in (*root.resolve().parents, *self._real_folders(root)):
-                self._folders.add(_identity(folder))
+        self._folders = {_identity(f) for root in roots for f in (*root.resolve().parents, *self._real_folders(root))}
 
     def _real_folders(self, folder: Path) -> Iterator[Path]:
         yield folder
@@ -181,121 +186,64 @@ class _Walk:
             if entry.is_dir(follow_symlinks=False) and not _reason_to_leave_out(entry):
                 yield from self._real_folders(Path(entry.path))
 
-    def note(self, reason: str, path: str) -> None:
-        self.left_out.setdefault(reason, []).append(path)
+    def classes_in(self, folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+        """The pictures of each class folder of a split, by name; and the files that are none."""
+        entries = _entries(folder)
+        found: dict[str, list[Path]] = {}
+        others: list[Path] = []
+        # Links last: a class folder that is a link to another one adds nothing to it.
+        for entry in sorted(entries, key=lambda entry: entry.is_symlink()):
+            if _is_folder(entry) and self._is_new(entry):
+                self._collect(Path(entry.path), found.setdefault(_class_name(entry), []), others)
+        _check_classes(folder, [e for e in entries if _is_folder(e) and _class_name(e) in found])
+        others += [Path(e.path) for e in entries if not _is_folder(e) and not e.name.startswith(".")]
+        return found, others
 
-    def is_new(self, entry: os.DirEntry[str]) -> bool:
+    def _collect(self, folder: Path, pictures: list[Path], others: list[Path]) -> None:
+        """Add what lies below a folder."""
+        for entry in _entries(folder):
+            if _is_folder(entry):
+                if self._is_new(entry):
+                    self._collect(Path(entry.path), pictures, others)
+            elif _is_picture(entry.name):
+                if self._is_first(entry):
+                    pictures.append(Path(entry.path))
+            elif not entry.name.startswith("."):
+                others.append(Path(entry.path))
+
+    def _is_new(self, entry: os.DirEntry[str]) -> bool:
         """Whether a folder is to be visited: a link only to where nothing was visited yet."""
         if reason := _reason_to_leave_out(entry):
-            if reason != "hidden" or not entry.name.startswith("."):
-                self.note(f"{reason}s" if reason == "run folder" else "folders of the system", entry.path)
+            if not entry.name.startswith("."):
+                self._note(reason, entry)
             return False
         if not entry.is_symlink():
             return True
-        identity = _identity(Path(entry.path))
+        identity = _identity(entry)
         if identity in self._folders:
-            self.note("links to folders of the set", entry.path)
+            self._note("links to folders of the set", entry)
             return False
         self._folders.add(identity)
         return True
 
-    def collect(self, folder: Path, found: _Class) -> None:
-        """Add what lies below a folder to its class."""
-        for entry in _entries(folder):
-            path = Path(entry.path)
-            if _is_folder(entry):
-                if self.is_new(entry):
-                    self.collect(path, found)
-            elif _is_picture(entry.name):
-                if self._is_first(entry):
-                    found.pictures.append(path)
-            elif not entry.name.startswith("."):
-                found.others.append(path)
-
     def _is_first(self, entry: os.DirEntry[str]) -> bool:
         try:
-            facts = entry.stat()
+            identity = _identity(entry)
         except OSError:
             return True  # a broken link is told as a picture that cannot be read
-        identity = (facts.st_dev, facts.st_ino)
         if identity in self._pictures:
-            self.note("further links to a picture", entry.path)
+            self._note("further links to a picture", entry)
             return False
         self._pictures.add(identity)
         return True
 
+    def _note(self, reason: str, entry: os.DirEntry[str]) -> None:
+        self.left_out.setdefault(reason, []).append(entry.path)
 
-def _identity(folder: Path) -> Identity:
-    facts = folder.stat()
+
+def _identity(place: Path | os.DirEntry[str]) -> Identity:
+    facts = place.stat()
     return facts.st_dev, facts.st_ino
-
-
-def _scan(folders: dict[str, Path], notes: list[str], *, training: bool) -> dict[str, LazyImages]:
-    """The class folders below each split's folder, as sources; the first one's classes are those of all."""
-    walk = _Walk(list(folders.values()))
-    sources: dict[str, LazyImages] = {}
-    known: tuple[str, ...] | None = None
-    for split, folder in folders.items():
-        found = _found_in(folder, walk)
-        if any(each.pictures for each in found.values()):
-            sources[split] = _source(folder, found, known)
-            known = sources[split].classes
-        elif split == "train" and training:
-            raise UserError(
-                f"{folder} holds no class folders with images: put the images of each class into a folder named after "
-                "it."
-            )
-        else:
-            notes = [*notes, f"{folder}: the split holds no images, so it counts as absent"]
-    if not sources:
-        raise UserError(f"{folder} holds no class folders with images, and no other split does.")
-    notes = notes + [
-        f"{len(paths)} {reason} left out, such as {os.path.relpath(paths[0], folders[next(iter(folders))].parent)}"
-        for reason, paths in walk.left_out.items()
-    ]
-    first = next(iter(sources))
-    sources[first] = replace(sources[first], notes=(*notes, *sources[first].notes))
-    return sources
-
-
-def _found_in(folder: Path, walk: _Walk) -> dict[str, _Class]:
-    """The class folders of a split, by name."""
-    found: dict[str, _Class] = {}
-    entries = _entries(folder)
-    # Links last: a class folder that is a link to another one adds nothing to it.
-    for entry in sorted(entries, key=lambda entry: entry.is_symlink()):
-        if _is_folder(entry) and walk.is_new(entry):
-            name = _class_name(entry)
-            walk.collect(Path(entry.path), found.setdefault(name, _Class(name)))
-    _check_classes(folder, [entry for entry in entries if _is_folder(entry)], found)
-    return found
-
-
-def _source(folder: Path, found: dict[str, _Class], known: tuple[str, ...] | None) -> LazyImages:
-    names = tuple(sorted(name for name, each in found.items() if each.pictures))
-    classes = known or names
-    if unknown := sorted(set(names) - set(classes)):
-        raise UserError(
-            f"{folder} has the class {unknown[0]}, which the training images have not: rename or remove that folder."
-        )
-    paths, labels = [], []
-    for name in names:
-        pictures = sorted(found[name].pictures)
-        paths += pictures
-        labels += [classes.index(name)] * len(pictures)
-    left_out = [path for each in found.values() for path in each.others]
-    left_out += [Path(e.path) for e in _entries(folder) if not _is_folder(e) and not e.name.startswith(".")]
-    notes = [f"{folder}: {len(left_out)} other files left out, such as {left_out[0].name}"] if left_out else []
-    notes += [f"{folder}: the class folder {name} holds no images" for name in sorted(found) if name not in names]
-    return LazyImages(
-        labels=np.array(labels, dtype=np.int64),
-        classes=classes,
-        source=str(folder),
-        names=[str(path.relative_to(folder)) for path in paths],
-        read=partial(_read, paths),
-        members=np.arange(len(paths)),
-        notes=tuple(notes),
-    )
 
 
 def _class_name(entry: os.DirEntry[str]) -> str:
@@ -303,13 +251,9 @@ def _class_name(entry: os.DirEntry[str]) -> str:
     return unicodedata.normalize("NFC", entry.name)
 
 
-def _check_classes(folder: Path, entries: list[os.DirEntry[str]], found: dict[str, _Class]) -> None:
-    """Refuse "classes" that hold the same sub-folders, and no pictures of their own: these are the classes.
-
-    Raises:
-        UserError: If they do.
-    """
-    used = [Path(entry.path) for entry in entries if _class_name(entry) in found]
+def _check_classes(folder: Path, entries: list[os.DirEntry[str]]) -> None:
+    """Refuse "classes" that hold the same sub-folders, and no pictures of their own: these are the classes."""
+    used = [Path(entry.path) for entry in entries]
     if len(used) < 2 or any(map(_has_pictures, used)):
         return
     inner = [frozenset(path.name for path in _sub_folders(each)) for each in used]
@@ -319,6 +263,30 @@ def _check_classes(folder: Path, entries: list[os.DirEntry[str]], found: dict[st
             f"{folder} holds {', '.join(groups[:3])}, and each of them holds {', '.join(classes[:3])}: if those "
             "are the classes, name the folders above them train, val and test, or point at one of them."
         )
+
+
+def _source(
+    folder: Path, found: dict[str, list[Path]], others: list[Path], known: tuple[str, ...] | None
+) -> LazyImages:
+    """The pictures of a split; ``known`` are the classes that another split gave."""
+    names = tuple(sorted(name for name, pictures in found.items() if pictures))
+    classes = known or names
+    if unknown := sorted(set(names) - set(classes)):
+        raise UserError(
+            f"{folder} has the class {unknown[0]}, which the training images have not: rename or remove that folder."
+        )
+    paths = [path for name in names for path in sorted(found[name])]
+    notes = [f"{folder}: {len(others)} other files left out, such as {others[0].name}"] if others else []
+    notes += [f"{folder}: the class folder {name} holds no images" for name in sorted(found) if name not in names]
+    return LazyImages(
+        labels=np.repeat([classes.index(name) for name in names], [len(found[name]) for name in names]),
+        classes=classes,
+        source=str(folder),
+        names=[str(path.relative_to(folder)) for path in paths],
+        read=partial(_read, paths),
+        members=np.arange(len(paths)),
+        notes=tuple(notes),
+    )
 
 
 def _read(paths: list[Path], index: int) -> Image.Image:

@@ -5,13 +5,12 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
-from conam_zoo.data.dataset import ArrayReader, LazyImages
-from conam_zoo.data.images import check_size, full_scale, value_range
-from conam_zoo.data.memory import free_bytes
+from conam_zoo.data.dataset import ArrayReader, LazyImages, free_bytes
+from conam_zoo.data.images import check_size, full_scale, reason_of, value_range
 from conam_zoo.errors import UserError
 from conam_zoo.inputs import check_file, status
 
@@ -38,16 +37,14 @@ def npy_sources(root: Path, *, training: bool = True, train_only: bool = False) 
     Raises:
         UserError: If a file is missing or its content does not fit; see ``npz_sources`` for what fits.
     """
-    arrays: dict[str, np.ndarray] = {}
-    classes = None
-    only = ("train",) if train_only and status(root / "train_images.npy") is not None else SPLITS
-    for split in only:
-        if status(root / f"{split}_images.npy") is not None:
-            for kind in ("images", "labels"):
-                arrays[f"{split}_{kind}"] = _load(root / f"{split}_{kind}.npy")
-    if status(root / "classes.txt") is not None:
-        classes = _read_classes(root / "classes.txt")
-    return _sources(arrays, classes, str(root), training)
+    there = [split for split in SPLITS if status(root / f"{split}_images.npy") is not None]
+    if train_only and "train" in there:
+        there = ["train"]
+    arrays = {
+        f"{split}_{kind}": _load(root / f"{split}_{kind}.npy") for split in there for kind in ("images", "labels")
+    }
+    names = root / "classes.txt"
+    return _sources(arrays, _read_classes(names) if status(names) is not None else None, str(root), training)
 
 
 def npz_sources(path: Path, *, training: bool = True) -> dict[str, LazyImages]:
@@ -63,13 +60,11 @@ def npz_sources(path: Path, *, training: bool = True) -> dict[str, LazyImages]:
         UserError: If the file cannot be read or its content does not fit.
     """
     check_file(path, ".npz file")
-    names = {
-        f"{short}_{split}": f"{split}_{kind}" for short, kind in (("x", "images"), ("y", "labels")) for split in SPLITS
-    }
-    names |= {"images": "train_images", "labels": "train_labels", "classes": "classes"}
-    names |= {f"{split}_{kind}": f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels")}
+    names = {"images": "train_images", "labels": "train_labels", "classes": "classes"}
+    for short, kind in (("x", "images"), ("y", "labels")):
+        for split in SPLITS:
+            names[f"{short}_{split}"] = names[f"{split}_{kind}"] = f"{split}_{kind}"
     arrays: dict[str, np.ndarray] = {}
-    classes = None
     try:
         with zipfile.ZipFile(path) as archive:
             members = {names.get(info.filename.removesuffix(".npy"), ""): info for info in archive.infolist()}
@@ -89,12 +84,17 @@ def npz_sources(path: Path, *, training: bool = True) -> dict[str, LazyImages]:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise whatever they ran into; RuntimeError: it is encrypted
         raise UserError(
-            f"{path} cannot be read as an .npz file ({_reason(error)}): write it again with numpy.savez."
+            f"{path} cannot be read as an .npz file ({reason_of(error)}): write it again with numpy.savez."
         ) from error
+    classes = None
     if "classes" in arrays:
-        stored = _names(np.atleast_1d(arrays.pop("classes")).ravel())
-        classes = _checked_names([str(name) for name in stored], f"classes of {path}")
+        classes = _checked_names(_texts(np.atleast_1d(arrays["classes"]).ravel()), f"classes of {path}")
     return _sources(arrays, classes, str(path), training)
+
+
+def array_source(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], source: str) -> LazyImages:
+    """Arrays in memory as training images; see ``npz_sources`` for what fits. ``source`` is what messages call them."""
+    return _sources({"train_images": images, "train_labels": labels}, classes, source, True)["train"]
 
 
 def _check_header(file: IO[bytes], size: int, what: str) -> None:
@@ -109,10 +109,6 @@ def _check_header(file: IO[bytes], size: int, what: str) -> None:
         raise UserError(f"{what} is damaged: it claims {claimed:,} bytes and holds {size:,}. Write it again.")
 
 
-def _reason(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 def _load(path: Path) -> np.ndarray:
     if status(path) is None:
         raise UserError(f"{path} is missing: images and labels belong beside each other.")
@@ -123,7 +119,7 @@ def _load(path: Path) -> np.ndarray:
             raise ValueError("it is an archive")
     except Exception as error:  # a damaged header raises whatever numpy's parser ran into
         raise UserError(
-            f"{path} cannot be read as an .npy file ({_reason(error)}): write it again with numpy.save."
+            f"{path} cannot be read as an .npy file ({reason_of(error)}): write it again with numpy.save."
         ) from error
     return array
 
@@ -138,37 +134,62 @@ def _read_classes(path: Path) -> tuple[str, ...]:
         raise UserError(f"{path} cannot be read as UTF-8 ({error}): save it so, one class name a line.") from error
     if len(text) > LARGEST_TEXT:
         raise UserError(f"{path} has more than {LARGEST_TEXT:,} letters: write one class name a line.")
-    return _checked_names(text.rstrip().split("\n"), str(path))
+    return _checked_names([_plain(line) for line in text.rstrip().split("\n")], str(path))
+
+
+def _plain(name: str) -> str:
+    """A class name with its accents composed, without spaces round it."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def _texts(values: np.ndarray) -> list[str]:
+    """Names (N,), also those stored as bytes in UTF-8."""
+    try:
+        return [_plain(value.decode() if isinstance(value, bytes) else str(value)) for value in values.tolist()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"The class name {error.object!r} is no UTF-8: save the names as texts.") from error
 
 
 def _checked_names(names: list[str], what: str) -> tuple[str, ...]:
-    """Class names, each of which stands for one class: accents composed, no spaces round them."""
-    clean = tuple(unicodedata.normalize("NFC", name.strip()) for name in names)
-    if "" in clean:
-        raise UserError(f"{what} has no name for class {clean.index('')}: write one name a line, without empty lines.")
-    if twice := sorted(name for name, count in Counter(clean).items() if count > 1):
+    """Class names, each of which stands for one class."""
+    if "" in names:
+        raise UserError(f"{what} has no name for class {names.index('')}: write one name a line, without empty lines.")
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UserError(f"{what} names {twice[0]} twice, but each class needs a name of its own: rename one.")
-    return clean
+    return tuple(names)
 
 
 def _sources(
     arrays: Mapping[str, np.ndarray], classes: tuple[str, ...] | None, source: str, training: bool
 ) -> dict[str, LazyImages]:
+    """The splits among arrays called ``<split>_images`` and ``<split>_labels``."""
     for split in SPLITS:
         if (f"{split}_images" in arrays) != (f"{split}_labels" in arrays):
             raise UserError(f"{source} has only one of {split}_images and {split}_labels: it needs both.")
     splits = [split for split in SPLITS if f"{split}_images" in arrays]
     if not splits or (training and "train" not in splits):
         raise UserError(f"{source} holds no training images: name its arrays train_images and train_labels.")
+    images = {split: arrays[f"{split}_images"] for split in splits}
     labels = {split: _flat(arrays[f"{split}_labels"], f"{split}_labels of {source}") for split in splits}
-    first = labels[splits[0]]
     if classes is None:
-        classes = _class_names(first, source)
-    limits = _limits({split: arrays[f"{split}_images"] for split in splits}, source)
-    return {
-        split: array_source(arrays[f"{split}_images"], labels[split], classes, source, split, limits=limits)
-        for split in splits
-    }
+        classes = _class_names(labels[splits[0]], source)
+    limits = _limits(images, source)
+    sources = {}
+    for split in splits:
+        what = f"{split}_images of {source}"
+        count, dtype = len(images[split]), images[split].dtype
+        numbers = _numbers(labels[split], count, classes, f"{split}_labels of {source}")
+        top, note = full_scale(dtype, limits.get(dtype), what) if count else (255.0, "")
+        sources[split] = LazyImages(
+            labels=numbers,
+            classes=classes,
+            source=source,
+            names=[f"{split} image {index}" for index in range(count)],
+            read=ArrayReader(images[split], top),
+            members=np.arange(count),
+            notes=(note,) if note else (),
+        )
+    return sources
 
 
 def _flat(labels: np.ndarray, what: str) -> np.ndarray:
@@ -177,7 +198,7 @@ def _flat(labels: np.ndarray, what: str) -> np.ndarray:
         labels = labels.reshape(len(labels))
     labels = np.asarray(labels)
     if labels.ndim == 1 and labels.dtype.kind in "US":
-        return _names(labels)
+        return np.array(_texts(labels), dtype=np.str_)
     whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
     if labels.ndim != 1 or not whole or not np.isfinite(labels).all():
         raise UserError(
@@ -189,31 +210,20 @@ def _flat(labels: np.ndarray, what: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _names(values: np.ndarray) -> np.ndarray:
-    """Texts, also those stored as bytes in UTF-8, with accents composed."""
-    try:
-        texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"The class name {error.object!r} is no UTF-8: save the names as texts.") from error
-    return np.array([unicodedata.normalize("NFC", text.strip()) for text in texts], dtype=np.str_)
-
-
 def _class_names(labels: np.ndarray, source: str) -> tuple[str, ...]:
     if labels.dtype.kind == "U":
-        return _checked_names([str(name) for name in np.unique(labels)], f"labels of {source}")
-    return tuple(str(number) for number in range(int(labels.max()) + 1 if len(labels) else 0))
+        return _checked_names(np.unique(labels).tolist(), f"labels of {source}")
+    return tuple(str(number) for number in range(int(labels.max(initial=-1)) + 1))
 
 
-def _limits(images: Mapping[str, np.ndarray], source: str) -> dict[Any, tuple[float, float]]:
+def _limits(images: Mapping[str, np.ndarray], source: str) -> dict[np.dtype, tuple[float, float]]:
     """The range of the values of each type over all splits, so that white is the same in each."""
-    found: dict[Any, tuple[float, float]] = {}
+    found: dict[np.dtype, tuple[float, float]] = {}
     for split, array in images.items():
         _check_images(array, f"{split}_images of {source}")
-        if array.dtype in (np.uint8, np.bool_):
-            continue
-        if (limits := value_range(array)) is not None:
-            old = found.get(array.dtype, limits)
-            found[array.dtype] = (min(old[0], limits[0]), max(old[1], limits[1]))
+        if array.dtype not in (np.uint8, np.bool_) and (limits := value_range(array)) is not None:
+            low, high = found.get(array.dtype, limits)
+            found[array.dtype] = (min(low, limits[0]), max(high, limits[1]))
     return found
 
 
@@ -227,55 +237,20 @@ def _check_images(images: np.ndarray, what: str) -> None:
     check_size(images.shape[2], images.shape[1], what)
 
 
-def array_source(
-    images: np.ndarray,
-    labels: np.ndarray,
-    classes: tuple[str, ...],
-    source: str,
-    split: str = "train",
-    *,
-    limits: Mapping[Any, tuple[float, float]] | None = None,
-) -> LazyImages:
-    """Arrays in memory, or mapped into it, as a source.
-
-    Args:
-        images: What ``npz_sources`` describes.
-        labels: Whole numbers or names, (N,).
-        classes: Class names in label order.
-        source: What to call the set in messages.
-        split: What to call this part of it.
-        limits: The range of the values by type, where it is that of several splits; None for that of the images.
-
-    Raises:
-        UserError: If they do not fit together.
-    """
-    what = f"{split}_images of {source}"
-    _check_images(images, what)
-    if len(images) != len(labels):
+def _numbers(labels: np.ndarray, images: int, classes: tuple[str, ...], what: str) -> np.ndarray:
+    """Labels as places among the classes, int64 (N,)."""
+    if images != len(labels):
         raise UserError(
-            f"{split}_labels of {source} does not fit: there are {len(labels)} labels and {len(images)} images, "
-            "but they must be as many."
+            f"{what} does not fit: there are {len(labels)} labels and {images} images, but they must be as many."
         )
-    labels = _flat(labels, f"{split}_labels of {source}")
     if labels.dtype.kind == "U":
         places = {name: place for place, name in enumerate(classes)}
         if unknown := sorted(set(labels.tolist()) - set(places)):
-            raise UserError(f"{split}_labels of {source} has the class {unknown[0]}, which is not among the classes.")
-        labels = np.array([places[str(name)] for name in labels], dtype=np.int64)
-    elif len(labels) and int(labels.max()) >= len(classes):
+            raise UserError(f"{what} has the class {unknown[0]}, which is not among the classes.")
+        return np.array([places[name] for name in labels.tolist()], dtype=np.int64)
+    if len(labels) and int(labels.max()) >= len(classes):
         raise UserError(
-            f"{split}_labels of {source} does not fit: it runs from {labels.min()} to {labels.max()}, but there are "
-            f"{len(classes)} classes: number them from 0."
+            f"{what} does not fit: it runs from {labels.min()} to {labels.max()}, but there are {len(classes)} "
+            "classes: number them from 0."
         )
-    if limits is None:
-        limits = {images.dtype: found} if (found := value_range(images)) is not None else {}
-    top, note = full_scale(images.dtype, limits.get(images.dtype), what) if len(images) else (255.0, "")
-    return LazyImages(
-        labels=labels,
-        classes=classes,
-        source=source,
-        names=[f"{split} image {index}" for index in range(len(images))],
-        read=ArrayReader(images, top),
-        members=np.arange(len(images)),
-        notes=(note,) if note else (),
-    )
+    return labels
