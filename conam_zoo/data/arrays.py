@@ -29,13 +29,7 @@ def has_arrays(root: Path) -> bool:
 def npy_sources(root: Path, *, training: bool = True, train_only: bool = False) -> dict[str, LazyImages]:
     """The splits in a folder with ``<split>_images.npy``, ``<split>_labels.npy`` and perhaps ``classes.txt``.
 
-    Args:
-        root: The folder.
-        training: Whether there have to be training images.
-        train_only: Open no file of another split, if there are training images.
-
-    Raises:
-        UserError: If a file is missing or its content does not fit; see ``npz_sources`` for what fits.
+    With ``train_only`` no file of another split is opened, if there are training images. Else as ``npz_sources``.
     """
     there = [split for split in SPLITS if status(root / f"{split}_images.npy") is not None]
     if train_only and "train" in there:
@@ -57,7 +51,7 @@ def npz_sources(path: Path, *, training: bool = True) -> dict[str, LazyImages]:
     (N,) or (N, 1).
 
     Raises:
-        UserError: If the file cannot be read or its content does not fit.
+        UserError: If it cannot be read, does not fit, or has no training images where ``training`` asks for them.
     """
     check_file(path, ".npz file")
     names = {"images": "train_images", "labels": "train_labels", "classes": "classes"}

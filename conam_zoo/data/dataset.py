@@ -218,24 +218,22 @@ def read_source(source: LazyImages, size: int) -> tuple[ImageSplit, list[Unreada
             dark.append(picture.info[NOTE])
         images[index] = torch.from_numpy(np.array(resize_image(picture, size)))
 
-    broken = _each(source, fill)
+    readable, broken = _attempt_all(source, fill)
     if dark:
         notes = (*notes, min(dark) + (f"; and {len(dark) - 1} more" if len(dark) > 1 else ""))
     split = ImageSplit(images, labels, source.classes, source.source, names, notes)
-    return (split.select(torch.from_numpy(_others(source, broken))) if broken else split), broken
+    return (split.select(torch.from_numpy(readable)) if broken else split), broken
 
 
 def find_unreadable(source: LazyImages) -> tuple[LazyImages, list[Unreadable]]:
     """Decode every image once, keeping none: the readable part of the source, and those that cannot be read."""
-    broken = _each(source, source.picture)
-    return (source.select(_others(source, broken)) if broken else source), broken
+    readable, broken = _attempt_all(source, source.picture)
+    return source.select(readable), broken
 
 
-def _others(source: LazyImages, broken: list[Unreadable]) -> np.ndarray:
-    return np.setdiff1d(np.arange(len(source)), [image.index for image in broken])
+def _attempt_all(source: LazyImages, work: Callable[[int], object]) -> tuple[np.ndarray, list[Unreadable]]:
+    """Do something with every place of a source: the places where it can be read, and where it cannot."""
 
-
-def _each(source: LazyImages, work: Callable[[int], object]) -> list[Unreadable]:
     def attempt(index: int) -> Unreadable | None:
         try:
             work(index)
@@ -244,14 +242,14 @@ def _each(source: LazyImages, work: Callable[[int], object]) -> list[Unreadable]
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [failure for failure in pool.map(attempt, range(len(source))) if failure is not None]
+        broken = [failure for failure in pool.map(attempt, range(len(source))) if failure is not None]
+    return np.setdiff1d(np.arange(len(source)), [image.index for image in broken]), broken
 
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Hold out the same share of each class of labels (N,), at least one image, and never the only one.
 
-    Returns:
-        Indices that are kept and indices that are held out, both sorted.
+    The indices that are kept and those that are held out are both sorted.
     """
     stream = random_stream(SPLITTING, seed)
     held = [np.array([], dtype=np.int64)]

@@ -28,8 +28,6 @@ FOREIGN = frozenset(("__macosx", "__pycache__", "@eadir", "$recycle.bin", "syste
 # A folder with one of these is the run folder of a training, which writes pictures of its own.
 RUN_FILES = ("run.json", "log.csv", "checkpoint.safetensors")
 
-Identity = tuple[int, int]
-
 
 def folder_sources(root: Path, *, training: bool = True) -> dict[str, LazyImages]:
     """The splits of an image-folder tree: ``train`` always, ``val`` and ``test`` where there are such folders.
@@ -37,11 +35,7 @@ def folder_sources(root: Path, *, training: bool = True) -> dict[str, LazyImages
     A class is a folder, and its images may lie at any depth below it; class names are sorted. ``root`` holds either
     the folders of the splits, or those of the classes, or a single folder that holds one of these. Left out are files
     that are no pictures by their names' ending, hidden files and folders, and run folders. Every folder is visited
-    once and every picture belongs to one class, wherever links lead.
-
-    Args:
-        root: The folder.
-        training: Whether there have to be training images: without, a tree that has only a test split will do.
+    once and every picture belongs to one class, wherever links lead. Without ``training`` a test split alone will do.
 
     Raises:
         UserError: If there are no class folders with images, it cannot be told which folders are classes, a split has
@@ -177,8 +171,7 @@ class _Walk:
 
     def __init__(self, roots: Iterable[Path]) -> None:
         self.left_out: dict[str, list[str]] = {}
-        self._pictures: set[Identity] = set()
-        self._folders = {_identity(f) for root in roots for f in (*root.resolve().parents, *self._real_folders(root))}
+        self._seen = {_identity(f) for root in roots for f in (*root.resolve().parents, *self._real_folders(root))}
 
     def _real_folders(self, folder: Path) -> Iterator[Path]:
         yield folder
@@ -193,7 +186,7 @@ class _Walk:
         others: list[Path] = []
         # Links last: a class folder that is a link to another one adds nothing to it.
         for entry in sorted(entries, key=lambda entry: entry.is_symlink()):
-            if _is_folder(entry) and self._is_new(entry):
+            if _is_folder(entry) and self._is_entered(entry):
                 self._collect(Path(entry.path), found.setdefault(_class_name(entry), []), others)
         _check_classes(folder, [e for e in entries if _is_folder(e) and _class_name(e) in found])
         others += [Path(e.path) for e in entries if not _is_folder(e) and not e.name.startswith(".")]
@@ -203,45 +196,39 @@ class _Walk:
         """Add what lies below a folder."""
         for entry in _entries(folder):
             if _is_folder(entry):
-                if self._is_new(entry):
+                if self._is_entered(entry):
                     self._collect(Path(entry.path), pictures, others)
             elif _is_picture(entry.name):
-                if self._is_first(entry):
+                if self._is_first(entry, "further links to a picture"):
                     pictures.append(Path(entry.path))
             elif not entry.name.startswith("."):
                 others.append(Path(entry.path))
 
-    def _is_new(self, entry: os.DirEntry[str]) -> bool:
+    def _is_entered(self, entry: os.DirEntry[str]) -> bool:
         """Whether a folder is to be visited: a link only to where nothing was visited yet."""
         if reason := _reason_to_leave_out(entry):
             if not entry.name.startswith("."):
                 self._note(reason, entry)
             return False
-        if not entry.is_symlink():
-            return True
-        identity = _identity(entry)
-        if identity in self._folders:
-            self._note("links to folders of the set", entry)
-            return False
-        self._folders.add(identity)
-        return True
+        return not entry.is_symlink() or self._is_first(entry, "links to folders of the set")
 
-    def _is_first(self, entry: os.DirEntry[str]) -> bool:
+    def _is_first(self, entry: os.DirEntry[str], reason: str) -> bool:
+        """Whether no other way led to this folder or picture before; else it is left out for ``reason``."""
         try:
             identity = _identity(entry)
         except OSError:
             return True  # a broken link is told as a picture that cannot be read
-        if identity in self._pictures:
-            self._note("further links to a picture", entry)
+        if identity in self._seen:
+            self._note(reason, entry)
             return False
-        self._pictures.add(identity)
+        self._seen.add(identity)
         return True
 
     def _note(self, reason: str, entry: os.DirEntry[str]) -> None:
         self.left_out.setdefault(reason, []).append(entry.path)
 
 
-def _identity(place: Path | os.DirEntry[str]) -> Identity:
+def _identity(place: Path | os.DirEntry[str]) -> tuple[int, int]:
     facts = place.stat()
     return facts.st_dev, facts.st_ino
 

@@ -127,7 +127,11 @@ class Batches(ABC):
 
 
 class _AugmentedBatches(Batches):
-    """What the two loaders share: order, shards, augmentation, normalisation; ``size`` is (H, W) of the images."""
+    """What the two loaders share: order, shards, augmentation, normalisation; ``size`` is (H, W) of the images.
+
+    Raises:
+        UserError: If the settings do not fit the images.
+    """
 
     def __init__(
         self,
@@ -150,54 +154,44 @@ class _AugmentedBatches(Batches):
         seed, augmentation = self._settings.seed, self._settings.augmentation
         order = epoch_order(self._host_labels, seed, epoch, balance=self._settings.balance)
         crop = augmentation.crop_size(epoch, self._size)
+        moved = augmentation.crop_padding or augmentation.flip or crop != self._size
         normalize = Normalizer(self._settings.mean, self._settings.std, crop[1], self._device)
         flips = alternating_flips(len(self._host_labels), seed, epoch)[order] if augmentation.alternate_flip else None
         draws = ImageDraws.draw(random_stream(IMAGES, seed, epoch), len(order), self._size, augmentation, crop, flips)
-        parts = [self._shards.part(step) for step in range(first_step, self.steps)]
-        order_here, draws = order.to(self._device, non_blocking=True), draws.to(self._device)
-        batches = self._windows(order, order_here, draws, parts, crop)
-        for step, (part, windows) in enumerate(zip(parts, batches, strict=True), first_step):
-            images = normalize(windows)
-            labels = self._labels[order_here[part]]
+        draws, labels_in_order = draws.to(self._device), self._labels[order.to(self._device, non_blocking=True)]
+        steps = range(first_step, self.steps)
+        parts = [self._shards.part(step) for step in steps]
+        for step, part, (images, indices) in zip(steps, parts, self._images(order, parts), strict=True):
+            if moved:
+                windows = crop_and_flip(images, indices, draws[part], augmentation.crop_padding, crop)
+            else:
+                windows = images[indices]
+            shown, labels = normalize(windows), labels_in_order[part]
             if augmentation.cutout:
-                images = cut_out(images, draws[part], augmentation.cutout)
+                shown = cut_out(shown, draws[part], augmentation.cutout)
             if augmentation.mixes:
                 stream = random_stream(MIXING, seed, epoch, step, self._settings.rank)
                 if augmentation.mix_share == 1 or stream.random() < augmentation.mix_share:
-                    images, labels = mix(images, labels, len(self.classes), augmentation, stream)
-            yield images, labels
-
-    def _window(self, images: Tensor, indices: Tensor, draws: ImageDraws, crop: tuple[int, int]) -> Tensor:
-        """Crop and flip, where that is asked for: uint8 (B, h, w, 3)."""
-        augmentation = self._settings.augmentation
-        if augmentation.crop_padding or augmentation.flip or crop != self._size:
-            return crop_and_flip(images, indices, draws, augmentation.crop_padding, crop)
-        return images[indices]
+                    shown, labels = mix(shown, labels, len(self.classes), augmentation, stream)
+            yield shown, labels
 
     @abstractmethod
-    def _windows(
-        self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice], crop: tuple[int, int]
-    ) -> Iterator[Tensor]:
-        """The cropped and flipped uint8 images (B, h, w, 3) of every part of the order, on the device."""
+    def _images(self, order: Tensor, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each part of the order uint8 images (N, H, W, 3) on the device, and which of them it shows, (B,)."""
 
 
 class DeviceLoader(_AugmentedBatches):
-    """Batches of a split that lies on the training device as a whole, as uint8.
-
-    Raises:
-        UserError: If the settings do not fit the images.
-    """
+    """Batches of a split that lies on the training device as a whole, as uint8."""
 
     def __init__(self, split: ImageSplit, settings: BatchSettings) -> None:
         size = (split.images.shape[1], split.images.shape[2])
         super().__init__(split.labels, split.classes, split.source, size, settings, split.images.device)
-        self._images = split.images.contiguous()
+        self._all_images = split.images.contiguous()
 
-    def _windows(
-        self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice], crop: tuple[int, int]
-    ) -> Iterator[Tensor]:
+    def _images(self, order: Tensor, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        here = order.to(self._device, non_blocking=True)
         for part in parts:
-            yield self._window(self._images, order_here[part], draws[part], crop)
+            yield self._all_images, here[part]
 
 
 class _Pixels(Dataset[Tensor]):
@@ -216,18 +210,9 @@ class _Pixels(Dataset[Tensor]):
 class WorkerLoader(_AugmentedBatches):
     """The batches that ``DeviceLoader`` would give, bit for bit, with images read from their source every epoch.
 
-    The workers decode and resize, nothing else, so nothing is random in them. What is augmented is augmented on the
-    training device, as a whole batch.
-
-    Args:
-        source: The training images.
-        size: Side of the square that they are resized to, in pixels.
-        settings: How the batches are made.
-        device: Where they are wanted.
-        workers: Processes that decode; None for one less than there are cores, 0 for none beside this one.
-
-    Raises:
-        UserError: If the settings do not fit the images.
+    The workers decode and resize to squares of ``size`` pixels, nothing else, so nothing is random in them. What is
+    augmented is augmented on the training device, as a whole batch. ``workers`` is None for one less than there are
+    cores, 0 for none beside this process.
     """
 
     def __init__(
@@ -244,9 +229,7 @@ class WorkerLoader(_AugmentedBatches):
         self._pixels = _Pixels(source, size)
         self.workers = min(MAX_WORKERS, (os.cpu_count() or 1) - 1) if workers is None else workers
 
-    def _windows(
-        self, order: Tensor, order_here: Tensor, draws: ImageDraws, parts: list[slice], crop: tuple[int, int]
-    ) -> Iterator[Tensor]:
+    def _images(self, order: Tensor, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             self._pixels,
             batch_sampler=[order[part].tolist() for part in parts],
@@ -254,9 +237,8 @@ class WorkerLoader(_AugmentedBatches):
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # else the loader would take a number from torch's own stream
         )
-        for part, images in zip(parts, loader, strict=True):
-            here = images.to(self._device, non_blocking=True)
-            yield self._window(here, torch.arange(len(here), device=self._device), draws[part], crop)
+        for images in loader:
+            yield images.to(self._device, non_blocking=True), torch.arange(len(images), device=self._device)
 
 
 def create_loader(
@@ -270,16 +252,11 @@ def create_loader(
 ) -> tuple[Batches, str]:
     """Batches that keep the whole set on the device if it takes at most half of what is free there, else from a loader.
 
-    Args:
-        train: The training images: in memory, or a source that did not fit there.
-        size: Side of the images, in pixels.
-        settings: How the batches are made.
-        device: The training device.
-        workers: Processes of the loader; see ``WorkerLoader``.
-        free: Free bytes of the device; None to ask it.
+    The line beside them says which kind and why. ``size`` is the side of the images in pixels; ``free`` are the
+    device's free bytes, None to ask it.
 
-    Returns:
-        The batches, and one line that says which kind and why.
+    Raises:
+        UserError: If the settings do not fit the images.
     """
     device = torch.device(device)
     free = free_bytes(device) if free is None else free

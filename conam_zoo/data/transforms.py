@@ -127,14 +127,9 @@ def crop_and_flip(
 ) -> Tensor:
     """Random windows of reflection-padded images, some mirrored, in one gather: uint8 (B, h, w, 3).
 
-    The padded images are never made: the reflection is in the positions that are read.
-
-    Args:
-        images: uint8, (N, H, W, 3), contiguous.
-        indices: Which images, (B,).
-        draws: What was drawn for each, (B,).
-        padding: Pixels, fewer than H and W.
-        crop: (h, w), at most (H, W); None for (H, W).
+    The padded images are never made: the reflection is in the positions that are read. ``images`` are uint8
+    (N, H, W, 3), contiguous; ``indices`` and ``draws`` are (B,); ``padding`` is smaller than H and W; ``crop`` is
+    (h, w), at most (H, W), which is None.
     """
     height, width, channels = images.shape[1:]
     shown_height, shown_width = crop or (height, width)
@@ -165,10 +160,8 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """mixup or CutMix of a batch with itself in reverse order, with one share for the whole batch.
 
-    The order within a batch is random already, so the reverse is as good as any other pairing.
-
-    Returns:
-        Mixed images (B, C, H, W), and soft targets (B, classes) in float32 that hold each class's share.
+    The order within a batch is random already, so the reverse is as good as any other pairing. Beside the images
+    (B, C, H, W) it gives soft targets (B, classes) in float32 that hold each class's share.
     """
     cut = settings.cutmix > 0 and (settings.mixup == 0 or stream.random() < 0.5)
     alpha = settings.cutmix if cut else settings.mixup

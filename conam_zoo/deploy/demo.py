@@ -45,10 +45,8 @@ orange ones have more than an even share, purple ones less.
 def build_page(model: str | None = None, photographs: Path | None = None) -> Any:
     """The page, a ``gradio.Blocks``: ``build_page().launch(**look())`` starts it.
 
-    Args:
-        model: The net that is chosen first: a name, ``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``, or an exported
-            ``.onnx`` file. The most accurate one by default.
-        photographs: A folder of pictures to begin with.
+    ``model`` is chosen first, what ``open_classifier`` opens or the most accurate net; ``photographs`` is a folder of
+    pictures to begin with.
 
     Raises:
         UserError: If Gradio is not installed, or there is no such model or picture.

@@ -108,16 +108,9 @@ def export(
 
     The input is ``image``: (N, 3, H, W) float32, normalised; with ``pixels`` (N, H, W, 3) uint8, 0 to 255. The first
     output is ``logits``, (N, classes) float32; with ``confidence`` one more follows for each ConAM, in order of
-    execution, ``confidence.SITE`` (N, rows, columns). An ONNX file says in its metadata what it is.
-
-    Args:
-        model: A model of this package; it is left as it is.
-        output: The file. It appears only once it has been run and compared with ``model``.
-        pixels: Take raw pixels, with the normalisation inside.
-        confidence: Give the confidences as well.
-        opset: ONNX operator set.
-        calibration: Training images, uint8 (N, H, W, 3): quantise statically to int8, calibrated on them.
-        facts: More metadata for an ONNX file, such as ``name``, ``sha256`` or ``top1_percent``.
+    execution, ``confidence.SITE`` (N, rows, columns). An ONNX file says in its metadata what it is, with ``facts`` such
+    as ``name``, ``sha256`` or ``top1_percent``. With ``calibration``, training images as uint8 (N, H, W, 3), it is
+    quantised to int8. The file appears only once it has been run and compared with ``model``.
 
     Raises:
         UserError: If the suffix is neither, a package is missing, or the file does not compute what the model does.
@@ -310,10 +303,8 @@ def export_named(
 ) -> Iterator[str]:
     """``export`` of a model by its name, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
-    With ``int8``, training images of ``data`` calibrate it, and its test images give top-1 before and after.
-
-    Yields:
-        Lines for a person.
+    With ``int8``, training images of ``data`` calibrate it, and its test images give top-1 before and after. What it
+    yields are lines for a person.
 
     Raises:
         UserError: If something does not fit; nothing is written then.

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
@@ -105,17 +104,9 @@ def finetune_recipe(
 ) -> Recipe:
     """The recipe of a fine-tuning: defaults, then ``choices``, then ``settings``.
 
-    Args:
-        model: Name of the net.
-        data: Name of the data, for the record.
-        image_size: Side of the images, in pixels; the crop's padding follows from it.
-        settings: Replacements such as ``"weight_decay=1e-3"``.
-        images: How many training images there are; batch size and learning rate follow from it.
-        from_scratch: Whether the weights begin as random numbers, which learn faster.
-        **choices: Settings of a recipe; None for the default.
-
-    Raises:
-        UserError: If a setting is not what it should be.
+    The crop's padding follows from ``image_size``, in pixels; batch size and learning rate from the number of training
+    ``images``, and from whether the weights begin as random numbers, which learn faster. Of ``choices``, None is the
+    default; ``settings`` are as ``"weight_decay=1e-3"``. What does not fit is a ``UserError``.
     """
     values = DEFAULTS | {
         "model": model,
@@ -140,9 +131,8 @@ def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bo
     """Make a net for a data set: new head, image size, ConAM's patches, statistics, class names.
 
     The patch sides grow with the images, so that there are as many patches as before. Mean and deviation are those that
-    the weights were trained with, because the first layer knows them; from scratch, those of the training images.
-
-    The recipe gives ``model_args`` and the seed of the new head.
+    the weights were trained with, because the first layer knows them; from scratch, those of the training images. The
+    recipe gives ``model_args`` and the seed of the new head.
 
     Raises:
         UserError: If the name is unknown or the image size does not fit the net.
@@ -176,18 +166,15 @@ def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bo
 
 
 def _statistics(train: ImageSplit | LazyImages, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if isinstance(train, ImageSplit):
-        return pixel_statistics(train.images)
-    some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SAMPLE]
-    return pixel_statistics(read_source(train.select(some.numpy()), size)[0].images)
+    if isinstance(train, LazyImages):
+        train = _some(train, torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:SAMPLE], size)
+    return pixel_statistics(train.images)
 
 
-def _monitored(train: ImageSplit | LazyImages, size: int) -> ImageSplit:
-    """The training images that liveness is measured on: as many pixels as of 256 images of 32 px, at least 8 images."""
-    count = min(len(train), max(8, MONITORED_IMAGES * 32**2 // size**2))
+def _some(train: ImageSplit | LazyImages, indices: Tensor, size: int) -> ImageSplit:
     if isinstance(train, ImageSplit):
-        return train.spread(count)
-    return read_source(train.select(np.arange(count) * len(train) // count), size)[0]
+        return train.select(indices)
+    return read_source(train.select(indices.numpy()), size)[0]
 
 
 def freeze_layers(model: StagedClassifier, freeze: str) -> int:
@@ -238,7 +225,7 @@ def train_on(
         net: Perhaps with frozen layers.
         data: The images.
         recipe: How to train.
-        output: The run folder; see ``conam_zoo.training.fit.fit``.
+        output: The run folder.
         layer_decay: Each layer further from the head learns this much slower (timm's ``param_groups_layer_decay``).
         balance: Show every class equally often in each epoch.
         resume: Continue from the run folder's checkpoint.
@@ -273,6 +260,9 @@ def train_on(
             layer_decay=layer_decay,
             no_weight_decay_list=model.no_weight_decay(),
         )
+    # Liveness is measured on as many pixels as of 256 images of 32 px, and on at least 8 images.
+    count = min(len(data.train), max(8, MONITORED_IMAGES * 32**2 // data.image_size**2))
+    monitor = _some(data.train, torch.arange(count) * len(data.train) // count, data.image_size)
     with redirect_stdout(io.StringIO()) if quiet else nullcontext():
         result = fit(
             model,
@@ -280,7 +270,7 @@ def train_on(
             batches,
             output,
             holdout=data.val,
-            monitor=_monitored(data.train, data.image_size),
+            monitor=monitor,
             param_groups=groups,
             resume=resume,
             record=record or {},

@@ -256,17 +256,10 @@ def _draw_confusion(report: Report, path: Path) -> None:
     axes.set_xlabel("predicted")
     axes.set_ylabel("truth")
     if classes <= NUMBERED:
-        digits = len(str(counts.max()))
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9 if counts.max() < 1000 else 7}
         for row, column in zip(*counts.nonzero(), strict=True):
-            axes.text(
-                column,
-                row,
-                str(counts[row, column]),
-                ha="center",
-                va="center",
-                fontsize=9 if digits < 4 else 7,
-                color="white" if shares[row, column] > 0.3 else "black",
-            )
+            colour = "white" if shares[row, column] > 0.3 else "black"
+            axes.text(column, row, str(counts[row, column]), color=colour, **style)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=25)
     bar.set_label("share of the class", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -288,16 +281,8 @@ def _draw_mistakes(report: Report, images: Tensor, path: Path) -> None:
     for axes, mistake in zip(figure.axes, shown, strict=False):
         axes.imshow(images[mistake.index].cpu().numpy(), interpolation="nearest")
         axes.set_title(class_label(mistake.truth, 22), fontsize=9, pad=3)
-        axes.text(
-            0.5,
-            -0.05,
-            f"{class_label(mistake.predicted, 22)}: {percent(mistake.probability)}",
-            transform=axes.transAxes,
-            ha="center",
-            va="top",
-            fontsize=9,
-            color="#b3261e",
-        )
+        answer = f"{class_label(mistake.predicted, 22)}: {percent(mistake.probability)}"
+        axes.text(0.5, -0.05, answer, transform=axes.transAxes, ha="center", va="top", fontsize=9, color="#b3261e")
     count = len(report.mistakes)
     what = "all mistakes" if count <= MISTAKES else f"the {MISTAKES} most confident of {count:,} mistakes"
     figure.suptitle(f"{what}: the class, and in red what it was taken for", fontsize=10)

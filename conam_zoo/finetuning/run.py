@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,29 +66,8 @@ def finetune(
     ``report.json``, ``report.md``, ``confusion.png`` and ``mistakes.png``. The weights are those of the last epoch: the
     validation split chooses nothing, so a report on it is as honest as one on a test split.
 
-    Args:
-        data: See ``conam_zoo.data.load.find_sources``.
-        model: The net to start from: ``resnet20_conam.cifar10``, ``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``.
-        output: The run folder.
-        epochs: Passes over the training images; None for 20.
-        lr: Peak learning rate; None for the default.
-        batch_size: Images in a step; None for the largest of 32, 16 and 8 that makes 10 steps an epoch.
-        image_size: See ``conam_zoo.data.open_images``, as for ``val_share`` and ``corrupt``.
-        freeze: Layers that are not trained; see ``conam_zoo.finetuning.net.freeze_layers``.
-        layer_decay: Factor by which each layer learns slower than the one behind it; 1 for none.
-        balance: Show every class equally often.
-        flip: Mirror half of the training images; leave it out where left and right matter, as in writing.
-        val_share: Share of each class that is split off for validation where there is no validation split.
-        seed: Of the split, the new head, order and augmentation.
-        corrupt: ``stop`` or ``skip``: what to do about images that cannot be read.
-        from_scratch: Begin with random weights, for comparison.
-        resume: Continue the run in the folder.
-        settings: Further settings of the recipe, such as ``"weight_decay=1e-3"``.
-        command: The command line, for the record.
-        quiet: Print neither choices nor results.
-
-    Returns:
-        What ``report.json`` holds.
+    The arguments are the options of ``conam finetune``, which says what each is; ``command`` is the command line, for
+    the record, and ``quiet`` prints neither choices nor results. It gives what ``report.json`` holds.
 
     Raises:
         UserError: If something given does not fit.
@@ -99,33 +79,22 @@ def finetune(
     check_free(output, resume)
     _check_apart(data, output)
 
-    def recipe_for(size: int, count: int) -> Recipe:
-        return finetune_recipe(
-            model,
-            str(data),
-            size,
-            settings,
-            images=count,
-            from_scratch=from_scratch,
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            flip=flip,
-            seed=seed,
-        )
-
+    given: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "flip": flip, "seed": seed}
+    recipe_for = partial(finetune_recipe, model, str(data), settings=settings, from_scratch=from_scratch, **given)
     check_image_size(image_size)
-    check_optimizer(recipe_for(image_size or 32, 1_000))  # what is refused is refused before any image is read
+    # What is refused is refused before any image is read.
+    check_optimizer(recipe_for(image_size=image_size or 32, images=1_000))
     check_layer_decay(layer_decay)
     freeze_layers(open_model(model, pretrained=False), freeze)
     environment = describe_environment()
     console.print(f"Reading {data}")
     images = open_images(data, image_size=image_size, val_share=val_share, seed=seed, corrupt=corrupt)
-    recipe = recipe_for(images.image_size, len(images.train))
+    recipe = recipe_for(image_size=images.image_size, images=len(images.train))
     net = net_for_data(model, images, recipe, from_scratch=from_scratch)
     trained = freeze_layers(net.model, freeze)
     cfg = net.model.pretrained_cfg
-    choices = _choices(images, recipe, freeze=freeze, layer_decay=layer_decay, balance=balance, trained=trained)
+    options: dict[str, Any] = {"freeze": freeze, "layer_decay": layer_decay, "balance": balance}
+    choices = _choices(images, recipe, trained=trained, **options)
     choices[1:1] = [
         ("weights to start from", net.started_from),
         ("mean and deviation", f"{_row(cfg['mean'])} and {_row(cfg['std'])}, of {net.statistics_from}"),
@@ -150,9 +119,7 @@ def finetune(
                 "data": str(data),
                 "classes": list(images.classes),
                 "counts": list(images.counts),
-                "freeze": freeze,
-                "layer_decay": layer_decay,
-                "balance": balance,
+                **options,
                 "from_scratch": from_scratch,
                 "data_sha256": data_sha256(hashes, np.asarray(images.train.labels)),
             },

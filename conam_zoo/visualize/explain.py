@@ -69,11 +69,8 @@ def explain(model: StagedClassifier, paths: Iterable[str | Path], sites: list[st
     """Classify pictures, and for every ConAM blur its most and its least confident patch and classify again.
 
     A patch is blurred by a Gaussian with half its side as standard deviation, in the picture that the net is shown.
-
-    Args:
-        model: A classifier with ConAM, or a form of it, in evaluation mode, made by timm.
-        paths: Picture files; ``-`` is standard input.
-        sites: Module names of the ConAMs to explain, with or without ``.attn``; all if None.
+    The net is in evaluation mode and has ConAM, or a form of it, at ``sites`` (module names with or without ``.attn``;
+    all if None). The file ``-`` is standard input.
 
     Raises:
         UserError: If a file cannot be read, the net has no ConAM, or a site does not exist.

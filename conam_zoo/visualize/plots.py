@@ -129,14 +129,7 @@ def draw_scale(figure: Figure, overlay: AxesImage, axes: list[Axes], maps: Seque
 
 
 def draw_sheet(predictions: list[Prediction], path: Path, title: str) -> None:
-    """Write a PNG with one row for each prediction.
-
-    The maps lie over what the net was shown. A patch's number is its confidence in percent; the colour says how far it
-    lies from the map's mean, the even share of one over the number of patches, on one scale for the whole sheet.
-
-    Raises:
-        UserError: If the file cannot be written.
-    """
+    """Write a PNG with one row for each prediction; all maps share one scale of colours."""
     check_suffix(path, ".png")
     columns = 2 + len(predictions[0].maps)
     figure = Figure(figsize=(2.1 * columns + 1.2, 2.05 * len(predictions) + 0.7), layout="constrained")
@@ -149,10 +142,8 @@ def draw_explanations(explanations: list[Explanation], path: Path, title: str, *
 
     In detail, a picture takes two rows: the picture, its five most probable classes and the confidence maps with the
     most confident patch framed; below, what the net was shown, the probability of its answer after a patch is blurred,
-    and the blurred pictures. On a contact sheet a picture takes one row, with the probabilities below the maps.
-
-    Raises:
-        UserError: If the file cannot be written, or there are too many pictures for one.
+    and the blurred pictures. On a contact sheet a picture takes one row, with the probabilities below the maps. More
+    pictures than one sheet holds are refused.
     """
     check_suffix(path, ".png")
     if len(explanations) > MOST_PICTURES:
@@ -174,11 +165,7 @@ def draw_explanations(explanations: list[Explanation], path: Path, title: str, *
 
 
 def draw_card_picture(folder: Path, photographs: Path) -> Path:
-    """Write the picture of a model card, ``confidence.png``, into a folder of weights.
-
-    Raises:
-        UserError: If a photograph is missing or the picture cannot be written.
-    """
+    """Write the picture of a model card, ``confidence.png``, into a folder of weights."""
     picture = folder / "confidence.png"
     predictions = predict(open_model(f"local-dir:{folder}"), [photographs / name for name in PHOTOGRAPHS])
     draw_sheet(predictions, picture, title=folder.name)

@@ -106,12 +106,9 @@ def predict_each(
 ) -> Iterator[Prediction]:
     """Classify picture files one after the other, in memory that does not grow with their number.
 
-    Args:
-        model: A classifier in evaluation mode, made by timm; its configuration says how pictures are resized.
-        paths: Picture files of any size and mode.
-        side: The longer side, in pixels, to which ``Prediction.image`` is scaled down; None for its own size.
-        skip: See ``Skip``.
-        say: Called with what a person should know about a picture, such as that it is dark.
+    The model is in evaluation mode; its configuration says how pictures, of any size and mode, are resized. ``side`` is
+    the longer side, in pixels, to which ``Prediction.image`` is scaled down; None for its own size. ``say`` is called
+    with what a person should know about a picture, such as that it is dark.
 
     Raises:
         UserError: If a file cannot be read and there is no ``skip``.
@@ -190,11 +187,7 @@ def expand_pictures(paths: list[Path]) -> list[Path]:
 def pooled_features(
     model: StagedClassifier, paths: Iterable[Path], *, skip: Skip | None = None
 ) -> tuple[Tensor, list[Path]]:
-    """What the classifier of a net sees of each picture, which is read as for ``predict_each``.
-
-    Returns:
-        Features, float32 (N, num_features), and the files that they belong to.
-    """
+    """What the classifier of a net sees of each picture, float32 (N, num_features), and the files that are read."""
     resize, normalize = split_transform(model)
     device = next(model.parameters()).device
     inputs = ((path, normalize(resize(image))) for path, image in _read_each(paths, skip))
