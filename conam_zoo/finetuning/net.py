@@ -62,9 +62,7 @@ DONE_OTHERWISE = {  # settings of a recipe that mean nothing here, and what does
     "dataset": "name the data instead",
     "image_size": "give --image-size",
     "holdout": "give --val-share",
-    "teacher": "learn from a teacher with conam distill",
-    "distill_weight": "learn from a teacher with conam distill",
-    "distill_temperature": "learn from a teacher with conam distill",
+    **dict.fromkeys(("teacher", "distill_weight", "distill_temperature"), "learn from a teacher with conam distill"),
 }
 STEPS = 10  # in an epoch: the largest batch that leaves so many is taken
 CROP_SHARE = 8  # the crop's padding is the image size divided by this, as 4 is of 32

@@ -4,7 +4,7 @@ It is counted from the logits of one set of images with labels, and written as a
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,6 @@ class Report:
     classes: list[ClassScores]  # in label order
     confusion: list[list[int]] | None  # counts: rows are the truth, columns the answers; None for > 2,000 classes
     mistakes: list[Mistake]  # all of them, the most confident first
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def build_report(

@@ -197,7 +197,7 @@ def _report(
     report = build_report(tuned.logits, tuned.flipped_logits, split.labels.cpu(), split.classes, split.names)
     title = f"{recipe.model} on {Path(images.source).name}"
     about = f"Measured on the {len(split):,} {kind} images of {split.source}, with the weights of the last epoch."
-    facts = {"source": split.source, "split": kind, **report.to_dict()}
+    facts = {"source": split.source, "split": kind, **asdict(report)}
     run = {
         "recipe": recipe.to_dict(),
         "choices": dict(choices),

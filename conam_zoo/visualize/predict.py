@@ -1,6 +1,7 @@
 """Picture files through a net: classes with confidence maps, or pooled features."""
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torchvision.transforms import Compose
 
 from conam_zoo.data.images import MAX_PIXELS, NOTE, PICTURE_SUFFIXES, decode_image, read_image
 from conam_zoo.errors import UserError
-from conam_zoo.inputs import expand_path, status
+from conam_zoo.inputs import expand_path
 from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
 
@@ -173,11 +174,8 @@ def expand_pictures(paths: list[Path]) -> list[Path]:
     """Folders replaced by their pictures, and home folders written out."""
     expanded: list[Path] = []
     for path in map(expand_path, paths):
-        try:
-            found = status(path) if path != STANDARD_INPUT else None
-        except UserError:
-            found = None  # told when the picture is read
-        expanded += pictures_in(path) if found is not None and path.is_dir() else [path]
+        is_folder = path != STANDARD_INPUT and os.path.isdir(path)  # which raises nothing, unlike Path.is_dir
+        expanded += pictures_in(path) if is_folder else [path]
     if expanded.count(STANDARD_INPUT) > 1:
         raise UserError("Standard input (-) was named twice: it can be read once.")
     return expanded
