@@ -91,7 +91,10 @@ class ImageDraws:
         crop: tuple[int, int] | None = None,
         mirrored: Tensor | None = None,
     ) -> "ImageDraws":
-        """Draw for images of the size (H, W), of which ``crop`` (h, w) is shown; ``mirrored`` (N,) may be decided."""
+        """Draw for images of the size (H, W), of which ``crop`` (h, w) is shown; None for all of it.
+
+        ``mirrored`` (N,) says which are to be flipped if that is decided already.
+        """
 
         def integers(high: int) -> Tensor:
             return torch.from_numpy(stream.integers(high, size=count))
@@ -129,7 +132,7 @@ def crop_and_flip(
 
     The padded images are never made: the reflection is in the positions that are read. ``images`` are uint8
     (N, H, W, 3), contiguous; ``indices`` and ``draws`` are (B,); ``padding`` is smaller than H and W; ``crop`` is
-    (h, w), at most (H, W), which is None.
+    (h, w), at most (H, W), or None for that.
     """
     height, width, channels = images.shape[1:]
     shown_height, shown_width = crop or (height, width)
