@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from warm_python import start as warm_python_in
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported, and for what the tests start
@@ -30,6 +31,25 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.skipped and not excused and os.environ.get("CONAM_DATA"):
         report.outcome = "failed"
         report.longrepr = f"skipped although CONAM_DATA is set: {item.nodeid}: {report.longrepr}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin each process's share with slow tests, file by file, so that none of them is left alone at the end."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow: dict[Path, list[pytest.Item]] = {}
+    quick = []
+    for item in items:
+        (slow.setdefault(item.path, []) if item.get_closest_marker("slow") else quick).append(item)
+    shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    for file in slow.values():
+        min(shares, key=len).extend(file)
+    size = -(-len(items) // processes)
+    for share in shares:
+        missing = max(0, size - len(share))
+        share.extend(quick[:missing])
+        del quick[:missing]
+    items[:] = [item for share in shares for item in share]
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +96,13 @@ def small_data(tmp_path: Path) -> Path:
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings leave ``curves.png`` out, which takes as long as an epoch on a few small images."""
     monkeypatch.setattr("conam_zoo.training.train.draw_curves", lambda *args, **kwargs: None)
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python that has PyTorch imported already: for programs that need a process, but no start of one."""
+    with warm_python_in(tmp_path_factory.mktemp("warm")) as program:
+        yield program
 
 
 Command = Callable[..., tuple[int, str, str]]

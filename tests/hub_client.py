@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -197,6 +196,7 @@ class HubClient:
     """A process on a user's machine.
 
     Args:
+        python: The Python that it runs in.
         home: A folder of its own.
         endpoint: Where its Hub is.
         site: The folder that the package is installed in; a copy of ``conam_zoo.weights`` alone if None.
@@ -204,7 +204,12 @@ class HubClient:
     """
 
     def __init__(
-        self, home: Path, endpoint: str, site: Path | None = None, environment: Mapping[str, str] | None = None
+        self,
+        python: str,
+        home: Path,
+        endpoint: str,
+        site: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.home = home
         self.site = site or install_weights_only(home / "site")
@@ -225,7 +230,7 @@ class HubClient:
         self.log_path = home / "client.log"
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM],
+                [python, "-c", PROGRAM],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

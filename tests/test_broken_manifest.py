@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 from conftest import CHECKOUT
@@ -10,16 +9,19 @@ from hub_client import assert_one_sentence, install_package
 
 from conam_zoo.weights import Manifest
 
-# For each folder that it is given, a fork of it uses the package there; what it prints is in ``out`` and ``err``.
+# Puts each of the files that it is given in the place of the manifest, and uses the package in a fork; what that prints
+# is in ``FILE.out`` and ``FILE.err``.
 PROGRAM = """
-import os, sys
-import timm, torchvision  # which take seconds
-for site in sys.argv[1:]:
+import os, shutil, sys
+import huggingface_hub, jsonschema, rich.console, rich.table, safetensors.torch, timm, torchvision  # which take seconds
+site, *files = sys.argv[1:]
+for file in files:
+    shutil.copy(file, os.path.join(site, "conam_zoo", "weights_manifest.json"))
     if os.fork() == 0:
         for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(os.path.join(site, name), os.O_WRONLY | os.O_CREAT), number)
+            os.dup2(os.open(file + "." + name, os.O_WRONLY | os.O_CREAT), number)
         break
-    assert os.wait()[1] == 0, site
+    assert os.wait()[1] == 0, file
 else:
     sys.exit()
 sys.path.insert(0, site)
@@ -55,15 +57,15 @@ TEXTS = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+def told(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, tuple[str, str]]:
     """Standard output and standard error for each text in the place of the manifest."""
     root = tmp_path_factory.mktemp("broken")
-    sites = [install_package(root / f"site{number}", Manifest({})) for number in range(len(TEXTS))]
-    for site, text in zip(sites, TEXTS.values(), strict=True):
-        (site / "conam_zoo" / "weights_manifest.json").write_bytes(text)
+    site = install_package(root / "site", Manifest({}))
+    for name, text in TEXTS.items():
+        (root / name).write_bytes(text)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM % str(CHECKOUT / "hubconf.py"), *sites],
+        [warm_python, "-c", PROGRAM % str(CHECKOUT / "hubconf.py"), site, *TEXTS],
         capture_output=True,
         text=True,
         cwd=root,
@@ -71,9 +73,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]
         timeout=250,
     )
     assert result.returncode == 0, result.stderr
-    return {
-        name: ((site / "out").read_text(), (site / "err").read_text()) for name, site in zip(TEXTS, sites, strict=True)
-    }
+    return {name: ((root / f"{name}.out").read_text(), (root / f"{name}.err").read_text()) for name in TEXTS}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -197,23 +197,16 @@ def test_a_folder_in_use_and_an_uneven_batch_are_refused_on_all_ranks(
         assert (status, "holds a training already" in error) == (256, True)
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        *map(str, arguments),
-    ]
+def torchrun(python: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_torchrun_trains_with_the_command(recipe: Recipe, data: Path, tmp_path: Path) -> None:
+def test_torchrun_trains_with_the_command(recipe: Recipe, data: Path, tmp_path: Path, warm_python: str) -> None:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     command = ["-m", "conam_zoo", "train", "resnet20_conam.cifar10", "--data", data, "--output", tmp_path / "run"]
-    result = torchrun(*command, *settings)
+    result = torchrun(warm_python, *command, *settings)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("top-1") == 1  # rank 0 alone speaks
     run = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -222,9 +215,9 @@ def test_torchrun_trains_with_the_command(recipe: Recipe, data: Path, tmp_path: 
     assert run["scores"] == pytest.approx(vars(scores), abs=1e-6)
 
 
-def test_torchrun_fine_tunes_with_the_command(data: Path, tmp_path: Path) -> None:
+def test_torchrun_fine_tunes_with_the_command(data: Path, tmp_path: Path, warm_python: str) -> None:
     command = ["-m", "conam_zoo", "finetune", data / "cifar10", "--model", "resnet20_conam.cifar10"]
-    result = torchrun(*command, "--output", tmp_path / "run", "--epochs", "1", "--batch-size", "8")
+    result = torchrun(warm_python, *command, "--output", tmp_path / "run", "--epochs", "1", "--batch-size", "8")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("written:") == 1  # rank 0 alone speaks
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -256,7 +249,7 @@ def test_a_rank_that_is_killed_ends_all_with_a_sentence(data: Path, tmp_path: Pa
         "--set",
         "batch_size=8",
     ]
-    result = torchrun(tmp_path / "dies.py", *arguments, "--checkpoint-minutes", "0")
+    result = torchrun(sys.executable, tmp_path / "dies.py", *arguments, "--checkpoint-minutes", "0")
     assert result.returncode != 0
     assert "conam: Process 0 of 2 lost another one" in result.stderr
     assert "start all of them again with --resume" in result.stderr

@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, net: StagedClassifier) -> P
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 11])
 def test_the_file_gives_the_models_logits_and_confidences_at_any_batch_size(
     folder: Path, net: StagedClassifier, count: int
@@ -67,12 +68,14 @@ def test_the_file_gives_the_models_logits_and_confidences_at_any_batch_size(
     assert not np.allclose(logits.sum(1), 1), "logits, not a softmax"
 
 
+@pytest.mark.slow
 def test_pixels_are_normalised_inside(folder: Path, net: StagedClassifier) -> None:
     (logits,) = run(folder / "pixels.onnx", images(4))
     with torch.no_grad():
         np.testing.assert_allclose(logits, net(normalised(images(4))).numpy(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_file_says_what_it_is(folder: Path) -> None:
     proto = onnx.load(folder / "plain.onnx")
     facts = {entry.key: entry.value for entry in proto.metadata_props}
@@ -91,6 +94,7 @@ def test_the_file_says_what_it_is(folder: Path) -> None:
     assert [p.name for p in folder.iterdir() if p.name not in ("plain.onnx", "pixels.onnx")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["plain.onnx", "pixels.onnx"])
 def test_it_can_be_used_like_a_model(folder: Path, net: StagedClassifier, file: str) -> None:
     model = OnnxClassifier(folder / file)
@@ -101,6 +105,7 @@ def test_it_can_be_used_like_a_model(folder: Path, net: StagedClassifier, file: 
     assert model.pretrained_cfg["label_names"][:2] == ("airplane", "automobile")
 
 
+@pytest.mark.slow
 def test_torch_export_gives_the_same(net: StagedClassifier, tmp_path: Path) -> None:
     export(net, tmp_path / "net.pt2")
     batch = normalised(images(6))
@@ -108,6 +113,7 @@ def test_torch_export_gives_the_same(net: StagedClassifier, tmp_path: Path) -> N
         torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(batch)[0], net(batch))
 
 
+@pytest.mark.slow
 def test_int8_has_quantised_convolutions_and_about_the_same_logits(net: StagedClassifier, tmp_path: Path) -> None:
     pixels = images(60)
     export(net, tmp_path / "net.onnx", calibration=pixels)
@@ -124,6 +130,7 @@ def test_int8_has_quantised_convolutions_and_about_the_same_logits(net: StagedCl
     assert not torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_written(
     net: StagedClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +151,7 @@ def test_a_file_that_computes_something_else_is_not_written(
     assert (tmp_path / "net.onnx").read_bytes() == b"before"
 
 
+@pytest.mark.slow
 def test_the_command_exports_a_folder_and_evaluates_and_predicts_with_the_file(
     net: StagedClassifier, tmp_path: Path, conam
 ) -> None:
@@ -206,6 +214,7 @@ def test_an_export_does_not_overwrite_what_it_reads(net: StagedClassifier, tmp_p
     assert weights.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_file_names_the_hash_of_the_weights_that_were_read(net: StagedClassifier, tmp_path: Path, conam) -> None:
     sha256 = export_model(net, tmp_path / "final", tag=None)
     code, _, err = conam("export", f"local-dir:{tmp_path / 'final'}", "--output", tmp_path / "net.onnx")
@@ -214,6 +223,7 @@ def test_the_file_names_the_hash_of_the_weights_that_were_read(net: StagedClassi
     assert (facts["name"], facts["sha256"]) == ("resnet20_conam", sha256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -4,7 +4,6 @@ import errno
 import os
 import stat
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -28,10 +27,10 @@ def project(tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
-def test_only_what_is_ours_is_cleared(project: Path) -> None:
+def test_only_what_is_ours_is_cleared(project: Path, warm_python: str) -> None:
     killed = "import os; from pathlib import Path; from conam_zoo.files import write_atomically\n"
     killed += f"write_atomically(Path({str(project / 'a.png')!r}), lambda temporary: os._exit(9))"
-    assert subprocess.run([sys.executable, "-c", killed]).returncode == 9
+    assert subprocess.run([warm_python, "-c", killed]).returncode == 9
     (left,) = project.glob(".conam-tmp-*~")
     below = project / "sub" / left.name
     below.mkdir()
@@ -90,15 +89,15 @@ def test_a_named_pipe_is_written_to(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_devices_are_written_to(tmp_path: Path) -> None:
+def test_devices_are_written_to(tmp_path: Path, warm_python: str) -> None:
     write_text(Path("/dev/null"), "x")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
     code = "from pathlib import Path; from conam_zoo.files import write_text; print('one', flush=True)\n"
     code += "write_text(Path('/dev/stdout'), 'two\\n'); print('three')"
     with (tmp_path / "out").open("w") as out:
-        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+        subprocess.run([warm_python, "-c", code], stdout=out, check=True)
     assert (tmp_path / "out").read_text() == "one\ntwo\nthree\n"
-    piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True)
+    piped = subprocess.run([warm_python, "-c", code], stdout=subprocess.PIPE, check=True, text=True)
     assert piped.stdout == "one\ntwo\nthree\n"
 
 
@@ -130,14 +129,14 @@ def test_an_umask_that_shuts_everybody_out_is_told(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_of_safetensors_gets_the_sentence_of_the_others(tmp_path: Path) -> None:
+def test_a_full_disk_of_safetensors_gets_the_sentence_of_the_others(tmp_path: Path, warm_python: str) -> None:
     (tmp_path / "model").write_text("before")
     full = "import resource, signal, sys, torch; from pathlib import Path; from safetensors.torch import save_file\n"
     full += "from conam_zoo.files import write_atomically\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     full += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
     full += "try: write_atomically(Path(sys.argv[1]), lambda path: save_file({'x': torch.zeros(100)}, path))\n"
     full += "except Exception as error: sys.exit(f'{type(error).__name__} {error}')"
-    result = subprocess.run([sys.executable, "-c", full, tmp_path / "model"], capture_output=True, text=True)
+    result = subprocess.run([warm_python, "-c", full, tmp_path / "model"], capture_output=True, text=True)
     assert result.stderr.startswith(f"UserError {tmp_path / 'model'} cannot be written (")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model").read_text() == "before"

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import CHECKOUT
+from hatchling.build import build_wheel
 from hub_client import HubClient, assert_one_sentence
 from hub_server import HubServer, serve
 from small_entry import NAMESPACE, entry_for
@@ -57,7 +57,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Iterator[World]:
     """A checkout whose weights were published by the command, and a wheel of it, unpacked."""
     root = tmp_path_factory.mktemp("world")
     checkout = root / "checkout"
@@ -79,17 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
         def publish() -> str:
             return run(
-                *(
-                    sys.executable,
-                    "-m",
-                    "conam_zoo",
-                    "publish",
-                    NAME,
-                    "--namespace",
-                    NAMESPACE,
-                    "--private",
-                    "--no-onnx",
-                ),
+                *(warm_python, "-m", "conam_zoo", "publish", NAME, "--namespace", NAMESPACE, "--private", "--no-onnx"),
                 cwd=checkout,
                 PYTHONPATH=str(checkout),
                 HF_ENDPOINT=hub.url,
@@ -103,30 +93,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         hub.repositories[HUB_ID].private = False
         revision = load_manifest(checkout / "weights_manifest.json").entry(NAME).revision
         assert revision is not None
-        command = (
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            root,
-            checkout,
-        )
-        run(*command, cwd=root)
-        (wheel,) = root.glob("*.whl")
-        shutil.unpack_archive(wheel, root / "site", format="zip")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(checkout)
+            shutil.unpack_archive(root / build_wheel(str(root)), root / "site", format="zip")
         shutil.rmtree(checkout / "weights")
         sums = {key: float(value.double().sum()) for key, value in model.state_dict().items()}
         yield World(hub, checkout, root / "site", revision, sums, publish)
 
 
 @pytest.fixture(scope="module")
-def user(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubClient]:
+def user(world: World, tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Iterator[HubClient]:
     """A process on a machine that has the wheel, and progress bars although no terminal."""
-    client = HubClient(tmp_path_factory.mktemp("user"), world.hub.url, world.site, {"TQDM_POSITION": "-1"})
+    folder = tmp_path_factory.mktemp("user")
+    client = HubClient(warm_python, folder, world.hub.url, world.site, {"TQDM_POSITION": "-1"})
     client.do("get_ready", imports=["timm", "conam_zoo"])
     yield client
     client.close()
@@ -137,7 +116,7 @@ def files_got(hub: HubServer) -> list[str]:
 
 
 def test_first_use_is_one_verified_download_and_the_next_asks_nobody(
-    world: World, user: HubClient, tmp_path: Path
+    world: World, user: HubClient, tmp_path: Path, warm_python: str
 ) -> None:
     world.hub.requests.clear()
     first = user.do("create", name=NAME)
@@ -154,7 +133,7 @@ def test_first_use_is_one_verified_download_and_the_next_asks_nobody(
     assert world.hub.requests == []
 
     shutil.copytree(user.home / "hf", tmp_path / "hf", symlinks=True)
-    offline = HubClient(tmp_path, world.hub.url, world.site, {"HF_HUB_OFFLINE": "1"})
+    offline = HubClient(warm_python, tmp_path, world.hub.url, world.site, {"HF_HUB_OFFLINE": "1"})
     try:
         assert offline.do("create", name=NAME)["sums"] == world.sums
         answer = offline.do("create", name=NAME, options={"cache_dir": str(tmp_path / "empty")})
@@ -181,9 +160,9 @@ def test_by_repository(at: str, world: World, user: HubClient, tmp_path: Path) -
     assert set(files_got(world.hub)) <= {"config.json"}
 
 
-def test_torch_hub(world: World, tmp_path: Path) -> None:
+def test_torch_hub(world: World, tmp_path: Path, warm_python: str) -> None:
     (tmp_path / "nothing").mkdir()
-    client = HubClient(tmp_path, world.hub.url, tmp_path / "nothing")
+    client = HubClient(warm_python, tmp_path, world.hub.url, tmp_path / "nothing")
     world.hub.requests.clear()
     try:
         for requests in (True, False):

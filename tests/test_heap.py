@@ -7,19 +7,21 @@ import sys
 
 import pytest
 
-# Page faults while a tensor of 64 MiB, 16,384 pages or 32 huge ones, is made and freed over and over.
+# Page faults while a tensor of 64 MiB, 16,384 pages or 32 huge ones, is made and freed over and over: before and after.
 COUNT_FAULTS = """
-import resource, sys
+import resource
 import torch
 from conam_zoo.startup import keep_freed_memory
 
-kept = keep_freed_memory() if sys.argv[1] == "keep" else None
-for _ in range(3):
-    torch.zeros(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.zeros(2**24)
-print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
+def count():
+    for _ in range(3):
+        torch.zeros(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(2**24)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10
+
+print(count(), keep_freed_memory(), count())
 """
 
 glibc = pytest.mark.skipif(
@@ -27,25 +29,22 @@ glibc = pytest.mark.skipif(
 )
 
 
-def faults(what: str, **environment: str) -> tuple[str, int]:
+def faults(**environment: str) -> tuple[int, str, int]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | environment
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT_FAULTS, what], capture_output=True, text=True, check=True, env=env
-    )
-    kept, count = done.stdout.split()
-    return kept, int(count)
+    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=True, env=env)
+    usual, kept, count = done.stdout.split()
+    return int(usual), kept, int(count)
 
 
 @glibc
 def test_freed_memory_is_used_again() -> None:
-    _, usual = faults("leave")
-    kept, count = faults("keep")
+    usual, kept, count = faults()
     assert kept == "True"
     assert count < 8 < usual
 
 
 @glibc
 def test_what_the_environment_decides_is_left_alone() -> None:
-    kept, count = faults("keep", MALLOC_MMAP_THRESHOLD_="131072")
+    _, kept, count = faults(MALLOC_MMAP_THRESHOLD_="131072")
     assert kept == "False"
     assert count > 8

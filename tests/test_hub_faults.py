@@ -43,7 +43,9 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def clients(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], HubClient]]:
+def clients(
+    hub: HubServer, tmp_path_factory: pytest.TempPathFactory, warm_python: str
+) -> Iterator[Callable[[str], HubClient]]:
     """Clients by the Hub that they know, started when first asked for."""
     started: dict[str, HubClient] = {}
 
@@ -51,7 +53,8 @@ def clients(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         if kind not in started:
             endpoint = {"refused": refusing_url(), "unresolved": "http://hub.invalid"}.get(kind, hub.url)
             environment = {"HF_HUB_OFFLINE": "1"} if kind == "offline" else {}
-            started[kind] = HubClient(tmp_path_factory.mktemp(kind), endpoint, environment=environment)
+            folder = tmp_path_factory.mktemp(kind)
+            started[kind] = HubClient(warm_python, folder, endpoint, environment=environment)
             # The ten seconds are for the fault; and forked processes need not import anything.
             imports = ["safetensors.torch", "huggingface_hub.file_download", "filelock", "httpx2"]
             started[kind].do("get_ready", imports=imports)
@@ -400,7 +403,7 @@ def test_other_links(target: str, scene: Scene) -> None:
 
 
 @pytest.fixture(scope="module")
-def other_nets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubClient, HubServer]]:
+def other_nets(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Iterator[tuple[HubClient, HubServer]]:
     """A machine whose manifest describes files of other nets: one of more blocks, one of seven classes."""
     folder = tmp_path_factory.mktemp("other_nets")
     deeper, seven = timm.create_model("resnet32_conam"), timm.create_model("resnet20_conam", num_classes=7)
@@ -413,7 +416,7 @@ def other_nets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubCl
         files[f"{NAMESPACE}/{name}", REVISION, "model.safetensors"] = data
     site = install_package(folder / "site", Manifest(entries, NAMESPACE))
     with serve(files) as server:
-        client = HubClient(folder, server.url, site=site)
+        client = HubClient(warm_python, folder, server.url, site=site)
         client.do("get_ready", imports=["timm", "conam_zoo"])
         yield client, server
         client.close()

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,8 @@ class Without:
 
 sys.meta_path[:] = [Without(finder, task["hidden"]) for finder in sys.meta_path]
 
+for name in task["hidden"]:
+    sys.modules.pop(name, None)
 import torch
 
 told = {}
@@ -81,12 +82,12 @@ def repository_copy(tmp_path: Path) -> Path:
     return copy
 
 
-def ask(tmp_path: Path, **task: Any) -> dict[str, Any]:
+def ask(tmp_path: Path, python: str, **task: Any) -> dict[str, Any]:
     """What the client tells about a task."""
     defaults = {"checkout": str(CHECKOUT), "hidden": [], "help": [], "load": [], "refused": None}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     result = subprocess.run(
-        [sys.executable, "-I", "-c", CLIENT, json.dumps(defaults | task)],
+        [python, "-I", "-c", CLIENT, json.dumps(defaults | task)],
         cwd=tmp_path,
         env=environment | {"TORCH_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -97,10 +98,11 @@ def ask(tmp_path: Path, **task: Any) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_from_a_downloaded_repository(repository_copy: Path, tmp_path: Path) -> None:
+def test_from_a_downloaded_repository(repository_copy: Path, tmp_path: Path, warm_python: str) -> None:
     names = timm.list_models("*_conam")
     told = ask(
         tmp_path,
+        warm_python,
         source="github",
         repository=f"{REPOSITORY}:{REFERENCE}",
         help=names,
@@ -128,9 +130,10 @@ def test_from_a_downloaded_repository(repository_copy: Path, tmp_path: Path) -> 
     assert Path(told["imported"]).is_relative_to(repository_copy.resolve()), "the copy serves itself"
 
 
-def test_from_a_local_folder(repository_copy: Path, tmp_path: Path) -> None:
+def test_from_a_local_folder(repository_copy: Path, tmp_path: Path, warm_python: str) -> None:
     told = ask(
         tmp_path,
+        warm_python,
         source="local",
         repository=str(repository_copy),
         load=[["resnet20_conam", {"tag": "cifar100"}, 3]],
@@ -140,9 +143,12 @@ def test_from_a_local_folder(repository_copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [["timm"], ["safetensors"], ["timm", "torchvision"]])
-def test_missing_dependency_is_named(missing: list[str], repository_copy: Path, tmp_path: Path) -> None:
+def test_missing_dependency_is_named(
+    missing: list[str], repository_copy: Path, tmp_path: Path, warm_python: str
+) -> None:
     told = ask(
         tmp_path,
+        warm_python,
         source="local",
         repository=str(repository_copy),
         hidden=missing,

@@ -4,7 +4,6 @@ import io
 import random
 import struct
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -154,7 +153,7 @@ def test_pixels_are_bounded_before_they_are_decoded(size: tuple[int, int], sente
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_is_said_by_libraries(tmp_path: Path) -> None:
+def test_nothing_is_said_by_libraries(tmp_path: Path, warm_python: str) -> None:
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.save(tmp_path / "palette.png", transparency=b"\x00\x80")
@@ -167,7 +166,7 @@ def test_nothing_is_said_by_libraries(tmp_path: Path) -> None:
         "for name in sys.argv[1:]:\n    try: print(read_image(name).size)\n    except UserError as e: print('refused')"
     )
     names = [str(tmp_path / name) for name in ("palette.png", "bomb.png", "cut.tif")]
-    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=True)
+    done = subprocess.run([warm_python, "-c", program, *names], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["(4, 4)", "(10000, 9500)", "refused"]
     assert done.stderr == ""
 

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -236,9 +235,9 @@ print(json.dumps([value.double().norm().item() for value in values]))
 
 
 @pytest.mark.slow
-def test_names_that_are_gone_before_the_import_change_no_result() -> None:
+def test_names_that_are_gone_before_the_import_change_no_result(warm_python: str) -> None:
     with_names, without = (
-        subprocess.run([sys.executable, "-c", WITHOUT_NAMES, which], capture_output=True, text=True, check=True)
+        subprocess.run([warm_python, "-c", WITHOUT_NAMES, which], capture_output=True, text=True, check=True)
         for which in ("with", "without")
     )
     assert without.stderr == ""

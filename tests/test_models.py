@@ -19,6 +19,7 @@ from timm.models._manipulate import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+import experiments  # noqa: F401 (registers the forms of the ablation)
 from conam_zoo import ConAM
 from conam_zoo.layers.registry import attention_names
 from conam_zoo.models.export import export_model

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models.export import export_model
 from conam_zoo.release import onnx_files
-from conam_zoo.release.onnx_files import make_onnx
+from conam_zoo.release.onnx_files import make_onnx, write_onnx
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.weights import ONNX_FILES, Manifest, WeightEntry
 from experiments.speed import onnx_files as benchmark
@@ -47,6 +49,30 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Weight
     return root / NAME, root / "data", replace(entry, metrics=scores.scores)
 
 
+@pytest.fixture(scope="module")
+def exported(packed: tuple[Path, Path, WeightEntry], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the ONNX files of those weights, which take many seconds to make."""
+    folder, data, entry = packed
+    root = tmp_path_factory.mktemp("exported")
+    assert [path.relative_to(root).as_posix() for path in write_onnx(entry, folder, data, root)] == list(ONNX_FILES)
+    return root
+
+
+@pytest.fixture
+def written_once(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks for the files of those weights gets these."""
+
+    def written(entry: WeightEntry, weights: Path, data: Path, folder: Path) -> Iterator[Path]:
+        for path in ONNX_FILES:
+            (folder / path).parent.mkdir(exist_ok=True)
+            yield Path(shutil.copy(exported / path, folder / path))
+
+    for module in (onnx_files, benchmark):
+        monkeypatch.setattr(module, "write_onnx", written)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("written_once")
 def test_each_file_is_measured_itself(
     packed: tuple[Path, Path, WeightEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +92,8 @@ def test_each_file_is_measured_itself(
     assert [p.name for p in folder.iterdir() if p.suffix == ".onnx"] == []
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("written_once")
 @pytest.mark.parametrize(("images", "top1", "says"), [(10_000, None, "of 60 test images"), (60, 99.0, "says 99.00 %")])
 def test_other_images_than_those_of_the_manifest_are_refused(
     packed: tuple[Path, Path, WeightEntry], monkeypatch: pytest.MonkeyPatch, images: int, top1: float | None, says: str
@@ -111,7 +139,7 @@ def test_without_onnx_files_a_dry_run_shows_the_others(conam) -> None:
 
 
 @pytest.fixture
-def shipped(packed: tuple[Path, Path, WeightEntry], monkeypatch: pytest.MonkeyPatch) -> Manifest:
+def shipped(packed: tuple[Path, Path, WeightEntry], written_once: None, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     """A manifest of those weights, in the benchmark's eyes the only one."""
     manifest = Manifest({NAME: packed[2]})
     monkeypatch.setitem(DATASETS, "cifar10", replace(FACTS, test_images=60))
@@ -119,6 +147,7 @@ def shipped(packed: tuple[Path, Path, WeightEntry], monkeypatch: pytest.MonkeyPa
     return manifest
 
 
+@pytest.mark.slow
 def test_top1_of_every_form_is_kept_by_name_and_shown_for_these_weights_alone(
     packed: tuple[Path, Path, WeightEntry], shipped: Manifest, tmp_path: Path
 ) -> None:
@@ -140,6 +169,7 @@ def test_top1_of_every_form_is_kept_by_name_and_shown_for_these_weights_alone(
     assert f"| `{NAME}` | not measured | not measured | not measured |" in onnx_table(retrained, path, speed)
 
 
+@pytest.mark.slow
 def test_speed_stands_beside_eager_pytorch_of_the_same_run(
     packed: tuple[Path, Path, WeightEntry], shipped: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +192,7 @@ def test_speed_stands_beside_eager_pytorch_of_the_same_run(
     assert f"| `{NAME}` | not measured | not measured | not measured | 4.00 | 8.00 | 4.00 | 8.00 |" in table
 
 
+@pytest.mark.slow
 def test_every_form_that_is_timed_gives_about_the_same_logits(
     packed: tuple[Path, Path, WeightEntry], shipped: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

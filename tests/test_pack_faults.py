@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -234,14 +233,14 @@ def test_waiting_for_another_process_is_told(
     assert "waiting until it is done" in caplog.text
 
 
-def test_a_folder_that_the_manifest_does_not_know_outlives_a_killed_pack(tmp_path: Path) -> None:
+def test_a_folder_that_the_manifest_does_not_know_outlives_a_killed_pack(tmp_path: Path, warm_python: str) -> None:
     (tmp_path / "weights_manifest.json").write_text(json.dumps(EMPTY))
     mine = tmp_path / "weights" / NAME / "model.safetensors"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     killed = "import os; from pathlib import Path; from conam_zoo.release.exchange import scratch_folder\n"
     killed += f"with scratch_folder(Path({str(tmp_path)!r}), {NAME!r}): os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", killed]).returncode == 9
+    assert subprocess.run([warm_python, "-c", killed]).returncode == 9
     with packing(tmp_path):
         assert not list(tmp_path.glob(".packing-*"))
     assert mine.read_text() == "mine"

@@ -35,8 +35,9 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubClient]:
-    client = HubClient(tmp_path_factory.mktemp("publisher"), hub.url, environment={"HF_TOKEN": TOKEN})
+def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Iterator[HubClient]:
+    folder = tmp_path_factory.mktemp("publisher")
+    client = HubClient(warm_python, folder, hub.url, environment={"HF_TOKEN": TOKEN})
     yield client
     client.close()
 
@@ -314,8 +315,9 @@ def test_a_refused_token_is_never_shown(checkout: Checkout) -> None:
         assert TOKEN not in json.dumps(answer)
 
 
-def test_without_a_token_that_is_said(checkout: Checkout, tmp_path: Path) -> None:
-    anonymous = HubClient(tmp_path, checkout.hub.url, site=install_weights_only(tmp_path / "site"))
+def test_without_a_token_that_is_said(checkout: Checkout, tmp_path: Path, warm_python: str) -> None:
+    site = install_weights_only(tmp_path / "site")
+    anonymous = HubClient(warm_python, tmp_path, checkout.hub.url, site=site)
     try:
         answer = Checkout(checkout.folder, anonymous, checkout.hub).publish()
     finally:

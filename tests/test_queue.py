@@ -38,6 +38,12 @@ def test_a_plan_has_every_recipe_that_a_pattern_names_with_every_seed(tmp_path: 
         plan_queue([NAME], tmp_path, settings=["epohcs=3"])
 
 
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue looks after its trainings every 20 ms, since here they take no longer."""
+    monkeypatch.setattr("conam_zoo.training.queue.POLL_SECONDS", 0.02)
+
+
 @pytest.fixture
 def acted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replace the trainings by short scripts, one for each weights' name."""
@@ -148,8 +154,13 @@ def test_a_signal_is_handed_on_and_ends_the_queue(
 
 
 def test_the_command_trains_two_seeds_and_a_second_call_finds_them_done(
-    small_data: Path, tmp_path: Path, conam: Callable[..., tuple[int, str, str]]
+    small_data: Path,
+    tmp_path: Path,
+    conam: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    warm_python: str,
 ) -> None:
+    monkeypatch.setattr(sys, "executable", warm_python)
     short = [word for setting in ("epochs=1", "warmup_epochs=0", "batch_size=32") for word in ("--set", setting)]
     call = ["queue", NAME, "--data", small_data, "--output", tmp_path / "runs", "--seed", 0, "--seed", 1, *short]
     code, out, err = conam(*call, "--parallel", 2)
@@ -240,7 +251,7 @@ def test_the_command_prints_a_line_for_each_epoch_of_each_training(
     tmp_path: Path, acted: Callable[..., None], conam: Callable[..., tuple[int, str, str]]
 ) -> None:
     row = "1,0.1,2.0,20.5,,7200"
-    acted({NAME: f"folder.mkdir(parents=True); (folder / 'log.csv').write_text({LOG + row!r}); time.sleep(1.2)"})
+    acted({NAME: f"folder.mkdir(parents=True); (folder / 'log.csv').write_text({LOG + row!r}); time.sleep(0.5)"})
     call = ["queue", NAME, "--data", tmp_path, "--output", tmp_path / "runs", "--set", "epochs=2", "--seed", 3]
     code, out, err = conam(*call, "--set", "warmup_epochs=0")
     assert code == 0, err

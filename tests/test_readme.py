@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from experiments.speed.commands import app as research
 
 
 @pytest.mark.slow
-def test_every_python_block_runs(tmp_path: Path) -> None:
+def test_every_python_block_runs(tmp_path: Path, warm_python: str) -> None:
     blocks = PYTHON_BLOCK.findall((CHECKOUT / "README.md").read_text(encoding="utf-8"))
     assert len(blocks) == 4
     for name in ("ant", "bee", "cow"):
@@ -26,9 +25,7 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
             Image.effect_noise((48, 40), 80).convert("RGB").save(folder / f"{index}.jpg")
     for block in blocks:
         script = block.replace('torch.hub.load(".",', f"torch.hub.load({str(CHECKOUT)!r},")
-        result = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240
-        )
+        result = subprocess.run([warm_python, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, f"{block}\n{result.stderr}"
 
 

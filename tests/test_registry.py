@@ -3,7 +3,6 @@
 import doctest
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def test_where_it_is_not_registered_loading_says_so_in_a_sentence(
     assert isinstance(result.exception, UserError)
 
 
-def test_forms_of_the_ablation_come_with_the_experiments(tmp_path: Path) -> None:
+def test_forms_of_the_ablation_come_with_the_experiments(tmp_path: Path, warm_python: str) -> None:
     import experiments  # noqa: F401
 
     net = timm.create_model("resnet20_conam", attn_layer="conam_variant", attn_args={"gate": "sigmoid"})
@@ -91,7 +90,7 @@ def test_forms_of_the_ablation_come_with_the_experiments(tmp_path: Path) -> None
     program = "{0}\nimport timm, conam_zoo\ntimm.create_model('local-dir:{1}', pretrained=True)"
     for line, succeeds in (("import experiments", True), ("", False)):
         result = subprocess.run(
-            [sys.executable, "-c", program.format(line, tmp_path)],
+            [warm_python, "-c", program.format(line, tmp_path)],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -153,9 +152,9 @@ def test_arguments_reach_the_factory() -> None:
     assert {m.hidden_channels for m in net.modules() if isinstance(m, conam_zoo.ConAM)} == {5}
 
 
-def test_the_documentation_lists_every_built_in_attention() -> None:
+def test_the_documentation_lists_every_built_in_attention(warm_python: str) -> None:
     program = "import conam_zoo.layers.registry as r; print(*r.attention_names())"
-    names = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    names = subprocess.run([warm_python, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     (row,) = [
         line for line in (ROOT / "docs" / "conam.md").read_text().splitlines() if line.startswith("| `attn_layer`")
     ]

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -97,6 +96,9 @@ def test_ten_kills_at_random_moments_change_nothing(
     recipe: Recipe, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL at moments drawn over the whole training, saving included; every step's state is saved."""
+    import matplotlib.figure  # noqa: F401 (which every fork would import anew)
+    import torch.utils.tensorboard
+
     monkeypatch.undo()  # here the curves are drawn: a kill may come then, too
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork must not inherit a pool of threads
@@ -393,22 +395,22 @@ def test_other_images_or_labels_of_the_same_number_are_refused(
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_in_which_a_training_runs_is_refused_with_its_holder(
-    resume: bool, interrupted: tuple[Path, Recipe, str], tmp_path: Path
+    resume: bool, interrupted: tuple[Path, Recipe, str], tmp_path: Path, warm_python: str
 ) -> None:
     root, recipe, sha256 = interrupted
     run = tmp_path / "run"
     if resume:
         shutil.copytree(root / "run", run)
-    holder = "import sys, time; from pathlib import Path; from conam_zoo.training.run_folder import hold\n"
-    holder += f"with hold(Path({str(run)!r}), {resume}): print('held', flush=True); time.sleep(100)"
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+    holder = "import os, time; from pathlib import Path; from conam_zoo.training.run_folder import hold\n"
+    holder += f"with hold(Path({str(run)!r}), {resume}): print(os.getpid(), flush=True); time.sleep(100)"
+    with subprocess.Popen([warm_python, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+        number = int(process.stdout.readline())
         before = sorted(run.iterdir())
-        with pytest.raises(UserError, match=rf"is in use: process {process.pid} on .*, since 20\d\d-.*--output"):
+        with pytest.raises(UserError, match=rf"is in use: process {number} on .*, since 20\d\d-.*--output"):
             train(recipe, root / "data", run, resume=resume)
         assert sorted(run.iterdir()) == before
-        process.kill()
+        os.kill(number, signal.SIGKILL)
     assert train(recipe, root / "data", run, resume=resume)["sha256"] == sha256
 
 

@@ -217,8 +217,9 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubClient]:
-    client = HubClient(tmp_path_factory.mktemp("user"), hub.url, environment={"HF_TOKEN": "hf_ofSomeLab"})
+def client(hub: HubServer, tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Iterator[HubClient]:
+    folder = tmp_path_factory.mktemp("user")
+    client = HubClient(warm_python, folder, hub.url, environment={"HF_TOKEN": "hf_ofSomeLab"})
     yield client
     client.close()
 

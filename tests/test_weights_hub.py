@@ -152,9 +152,9 @@ class Client:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def process(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Iterator[None]:
     """What the processes are forked from: it has imported PyTorch, which takes seconds, and no huggingface_hub."""
-    Client.process = HubClient(tmp_path_factory.mktemp("process"), "")
+    Client.process = HubClient(warm_python, tmp_path_factory.mktemp("process"), "")
     Client.process.do("get_ready", imports=["torch", "safetensors.torch"])
     yield
     Client.process.close()

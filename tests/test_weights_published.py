@@ -4,13 +4,13 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import CHECKOUT
+from hatchling.build import build_wheel
 from safetensors import safe_open
 
 import conam_zoo  # noqa: F401 (registers the models)
@@ -143,17 +143,13 @@ def test_the_card_passes_the_hubs_own_validation_of_its_metadata() -> None:
 
 
 @pytest.mark.slow
-def test_weights_load_from_an_installed_wheel_only_through_a_mirror(tmp_path: Path) -> None:
+def test_weights_load_from_an_installed_wheel_only_through_a_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_python: str
+) -> None:
     """The wheel ships the manifest and no weights."""
-    subprocess.run(
-        [*(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w"), tmp_path, CHECKOUT],
-        check=True,
-        capture_output=True,
-        timeout=240,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
+    monkeypatch.chdir(CHECKOUT)
     site = tmp_path / "site"
-    shutil.unpack_archive(wheel, site, format="zip")
+    shutil.unpack_archive(tmp_path / build_wheel(str(tmp_path)), site, format="zip")
     files = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     assert "conam_zoo/weights_manifest.json" in files
     assert "conam_zoo/training/recipes/resnet20_conam.cifar10.toml" in files
@@ -168,7 +164,7 @@ def test_weights_load_from_an_installed_wheel_only_through_a_mirror(tmp_path: Pa
 
     def load(**environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-I", "-c", script, str(site)],
+            [warm_python, "-I", "-c", script, str(site)],
             env={"PATH": "/usr/bin", "HOME": str(tmp_path), **environment},
             cwd=tmp_path,
             capture_output=True,
