@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import conam_zoo  # noqa: F401 (registers the models)
-from conam_zoo.models.export import export_model
-from conam_zoo.models.registry import count_params_and_macs, model_names
+from conam_zoo.models.registry import count_params_and_macs, export_model, model_names
 from conam_zoo.weights import WeightsError
 
 NAME = "resnet32_conam"  # a net without an entry in the manifest

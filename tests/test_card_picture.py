@@ -7,7 +7,7 @@ from conftest import CHECKOUT
 from PIL import Image
 
 import conam_zoo  # noqa: F401 (registers the models)
-from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import export_model
 from conam_zoo.visualize.plots import draw_card_picture
 
 

@@ -18,8 +18,7 @@ import conam_zoo  # noqa: F401
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models.config_schema import check_model_args, load_config
-from conam_zoo.models.export import export_model
-from conam_zoo.models.registry import open_model
+from conam_zoo.models.registry import export_model, open_model
 from conam_zoo.weights import WeightsError
 
 

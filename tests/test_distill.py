@@ -12,7 +12,7 @@ import torch
 from conftest import write_arrays
 
 from conam_zoo.errors import UserError
-from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import export_model
 from conam_zoo.training.distillation import Renormalized, distillation_loss, open_teacher
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.recipe import Recipe, load_recipe

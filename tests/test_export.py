@@ -15,7 +15,7 @@ from conam_zoo.deploy.export import export
 from conam_zoo.deploy.runtime import OnnxClassifier
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import export_model
 
 MEAN, STD = (0.4914, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159)
 

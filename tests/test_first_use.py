@@ -22,7 +22,7 @@ from small_entry import NAMESPACE, entry_for
 
 import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.datasets import DATASETS
-from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import export_model
 from conam_zoo.weights import Manifest, dump_manifest, load_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(300)]

@@ -22,7 +22,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 import experiments  # noqa: F401 (registers the forms of the ablation)
 from conam_zoo import ConAM
 from conam_zoo.layers.registry import attention_names
-from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import export_model
 from conam_zoo.weights import WeightsError
 
 NAMES = timm.list_models("*_conam")

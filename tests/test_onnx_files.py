@@ -18,7 +18,7 @@ from small_entry import entry_for
 import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
-from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import export_model
 from conam_zoo.release import onnx_files
 from conam_zoo.release.onnx_files import make_onnx, write_onnx
 from conam_zoo.training.evaluate import evaluate

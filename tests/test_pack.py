@@ -133,7 +133,7 @@ def test_weights_that_half_precision_would_spoil_stay_float32(
         model.bn1.weight.mul_(1e-9)
         model.bn1.bias.mul_(1e-9)
         model.layer1[0].conv1.weight.mul_(1e9)
-    from conam_zoo.models.export import export_model
+    from conam_zoo.models.registry import export_model
 
     sha256 = export_model(model, run / "final", tag=None)
     record = json.loads((run / "run.json").read_text())

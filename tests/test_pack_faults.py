@@ -17,7 +17,7 @@ from small_entry import entry_for
 import conam_zoo.release.exchange as exchange_module
 import conam_zoo.release.pack as pack_module
 from conam_zoo.errors import UserError
-from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import export_model
 from conam_zoo.release.card import model_card
 from conam_zoo.release.documents import result_table
 from conam_zoo.release.exchange import packing

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import conam_zoo.layers.conam_recompute
+import conam_zoo.layers.conam_fused
 from conam_zoo.layers.conam import ConAM
-from conam_zoo.layers.conam_recompute import recompute_rescaled
+from conam_zoo.layers.conam_fused import recompute_rescaled
 from conam_zoo.models.conam_densenet import ConAMDenseNet
 from conam_zoo.models.conam_resnet import ConAMResNet
 from conam_zoo.models.conam_wide_resnet import ConAMWideResNet
@@ -162,6 +162,6 @@ def test_the_compiled_net_agrees() -> None:
 
 
 def test_the_example_of_the_docstring() -> None:
-    results = doctest.testmod(conam_zoo.layers.conam_recompute)
+    results = doctest.testmod(conam_zoo.layers.conam_fused)
     assert results.failed == 0
     assert results.attempted > 0

@@ -16,8 +16,7 @@ import conam_zoo
 import conam_zoo.layers.registry
 from conam_zoo.errors import UserError
 from conam_zoo.layers.registry import attention_names, create_attention
-from conam_zoo.models.export import export_model
-from conam_zoo.models.registry import open_model
+from conam_zoo.models.registry import export_model, open_model
 
 SMALL = ["resnet20_conam", "wide_resnet16_4_conam", "densenet40_12_conam"]
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from small_entry import NAMESPACE, REVISION, entry_for
 
 import conam_zoo  # noqa: F401
-from conam_zoo.models.export import INDEX_FILE, export_model
+from conam_zoo.models.registry import INDEX_FILE, export_model
 from conam_zoo.weights import Manifest, WeightEntry, WeightsError, WrongWeightsError, dump_manifest, read_verified
 from conam_zoo.weights.folder import read_folder
 from conam_zoo.weights.resolve import fill_mirror

@@ -15,7 +15,7 @@ from torch import nn
 
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
-from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import export_model
 from conam_zoo.training import train as training
 from conam_zoo.training.checkpoint import TrainingStopped
 from conam_zoo.training.distributed import ranks

@@ -18,8 +18,7 @@ from conam_zoo.data import ImageData, ImageSplit, create_loader, pixel_statistic
 from conam_zoo.data.dataset import LazyImages, read_source
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.export import export_model
-from conam_zoo.models.registry import open_model
+from conam_zoo.models.registry import export_model, open_model
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.evaluate import logits_on
 from conam_zoo.training.fit import fit

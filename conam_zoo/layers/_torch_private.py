@@ -47,22 +47,16 @@ def saved_tensors_hooks_are_free() -> bool:
 
 
 def is_called_plainly(layer: nn.Module) -> bool:
-    """Whether calling the layer is nothing but ``nn.Linear`` of its own weight and bias.
+    """Whether calling the layer is nothing but ``nn.Linear`` of its own weight and bias, which are plain tensors.
 
-    It is not for subclasses and replacements (quantised, parametrised, adapted), for layers with hooks, and for weights
-    that are no plain tensors.
+    It is not for subclasses and replacements (quantised, parametrised, adapted), and for layers with hooks.
     """
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
-    if any(getattr(layer, name, True) for name in HOOKS) or _has_global_hooks():
+    has_global_hook = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
+    if any(getattr(layer, name, True) for name in HOOKS) or has_global_hook():
         return False
-    weight, bias = layer.weight, layer.bias
-    return type(weight) in _PLAIN_TENSORS and type(bias) in _PLAIN_TENSORS
-
-
-def _has_global_hooks() -> bool:
-    found = getattr(nn.modules.module, "_has_any_global_hook", None)
-    return found is None or bool(found())
+    return type(layer.weight) in _PLAIN_TENSORS and type(layer.bias) in _PLAIN_TENSORS
 
 
 def has_bf16_convolutions() -> bool:
@@ -73,19 +67,17 @@ def has_bf16_convolutions() -> bool:
 
 def lerp_all(ours: list[Tensor], theirs: list[Tensor], weight: float) -> None:
     """``Tensor.lerp_`` of every tensor towards its partner, in one call where PyTorch has it."""
-    together = getattr(torch, "_foreach_lerp_", None)
-    if together is not None:
+    if together := getattr(torch, "_foreach_lerp_", None):
         together(ours, theirs, weight=weight)
-        return
-    for own, other in zip(ours, theirs, strict=True):
-        own.lerp_(other, weight)
+    else:
+        for own, other in zip(ours, theirs, strict=True):
+            own.lerp_(other, weight)
 
 
 def copy_all(ours: list[Tensor], theirs: list[Tensor]) -> None:
     """``Tensor.copy_`` of every tensor from its partner, in one call where PyTorch has it."""
-    together = getattr(torch, "_foreach_copy_", None)
-    if together is not None:
+    if together := getattr(torch, "_foreach_copy_", None):
         together(ours, theirs)
-        return
-    for own, other in zip(ours, theirs, strict=True):
-        own.copy_(other)
+    else:
+        for own, other in zip(ours, theirs, strict=True):
+            own.copy_(other)

@@ -45,13 +45,10 @@ for _name in ("confidence_between", "contexts_of", "recalibrate"):  # leaves for
 @torch.fx.wrap
 def _attend(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """The whole module; a leaf for torch.fx, as the parts are. (N, C, H, W) -> (N, C, H, W)."""
-    if torch.jit.is_scripting():
-        output = recalibrate(x, confidence_map(x, patch_size, w1, b1, w2, b2), patch_size)
-    elif applies(x, patch_size):
-        output = attend(x, patch_size, w1, b1, w2, b2)
-    else:
-        output = recalibrate(x, confidence_map(x, patch_size, w1, b1, w2, b2), patch_size)
-    return output
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile the other half of an "and")
+        if applies(x, patch_size):
+            return attend(x, patch_size, w1, b1, w2, b2)
+    return recalibrate(x, confidence_map(x, patch_size, w1, b1, w2, b2), patch_size)
 
 
 def _call_layers(fc1: nn.Module, fc2: nn.Module, contexts: Tensor) -> Tensor:
@@ -76,6 +73,16 @@ class ConAM(nn.Module):
     scale. Plain linear layers are computed in one pass with the rest; layers that were replaced, parametrised or given
     hooks are called.
 
+    Args:
+        channels: Number of channels C of the map.
+        patch_size: Side p of the square patches, in pixels.
+        hidden_channels: Width h of the perceptron's hidden layer; C if None.
+        device: Where the parameters are made.
+        dtype: Their floating-point type.
+
+    Raises:
+        ValueError: If a size is not a positive integer.
+
     >>> attention = ConAM(channels=16, patch_size=8)
     >>> x = torch.randn(2, 16, 32, 32)
     >>> attention(x).shape
@@ -99,16 +106,6 @@ class ConAM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Args:
-            channels: Number of channels C of the map.
-            patch_size: Side p of the square patches, in pixels.
-            hidden_channels: Width h of the perceptron's hidden layer; C if None.
-            device: Where the parameters are made.
-            dtype: Their floating-point type.
-
-        Raises:
-            ValueError: If a size is not a positive integer.
-        """
         super().__init__()
         hidden_channels = channels if hidden_channels is None else hidden_channels
         sizes: dict[str, Any] = {"channels": channels, "patch_size": patch_size, "hidden_channels": hidden_channels}
@@ -142,7 +139,6 @@ class ConAM(nn.Module):
             return confidence_between(embedded, x, self.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rescale the map: (N, C, H, W) -> (N, C, H, W)."""
         if not self.has_plain_layers:
             return recalibrate(x, self.confidence(x), self.patch_size)
         else:

@@ -9,18 +9,24 @@ With ``y = x * s``, ``s = 1 + eta(m)`` and ``m`` the patch means of ``x``, for t
 
     ds_i = sum over patch i and channels of g * x
     dx   = g * s + dm / p^2        with dm the gradient of eta(m) for ds
+
+ConAM keeps its input and one scale per patch. A convolution behind it would keep the product of the two, a second map
+of the same size; ``recompute_rescaled`` has it multiplied once more in the backward pass instead.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch_private import transforms_are_active
+from ._torch_private import saved_tensors_hooks_are_free, transforms_are_active
 from .conam_equations import LIMIT, confidence_map, patch_means, recalibrate
 
-__all__ = ["applies", "attend", "rescale"]
+__all__ = ["applies", "attend", "recompute_rescaled"]
 
 
 def applies(x: Tensor, patch_size: int) -> bool:
@@ -74,7 +80,7 @@ def _per_pixel(values: Tensor, patch_size: int) -> Tensor:
     return pixels.reshape(n, 1, rows * patch_size, columns * patch_size)
 
 
-def rescale(x: Tensor, scale: Tensor, patch_size: int) -> Tensor:
+def _rescale(x: Tensor, scale: Tensor, patch_size: int) -> Tensor:
     """``x * scale``, with one scale a patch: (N, C, H, W), (N, rows, columns) -> (N, C, H, W)."""
     if not _channels_last(x):
         return x * _per_pixel(scale, patch_size)
@@ -96,10 +102,7 @@ def _patch_dots(gradient: Tensor, x: Tensor, patch_size: int) -> Tensor:
 
 
 def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: int) -> Tensor:
-    """``gradient * scale + share``, for a gradient in NCHW or channels_last.
-
-    Shape: (N, C, H, W), (N, rows, columns), (N, C, rows, columns) -> (N, C, H, W)
-    """
+    """``gradient * scale + share``: (N, C, H, W), (N, rows, columns), (N, C, rows, columns) -> (N, C, H, W)."""
     n, channels, height, width = gradient.shape
     rows, columns = scale.shape[1:]
     if _channels_last(gradient):
@@ -135,7 +138,7 @@ def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2:
     embedded = _linear(_hidden(contexts, w1, b1), w2, b2).clamp_(0, LIMIT).view(contexts.shape)
     confidence = torch.softmax((embedded[:, :-1] * embedded[:, -1:]).sum(2), dim=1)
     scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
-    return rescale(x, scale, patch_size), contexts, embedded, confidence, scale
+    return _rescale(x, scale, patch_size), contexts, embedded, confidence, scale
 
 
 def _hidden(contexts: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ class _InFewPasses(torch.autograd.Function):
         output, contexts, embedded, confidence, scale = _forward(x, patch_size, w1, b1, w2, b2)
         ctx.save_for_backward(x, w1, b1, w2, b2, contexts, embedded, confidence, scale)
         ctx.patch_size = patch_size
-        ctx.rescales = True  # for conam_recompute, to which this object is the result's ``grad_fn``
+        ctx.rescales = True  # for recompute_rescaled, to which this object is the result's ``grad_fn``
         return output
 
     @staticmethod
@@ -166,10 +169,8 @@ class _InFewPasses(torch.autograd.Function):
         patch_size = ctx.patch_size
         if torch.is_grad_enabled():
             return _twice_differentiable(ctx, gradient, x, w1, b1, w2, b2)
-        if _channels_last(x):
-            gradient = gradient.contiguous(memory_format=torch.channels_last)
-        else:
-            gradient = gradient.contiguous()
+        layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
+        gradient = gradient.contiguous(memory_format=layout)
         n, channels, height, width = x.shape
         rows, columns = height // patch_size, width // patch_size
         dtype = contexts.dtype
@@ -209,3 +210,49 @@ def _twice_differentiable(ctx: Any, gradient: Tensor, x: Tensor, *parameters: Te
     found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
     grad_x, *grad_parameters = [next(found) if need else None for need in needs]
     return grad_x, None, *grad_parameters
+
+
+def recompute_rescaled(y: Tensor) -> AbstractContextManager[None]:
+    """A context in which autograd does not keep ``y``, if ConAM has just made it from a map that is there anyway.
+
+    Layers that are called in it and would keep ``y`` for their backward pass get it computed again there, bit for bit.
+    The context does nothing for a result of anything else than the eager ConAM in training, and inside other hooks for
+    saved tensors (activation checkpoints, offloading), which have their own way.
+
+    >>> from conam_zoo.layers.conam import ConAM
+    >>> attention, layer = ConAM(16, 8), torch.nn.Conv2d(16, 16, 3)
+    >>> y = attention(torch.randn(2, 16, 32, 32))  # nothing may change it in place before it is handed over
+    >>> with recompute_rescaled(y):
+    ...     z = layer(y)
+
+    Source: saved tensor hooks, https://docs.pytorch.org/tutorials/intermediate/autograd_saved_tensors_hooks_tutorial.html
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(y, Tensor):
+        return nullcontext()
+    node: Any = y.grad_fn
+    if not getattr(node, "rescales", False) or not saved_tensors_hooks_are_free():
+        return nullcontext()
+    saved = node.saved_tensors
+    x, scale, patch_size = saved[0].detach(), saved[-1], node.patch_size
+    version, key = x._version, _key(y)
+
+    def rescaled() -> Tensor:
+        if x._version != version:
+            raise RuntimeError(
+                "The map that ConAM rescaled has been changed in place since, but its backward pass needs it: "
+                "change a copy of it."
+            )
+        with torch.no_grad():
+            return _rescale(x, scale, patch_size)
+
+    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        return rescaled if _key(tensor) == key else tensor
+
+    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def _key(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version

@@ -17,15 +17,10 @@ def has_confidence(module: nn.Module) -> bool:
 
 @torch.inference_mode()
 def confidence_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and the confidence map of every ConAM, or form of it, in the net.
+    """Logits and the confidences of every ConAM, or form of it, in a net in evaluation mode.
 
-    Args:
-        model: A net in evaluation mode; a plain net gives no maps.
-        images: Normalised images, (N, C, H, W).
-
-    Returns:
-        Logits (N, classes), and for each site's module name, in order of execution, a map (N, rows, columns) whose
-        entries sum to 1 for each image, unless the net has another form of ConAM.
+    Shape: normalised images (N, C, H, W) -> logits (N, classes), and for each site's module name, in order of
+    execution, a map (N, rows, columns); ConAM's sum to 1 for each image.
     """
     maps: dict[str, Tensor] = {}
 
@@ -48,16 +43,9 @@ def confidence_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str,
 def liveness(model: nn.Module, images: Tensor) -> dict[str, float]:
     """How much each site's confidences differ between patches: 0 where the attention is the same everywhere.
 
-    It is the coefficient of variation over the patches (population standard deviation / mean), averaged over images.
-    The net is measured in evaluation mode and left in the mode, and with the weights and buffers, that it has.
-
-    Args:
-        model: A net.
-        images: Normalised images, (N, C, H, W).
-
-    Returns:
-        The coefficient for each site's module name, in order of execution. Sites with other attentions have none, nor
-        have forms of ConAM whose confidences are not positive.
+    It is the coefficient of variation over the patches (population standard deviation / mean), averaged over normalised
+    images (N, C, H, W), for each site's module name in order of execution. Sites with other attentions have none, nor
+    have forms of ConAM whose confidences are not positive. The net is measured in evaluation mode and left as it is.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from timm.layers import create_attn
-from torch import nn
+from torch import Tensor, nn
 
 from conam_zoo.layers.conam import ConAM
-from conam_zoo.layers.simam import SimAM
 
-__all__ = ["TIMM_LAYERS", "attention_names", "create_attention", "register_attention"]
+__all__ = ["TIMM_LAYERS", "SimAM", "attention_names", "create_attention", "register_attention"]
 
 TIMM_LAYERS = ("se", "eca", "cbam", "gc", "coord")
 
@@ -60,11 +59,7 @@ def register_attention(name: str, factory: Callable[..., nn.Module]) -> None:
 
 
 def check_attention(name: str, attn_args: Mapping[str, Any] | None = None) -> None:
-    """Refuse a name that is not registered, and arguments that the net gives itself.
-
-    Raises:
-        ValueError: Naming those that are.
-    """
+    """Refuse, by a ValueError, a name that is not registered, and arguments that the net gives itself."""
     if name not in attention_names():
         raise ValueError(
             f"attn_layer is {name!r}, but it must be one of {', '.join(attention_names())}: register an attention of "
@@ -87,7 +82,7 @@ def create_attention(
     """The attention of that name for a map of ``channels`` channels.
 
     Raises:
-        ValueError: If the name is not registered, or its factory does not take ``attn_args``.
+        ValueError: If the name is not registered, or its factory does not take the arguments.
         TypeError: If the factory returns no module.
     """
     check_attention(name)
@@ -114,15 +109,10 @@ def create_attention(
 
 def _refuse_arguments(name: str, attn_args: dict[str, Any]) -> None:
     if attn_args:
-        taken = ", ".join(_argument_names(name))
+        parameters = inspect.signature(FACTORIES[name]).parameters.values() if name in FACTORIES else ()
+        taken = ", ".join(p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in GIVEN)
         remedy = f"hold no more than {taken}" if taken else "be empty"
         raise ValueError(f"attn_args is {attn_args!r}, but it must {remedy} for attn_layer {name!r}.")
-
-
-def _argument_names(name: str) -> list[str]:
-    parameters = inspect.signature(FACTORIES[name]).parameters if name in FACTORIES else {}
-    named = (p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD)
-    return [name for name in named if name not in GIVEN]
 
 
 def _timm_layer(name: str) -> Callable[..., nn.Module]:
@@ -133,6 +123,47 @@ def _timm_layer(name: str) -> Callable[..., nn.Module]:
         return layer
 
     return make
+
+
+@torch.fx.wrap  # a leaf for torch.fx: it looks at the map's size and type
+def _simam_gate(x: Tensor, lambda_: float) -> Tensor:
+    """What SimAM multiplies each pixel by, between 0.62 and 1: (N, C, H, W) -> (N, C, H, W)."""
+    values = x.float() if x.dtype == torch.bfloat16 or x.dtype == torch.float16 else x
+    deviation = (values - values.mean(dim=(2, 3), keepdim=True)).square()
+    degrees = max(x.shape[2] * x.shape[3] - 1, 1)
+    variance = deviation.sum(dim=(2, 3), keepdim=True) / degrees
+    return torch.sigmoid(deviation / (4 * (variance + lambda_)) + 0.5).to(x.dtype)
+
+
+class SimAM(nn.Module):
+    """Parameter-free attention: a pixel counts the more, the further it lies from the mean of its channel.
+
+    With mean ``mu`` and variance ``v`` over the n pixels of one channel of one image, the inverse energy of a pixel is
+    ``1 / e = (x - mu)^2 / (4 (v + lambda)) + 0.5``, and the pixel becomes ``x * sigmoid(1 / e)``. The variance divides
+    by n - 1, as the authors' listing does. This project's own, because the paper is silent: a map of one pixel has
+    variance 0, and the statistics of a half precision map are computed in float32.
+
+    Shape: (N, C, H, W) -> (N, C, H, W), any H and W, memory format kept. ``lambda_`` is the paper's regulariser, with
+    its value; a ValueError if it is not positive.
+
+    >>> SimAM()(torch.randn(2, 16, 8, 8)).shape
+    torch.Size([2, 16, 8, 8])
+
+    Source: Yang, Zhang, Li, Xie, "SimAM: A Simple, Parameter-Free Attention Module for Convolutional Neural Networks",
+    ICML 2021, equations 5 and 6, written here from the equations.
+    """
+
+    def __init__(self, lambda_: float = 1e-4) -> None:
+        super().__init__()
+        if not lambda_ > 0:
+            raise ValueError(f"SimAM: lambda_ is {lambda_!r}, but it must be a positive number.")
+        self.lambda_ = float(lambda_)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * _simam_gate(x, self.lambda_)
+
+    def extra_repr(self) -> str:
+        return f"lambda_={self.lambda_}"
 
 
 def _simam(

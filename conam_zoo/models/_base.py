@@ -1,7 +1,7 @@
-"""The part of timm's model contract that does not depend on the family: head, intermediates, pruning."""
+"""What does not depend on the family: sites of the attention, and of timm's contract head, intermediates, pruning."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from conam_zoo.layers.conam_recompute import recompute_rescaled
+from conam_zoo.layers.conam_fused import recompute_rescaled
 from conam_zoo.layers.registry import check_attention, create_attention
 from conam_zoo.models.config_schema import check_patch_sizes
 from conam_zoo.weights import read_safetensors
@@ -23,17 +23,11 @@ ATTENTION_PLACEMENTS = ("stage", "block")
 ATTENTION_SITES = ("before_first_conv", "after_last_norm")
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
-
-
 class AttendedBlock(nn.Module):
     """A block whose first convolution, ``conv1``, may stand behind its attention, ``attn``.
 
     A family sets ``attn`` in its place among the layers: their order is that of the parameters in optimisers' states.
-
-    Args:
-        attn_last: Whether the attention stands after the last norm instead; the block calls it there.
+    With ``attn_last`` the attention stands after the last norm instead; the block calls it there.
     """
 
     if TYPE_CHECKING:
@@ -59,6 +53,9 @@ class AttendedBlock(nn.Module):
 class StagedClassifier(nn.Module):
     """An image classifier made of a stem and stages, with a pooled linear head called ``fc``.
 
+    Besides these every family takes ``global_pool`` (timm's name of a pooling, ``""`` for none), ``drop_rate`` (dropout
+    before the classifier), and ``device`` and ``dtype`` of the parameters.
+
     Args:
         num_stages: Stages of the net.
         patch_sizes: ConAM's patch side on the input of the first block of each stage, in pixels; 0 for a stage without
@@ -73,20 +70,18 @@ class StagedClassifier(nn.Module):
     Raises:
         ValueError: If an argument is none of those, or does not fit the stages.
 
-    A family sets, after ``super().__init__()`` and before ``init_head``:
-
-    - ``levels``: for each feature level the names of the child modules that lead to it, in order of execution;
-    - ``feature_info``: one dict for each level (``num_chs``, ``reduction``, ``module``), as timm has it;
-    - ``num_features``: channels of the last map.
+    A family calls ``super().__init__()``, makes a stem, and says with ``add_level`` what leads to each feature level,
+    beginning with the stem; last comes ``init_head``.
     """
 
     if TYPE_CHECKING:  # TorchScript reads the annotations of a class and does not know these types
-        levels: list[list[str]]
+        levels: list[list[str]]  # for each feature level the child modules that lead to it, in order of execution
+        feature_info: list[dict[str, Any]]  # one for each level, as timm has it
         pretrained_cfg: dict[str, Any]  # set by timm's builder
         global_pool: SelectAdaptivePool2d
         fc: nn.Module
-        feature_info: list[dict[str, Any]]
-        num_features: int
+        bn1: nn.BatchNorm2d
+        act1: nn.ReLU
 
     def __init__(
         self,
@@ -121,22 +116,54 @@ class StagedClassifier(nn.Module):
         self.num_classes = int(num_classes)  # NumPy's whole numbers are such, too
         self.in_chans = int(in_chans)
         self.grad_checkpointing = False
+        self.levels, self.feature_info = [], []
         if attn_layer == "none":
             create_attention("none", 1, 1, **self.attn_args)  # refuses arguments
+
+    def add_level(self, names: list[str], channels: int, reduction: int) -> None:
+        """A feature level, with the child modules that lead to it from the one before, by name."""
+        self.levels.append(names)
+        self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": names[-1]})
+
+    def add_residual_stages(
+        self, block: Callable[..., nn.Module], sizes: Iterable[tuple[int, int, int]], channels: int, **kwargs: Any
+    ) -> int:
+        """The stages ``layer1``, ``layer2``, ...; all but the first halve the map.
+
+        ``sizes`` has for each stage its blocks, their width, and the channels of their result; ``channels`` are those
+        behind the stem. Gives those behind the last stage.
+        """
+        attn_last = self.attn_site == "after_last_norm"
+        for stage, (depth, width, out_channels) in enumerate(sizes):
+            stride = 1 if stage == 0 else 2
+            blocks = []
+            for index in range(depth):
+                first = index == 0
+                at_site = out_channels if attn_last else channels
+                shrink = stride if attn_last or not first else 1  # the first block of a stage halves the map
+                attn = self.make_attention(at_site, stage, first=first, shrink=shrink, **kwargs)
+                blocks.append(block(channels, width, stride if first else 1, attn, attn_last, **kwargs))
+                channels = out_channels
+            name = f"layer{stage + 1}"
+            self.add_module(name, nn.Sequential(*blocks))
+            self.add_level([name], channels, 2**stage)
+        return channels
+
+    def add_final_norm(self, channels: int, **factory_kwargs: Any) -> None:
+        """Norm and activation behind the last stage; they end its level."""
+        self.bn1 = nn.BatchNorm2d(channels, **factory_kwargs)
+        self.act1 = nn.ReLU(inplace=True)
+        self.levels[-1] += ["bn1", "act1"]
+        self.feature_info[-1]["module"] = "act1"
 
     @torch.jit.ignore
     def make_attention(
         self, channels: int, stage: int, *, first: bool, shrink: int = 1, **factory_kwargs: Any
     ) -> nn.Module | None:
-        """The attention for one block, or None where there is none.
+        """The attention for a block, the ``first`` of its stage or another; None where there is none.
 
-        Args:
-            channels: Channels of the map at the site.
-            stage: Index of the stage.
-            first: Whether the block is the first of its stage.
-            shrink: How much smaller the map is than at the stage's first site; the patch side shrinks with it, so
-                that the number of patches stays.
-            **factory_kwargs: ``device`` and ``dtype`` of the parameters.
+        The map has ``channels``, and is ``shrink`` times smaller than at the stage's first site. The patch side shrinks
+        with it, so that the number of patches stays.
         """
         patch_size = self.patch_sizes[stage]
         if self.attn_layer == "none" or patch_size == 0 or (self.attn_placement == "stage" and not first):
@@ -158,14 +185,17 @@ class StagedClassifier(nn.Module):
             arguments["attn_site"] = self.attn_site
         return arguments
 
-    def init_head(self, global_pool: str, drop_rate: float, **factory_kwargs: Any) -> None:
+    def init_head(self, channels: int, global_pool: str, drop_rate: float, **factory_kwargs: Any) -> None:
         """Make the head and initialise all convolutions: normal, variance 2 / fan-out (He et al., 2015)."""
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, self.num_classes, pool_type=global_pool, **factory_kwargs
-        )
+        self.num_features = channels
+        self._set_classifier(global_pool, **factory_kwargs)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.init_weights()
+
+    def _set_classifier(self, global_pool: str, **factory_kwargs: Any) -> None:
+        channels, classes = self.num_features, self.num_classes
+        self.global_pool, self.fc = create_classifier(channels, classes, pool_type=global_pool, **factory_kwargs)
+        self.head_hidden_size = channels * self.global_pool.feat_mult()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -177,11 +207,7 @@ class StagedClassifier(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As PyTorch's; a file that timm reads itself, for ``checkpoint_path``, is checked as those that we read are.
-
-        Raises:
-            WeightsError: If it is none of trained weights, or was trained with patches of other sizes.
-        """
+        """As PyTorch's; a file that timm reads itself, for ``checkpoint_path``, is checked like those that we read."""
         caller = sys._getframe(1)  # timm hands over the tensors alone
         path = caller.f_locals.get("checkpoint_path")
         if path and caller.f_globals.get("__name__") == "timm.models._helpers" and str(path).endswith(".safetensors"):
@@ -210,14 +236,9 @@ class StagedClassifier(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head: ``num_classes`` 0 removes it; the pooling is kept if ``global_pool`` is None."""
-        factory_kwargs = get_device_dtype(self)
-        self.num_classes = num_classes = int(num_classes)
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, **factory_kwargs
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.num_classes = int(num_classes)
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self._set_classifier(pool_type, **get_device_dtype(self))
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
@@ -230,18 +251,15 @@ class StagedClassifier(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps at the wanted feature levels.
+        """The final map of images (N, C, H, W), and a list of the maps at the wanted feature levels.
 
         Args:
-            x: Images, (N, C, H, W).
+            x: Images.
             indices: The last n levels if an int, all if None, else those listed.
             norm: Without effect: a level that ends in a norm is always normalised.
             stop_early: Do not run what lies behind the last wanted level.
             output_fmt: Only ``"NCHW"``.
             intermediates_only: Return the list alone.
-
-        Returns:
-            The final map and the list of maps, or the list alone.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}, but only 'NCHW' is possible.")
@@ -287,6 +305,10 @@ class StagedClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images to logits: (N, C, H, W) -> (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

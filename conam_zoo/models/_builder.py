@@ -10,18 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from timm.models import (
-    DefaultCfg,
-    PretrainedCfg,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    resolve_pretrained_cfg,
-)
+from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from timm.models._builder import pretrained_cfg_for_features
 from torch import Tensor, nn
 
 from conam_zoo.datasets import DATASETS
-from conam_zoo.models.config_schema import check_patch_sizes, load_config
+from conam_zoo.models.config_schema import as_json, check_patch_sizes, load_config
 from conam_zoo.weights import (
     Manifest,
     ManifestError,
@@ -44,12 +38,9 @@ UNSET_NAMESPACE = "NAMESPACE--NOT--SET"
 
 
 def dataset_cfgs(architectures: Mapping[str, Mapping[str, Any]]) -> dict[str, DefaultCfg]:
-    """timm's default_cfgs: every architecture with a tag for every data set.
+    """timm's default_cfgs: every architecture, with what of its configuration is its own, for every data set.
 
     A tag has weights if the manifest has an entry of that name; then the entry's facts are used.
-
-    Args:
-        architectures: For each architecture the configuration that does not depend on the data set.
     """
     try:
         manifest = load_manifest()
@@ -105,14 +96,7 @@ def build(
 ) -> ModelT:
     """Make a model as timm's ``build_model_with_cfg`` does, with weights from a verified source.
 
-    Args:
-        model_cls: Class of the family.
-        variant: Registered name.
-        pretrained: Whether to load weights.
-        pretrained_cfg: timm's configuration or tag; the default tag if None.
-        pretrained_cfg_overlay: Entries that replace those of the configuration.
-        cache_dir: Where the Hub client keeps its files.
-        **kwargs: ``features_only``, ``out_indices`` and the arguments of ``model_cls``.
+    ``kwargs`` are ``features_only``, ``out_indices`` and the arguments of ``model_cls``, the class of the family.
 
     Raises:
         TypeError: On an argument that ``model_cls`` does not know.
@@ -122,9 +106,7 @@ def build(
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     _check_config(cfg, pretrained, kwargs.get("pretrained_model_args") or {}, pretrained_cfg_overlay or {}, cache_dir)
     entry = load_manifest().entries.get(f"{variant}.{cfg.tag}") if pretrained else None
-    for key, value in (entry.model_args if entry else {}).items():
-        kwargs.setdefault(key, value)
-    features_only = bool(kwargs.get("features_only", False))
+    kwargs = {**(entry.model_args if entry else {}), **kwargs}
     overlay = dict(pretrained_cfg_overlay or {})
     if pretrained:
         overlay |= {"state_dict": _state_dict(variant, cfg, cache_dir), "source": None}
@@ -140,7 +122,7 @@ def build(
         **kwargs,
     )
     stated = cfg.to_dict()  # what was asked for, without the tensors
-    model.pretrained_cfg = pretrained_cfg_for_features(stated) if features_only else stated
+    model.pretrained_cfg = pretrained_cfg_for_features(stated) if kwargs.get("features_only") else stated
     model.default_cfg = model.pretrained_cfg
     return model
 
@@ -152,13 +134,10 @@ def _check_config(
     overlay: Mapping[str, Any],
     cache_dir: str | Path | None,
 ) -> None:
-    """Check the config.json that timm has read, as it read it.
+    """Refuse the config.json that timm has read if it is no good.
 
     timm takes the one in the Hub cache as it is. Here a damaged one is fetched anew, and what was read from it is not
     used.
-
-    Raises:
-        WeightsError: It is no good, or timm has read another one.
     """
     if cfg.source == "local-dir" and cfg.file:
         load_config(Path(cfg.file))
@@ -166,16 +145,12 @@ def _check_config(
         config = load_config(fetch_config(cfg.hf_hub_id, cache_dir).parent)
         stated = config["pretrained_cfg"] | {k: config[k] for k in ("num_classes", "label_names") if k in config}
         keys = {"num_classes", "label_names", "input_size", "mean", "std"} & stated.keys() - overlay.keys()
-        same = all(_plain(getattr(cfg, key)) == _plain(stated[key]) for key in keys)
+        same = all(as_json(getattr(cfg, key)) == stated[key] for key in keys)
         if not same or dict(read_args) != config.get("model_args", {}):
             raise WeightsError(
                 f"The config.json of {cfg.hf_hub_id} in the Hub cache was damaged, and is fetched anew now: open the "
                 "model again."
             )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg: PretrainedCfg) -> dict[str, Tensor]:
@@ -188,6 +163,11 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg:
         WeightsError: If a tensor is missing, is too many, or has another shape, or if stem and head have not the
             channels and classes that the configuration states.
     """
+
+    def misfit(what: str) -> WeightsError:
+        return WeightsError(f"These weights do not fit {variant} as asked for, {what}.")
+
+    remedy = "ask for the net and the attn arguments that they were trained with"
     num_classes, in_chans = cfg.num_classes, cfg.input_size[0]
     if cfg.file and cfg.source != "local-dir":
         check_patch_sizes(Path(cfg.file), getattr(model, "patch_sizes", None))
@@ -196,35 +176,30 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg:
     for name in sorted(set(own) ^ set(state_dict)):
         if name not in head:
             where = "have no" if name in own else "have a"
-            raise WeightsError(
-                f"These weights do not fit {variant} as asked for, they {where} tensor {name}: "
-                "ask for the net and the attn arguments that they were trained with."
-            )
+            raise misfit(f"they {where} tensor {name}: {remedy}")
     for name, tensor in state_dict.items():
         if name in own and name not in (*head, stem) and tensor.shape != own[name].shape:
-            raise WeightsError(
-                f"These weights do not fit {variant} as asked for, their {name} has shape {tuple(tensor.shape)} "
-                f"and not {tuple(own[name].shape)}: ask for the net and the attn arguments that they were trained with."
-            )
+            shapes = f"{tuple(tensor.shape)} and not {tuple(own[name].shape)}"
+            raise misfit(f"their {name} has shape {shapes}: {remedy}")
     channels = state_dict[stem].shape[1] if stem in state_dict and state_dict[stem].ndim == 4 else in_chans
     if channels != in_chans:
-        raise WeightsError(
-            f"These weights do not fit {variant} as asked for, they take {channels} channels and its configuration "
-            f"says {in_chans}: give the input_size that they were trained with in pretrained_cfg_overlay."
+        raise misfit(
+            f"they take {channels} channels and its configuration says {in_chans}: give the input_size that they were "
+            "trained with in pretrained_cfg_overlay"
         )
     found = len(state_dict[head[0]]) if head[0] in state_dict else num_classes
     if found != num_classes:
-        raise WeightsError(
-            f"These weights do not fit {variant} as asked for, they have {found} classes and its configuration says "
-            f"{num_classes}: give num_classes={found} in pretrained_cfg_overlay if these are the right weights."
+        raise misfit(
+            f"they have {found} classes and its configuration says {num_classes}: give num_classes={found} in "
+            "pretrained_cfg_overlay if these are the right weights"
         )
     if head[0] in own and model.num_classes == num_classes:  # else timm leaves the head out
         for name in head:
             if name not in state_dict or state_dict[name].shape != own[name].shape:
                 found_shape = f"shape {tuple(state_dict[name].shape)}" if name in state_dict else "none"
-                raise WeightsError(
-                    f"These weights do not fit {variant} as asked for, its {name} has shape {tuple(own[name].shape)} "
-                    f"and theirs has {found_shape}: use weights with a head, or num_classes=0."
+                raise misfit(
+                    f"its {name} has shape {tuple(own[name].shape)} and theirs has {found_shape}: use weights with a "
+                    "head, or num_classes=0"
                 )
     return state_dict
 
@@ -234,9 +209,6 @@ def _state_dict(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) 
 
     A source of the caller's own comes first: a folder, a Hub repository, a state dict, a file. A file given for a
     name that the manifest knows has to be the published one.
-
-    Raises:
-        WeightsError: If there are none, or they are not what they should be.
     """
     name = f"{variant}.{cfg.tag}"
     manifest = load_manifest()

@@ -14,7 +14,7 @@ import torch
 from timm.models import checkpoint, register_model
 from torch import Tensor, nn
 
-from conam_zoo.layers.conam_recompute import recompute_rescaled
+from conam_zoo.layers.conam_fused import recompute_rescaled
 from conam_zoo.models._base import AttendedBlock, StagedClassifier
 from conam_zoo.models._builder import build, dataset_cfgs
 
@@ -92,22 +92,13 @@ class DenseBlock(nn.Sequential):
 
 
 class ConAMDenseNet(StagedClassifier):
-    """DenseNet with three dense blocks and an attention on the input of each.
+    """DenseNet with an attention on the input of its three dense blocks; see ``StagedClassifier`` for the rest.
 
     Args:
         depth: 3n + 4 layers (basic) or 6n + 4 (bottleneck), n dense layers in each block.
         growth: Growth rate k: channels that each dense layer adds.
         bottleneck: The BC form instead of the basic one.
-        global_pool: timm's pooling name; ``""`` for none.
-        drop_rate: Dropout before the classifier.
         block_drop_rate: Dropout behind each dense layer (the paper's dropout).
-        patch_sizes: ConAM's patch side in each dense block, in pixels; 0 for no attention there.
-        device: Where the parameters are made.
-        dtype: Their floating-point type.
-        **options: Classes, channels of the images and the attention, see ``StagedClassifier``.
-
-    Raises:
-        ValueError: If an attention argument is unknown or does not fit the blocks.
     """
 
     if TYPE_CHECKING:
@@ -139,15 +130,13 @@ class ConAMDenseNet(StagedClassifier):
 
         channels = 2 * growth if bottleneck else 16
         self.conv1 = nn.Conv2d(self.in_chans, channels, 3, padding=1, bias=False, **factory_kwargs)
-        self.levels = [["conv1"]]
-        self.feature_info = [{"num_chs": channels, "reduction": 1, "module": "conv1"}]
-
+        self.add_level(["conv1"], channels, 1)
         for stage in range(3):
-            lead = []
+            names = [f"block{stage + 1}"]
             if stage > 0:
                 out_channels = channels // 2 if bottleneck else channels
-                lead = [f"transition{stage}"]
-                self.add_module(lead[0], Transition(channels, out_channels, **factory_kwargs))
+                names = [f"transition{stage}", *names]
+                self.add_module(names[0], Transition(channels, out_channels, **factory_kwargs))
                 channels = out_channels
             attn = None if per_layer else self.make_attention(channels, stage, first=True, **factory_kwargs)
             layers = []
@@ -155,17 +144,10 @@ class ConAMDenseNet(StagedClassifier):
                 inner = self.make_attention(channels, stage, first=index == 0, **factory_kwargs) if per_layer else None
                 layers.append(DenseLayer(channels, growth, bottleneck, block_drop_rate, inner, **factory_kwargs))
                 channels += growth
-            name = f"block{stage + 1}"
-            self.add_module(name, DenseBlock(attn, layers))
-            self.levels.append([*lead, name])
-            self.feature_info.append({"num_chs": channels, "reduction": 2**stage, "module": name})
-        self.bn1 = nn.BatchNorm2d(channels, **factory_kwargs)
-        self.act1 = nn.ReLU(inplace=True)
-        self.levels[-1] += ["bn1", "act1"]  # the last level ends behind the final norm
-        self.feature_info[-1]["module"] = "act1"
-
-        self.num_features = channels
-        self.init_head(global_pool, drop_rate, **factory_kwargs)
+            self.add_module(names[-1], DenseBlock(attn, layers))
+            self.add_level(names, channels, 2**stage)
+        self.add_final_norm(channels, **factory_kwargs)
+        self.init_head(channels, global_pool, drop_rate, **factory_kwargs)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -181,16 +163,9 @@ class ConAMDenseNet(StagedClassifier):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups: stem, then blocks (``coarse``) or dense layers, then the final norm."""
-        if coarse:
-            blocks = [(r"^(?:block|transition)(\d+)", None), (r"^bn1", (99999,))]
-        else:
-            blocks = [
-                (r"^block(\d+)\.layer(\d+)", None),
-                (r"^block(\d+)\.attn", (0,)),
-                (r"^transition(\d+)", (99998,)),
-                (r"^bn1", (99999,)),
-            ]
-        return {"stem": r"^conv1", "blocks": blocks}
+        stages = [(r"^(?:block|transition)(\d+)", None)]
+        layers = [(r"^block(\d+)\.layer(\d+)", None), (r"^block(\d+)\.attn", (0,)), (r"^transition(\d+)", (99998,))]
+        return {"stem": r"^conv1", "blocks": [*(stages if coarse else layers), (r"^bn1", (99999,))]}
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the last map, behind the final norm: (N, C, H, W) -> (N, num_features, h, w)."""

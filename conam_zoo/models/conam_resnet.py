@@ -25,13 +25,7 @@ class BasicBlock(AttendedBlock):
     expansion = 1
 
     def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        stride: int,
-        attn: nn.Module | None,
-        attn_last: bool,
-        **factory_kwargs: Any,
+        self, in_channels: int, width: int, stride: int, attn: nn.Module | None, attn_last: bool, **factory_kwargs: Any
     ) -> None:
         super().__init__(attn_last)
         self.attn = attn if attn is not None else nn.Identity()
@@ -60,13 +54,7 @@ class Bottleneck(AttendedBlock):
     expansion = 4
 
     def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        stride: int,
-        attn: nn.Module | None,
-        attn_last: bool,
-        **factory_kwargs: Any,
+        self, in_channels: int, width: int, stride: int, attn: nn.Module | None, attn_last: bool, **factory_kwargs: Any
     ) -> None:
         super().__init__(attn_last)
         self.attn = attn if attn is not None else nn.Identity()
@@ -102,21 +90,12 @@ def _projection(in_channels: int, out_channels: int, stride: int, **factory_kwar
 
 
 class ConAMResNet(StagedClassifier):
-    """ResNet with a 3x3 stem and an attention on its residual branches.
+    """ResNet with a 3x3 stem and an attention on its residual branches; see ``StagedClassifier`` for the rest.
 
     Args:
         block: ``"basic"`` or ``"bottleneck"``.
         layers: Blocks of each stage; every stage but the first halves the map.
         widths: Width of each stage (of its 3x3 convolutions).
-        global_pool: timm's pooling name; ``""`` for none.
-        drop_rate: Dropout before the classifier.
-        patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
-        device: Where the parameters are made.
-        dtype: Their floating-point type.
-        **options: Classes, channels of the images and the attention, see ``StagedClassifier``.
-
-    Raises:
-        ValueError: If an attention argument is unknown or does not fit the stages.
     """
 
     if TYPE_CHECKING:
@@ -144,32 +123,12 @@ class ConAMResNet(StagedClassifier):
         self.conv1 = nn.Conv2d(self.in_chans, widths[0], 3, padding=1, bias=False, **factory_kwargs)
         self.bn1 = nn.BatchNorm2d(widths[0], **factory_kwargs)
         self.act1 = nn.ReLU(inplace=True)
-        self.levels = [["conv1", "bn1", "act1"]]
-        self.feature_info = [{"num_chs": widths[0], "reduction": 1, "module": "act1"}]
-
-        attn_last = self.attn_site == "after_last_norm"
-        channels, reduction = widths[0], 1
-        for stage, (depth, width) in enumerate(zip(layers, widths, strict=True)):
-            stride = 1 if stage == 0 else 2
-            blocks = []
-            for index in range(depth):
-                first = index == 0
-                out_channels = width * block_cls.expansion
-                at_site = out_channels if attn_last else channels
-                shrink = stride if attn_last or not first else 1  # the first block of a stage halves the map
-                attn = self.make_attention(at_site, stage, first=first, shrink=shrink, **factory_kwargs)
-                blocks.append(block_cls(channels, width, stride if first else 1, attn, attn_last, **factory_kwargs))
-                channels = out_channels
-            reduction *= stride
-            name = f"layer{stage + 1}"
-            self.add_module(name, nn.Sequential(*blocks))
-            self.levels.append([name])
-            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": name})
+        self.add_level(["conv1", "bn1", "act1"], widths[0], 1)
+        sizes = [(depth, width, width * block_cls.expansion) for depth, width in zip(layers, widths, strict=True)]
+        channels = self.add_residual_stages(block_cls, sizes, widths[0], **factory_kwargs)
         if len(layers) == 3:
             self.layer4 = nn.Sequential()  # TorchScript needs the attribute; without children it is the identity
-
-        self.num_features = channels
-        self.init_head(global_pool, drop_rate, **factory_kwargs)
+        self.init_head(channels, global_pool, drop_rate, **factory_kwargs)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ without it.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +31,9 @@ class PreActBlock(AttendedBlock):
         in_channels: int,
         width: int,
         stride: int,
-        drop_rate: float,
         attn: nn.Module | None,
         attn_last: bool,
+        drop_rate: float,
         **factory_kwargs: Any,
     ) -> None:
         super().__init__(attn_last)
@@ -59,21 +60,12 @@ class PreActBlock(AttendedBlock):
 
 
 class ConAMWideResNet(StagedClassifier):
-    """Wide ResNet with an attention on its residual branches.
+    """Wide ResNet with an attention on its residual branches; see ``StagedClassifier`` for the rest.
 
     Args:
         depth: 6n + 4 layers, n blocks in each of the three stages.
         widen_factor: k of the paper; the stages have 16k, 32k and 64k channels.
-        global_pool: timm's pooling name; ``""`` for none.
-        drop_rate: Dropout before the classifier.
         block_drop_rate: Dropout between the two convolutions of a block (the paper's dropout).
-        patch_sizes: ConAM's patch side at the first block of each stage, in pixels; 0 for no attention there.
-        device: Where the parameters are made.
-        dtype: Their floating-point type.
-        **options: Classes, channels of the images and the attention, see ``StagedClassifier``.
-
-    Raises:
-        ValueError: If an attention argument is unknown or does not fit the stages.
     """
 
     if TYPE_CHECKING:
@@ -95,40 +87,14 @@ class ConAMWideResNet(StagedClassifier):
     ) -> None:
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(3, patch_sizes, **options)
-
         self.conv1 = nn.Conv2d(self.in_chans, 16, 3, padding=1, bias=False, **factory_kwargs)
-        self.levels = [["conv1"]]
-        self.feature_info = [{"num_chs": 16, "reduction": 1, "module": "conv1"}]
-
-        attn_last = self.attn_site == "after_last_norm"
-        channels, reduction = 16, 1
-        for stage in range(3):
-            width = 16 * widen_factor * 2**stage
-            stride = 1 if stage == 0 else 2
-            blocks = []
-            for index in range((depth - 4) // 6):
-                first = index == 0
-                shrink = stride if attn_last or not first else 1  # the first block of a stage halves the map
-                attn = self.make_attention(
-                    width if attn_last else channels, stage, first=first, shrink=shrink, **factory_kwargs
-                )
-                block_stride = stride if first else 1
-                blocks.append(
-                    PreActBlock(channels, width, block_stride, block_drop_rate, attn, attn_last, **factory_kwargs)
-                )
-                channels = width
-            reduction *= stride
-            name = f"layer{stage + 1}"
-            self.add_module(name, nn.Sequential(*blocks))
-            self.levels.append([name])
-            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": name})
-        self.bn1 = nn.BatchNorm2d(channels, **factory_kwargs)
-        self.act1 = nn.ReLU(inplace=True)
-        self.levels[-1] += ["bn1", "act1"]  # the last level ends behind the final norm
-        self.feature_info[-1]["module"] = "act1"
-
-        self.num_features = channels
-        self.init_head(global_pool, drop_rate, **factory_kwargs)
+        self.add_level(["conv1"], 16, 1)
+        block = partial(PreActBlock, drop_rate=block_drop_rate)
+        widths = [16 * widen_factor * 2**stage for stage in range(3)]
+        sizes = [((depth - 4) // 6, width, width) for width in widths]
+        channels = self.add_residual_stages(block, sizes, 16, **factory_kwargs)
+        self.add_final_norm(channels, **factory_kwargs)
+        self.init_head(channels, global_pool, drop_rate, **factory_kwargs)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

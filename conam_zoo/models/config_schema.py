@@ -13,10 +13,11 @@ from conam_zoo.weights import WeightsError
 from conam_zoo.weights.folder import read_config
 from conam_zoo.weights.manifest import FILE_PATTERN
 
-__all__ = ["check_model_args", "check_patch_sizes", "load_config"]
+__all__ = ["as_json", "check_model_args", "check_patch_sizes", "load_config"]
 
 LARGEST_SIDE = 1024  # pixels
 LARGEST_COUNT = 1 << 16  # classes
+SIMPLE = ("type", "enum", "const", "pattern", "minimum", "maximum")  # rules that are told as they stand
 UNPOOLED = "global_pool is '', with which there is no classifier"
 
 _TEXT = {"type": "string", "maxLength": 2000}
@@ -111,11 +112,7 @@ CONFIG = _object(
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """The checked ``config.json`` of a model folder.
-
-    Raises:
-        WeightsError: It is absent, or not such a file; the message says where and what.
-    """
+    """The checked ``config.json`` of a model folder; a WeightsError says where and what is wrong with it."""
     path = folder / "config.json"
     config = read_config(path)
     try:
@@ -128,11 +125,7 @@ def load_config(folder: Path) -> dict[str, Any]:
 
 
 def check_model_args(arguments: Mapping[str, Any], what: str) -> None:
-    """Refuse arguments that are none of a builder of this package, or are beyond all reason.
-
-    Raises:
-        UserError: With the argument and its value.
-    """
+    """Refuse, by a UserError, arguments that are none of a builder of this package, or are beyond all reason."""
     known = MODEL_ARGS["properties"]
     if unknown := [key for key in arguments if key not in known]:
         raise UserError(f"{what} has {unknown[0]!r}, which no model takes: it knows {', '.join(known)}.")
@@ -144,10 +137,9 @@ def check_model_args(arguments: Mapping[str, Any], what: str) -> None:
 
 
 def check_patch_sizes(file: Path, patch_sizes: Sequence[int] | None) -> None:
-    """Check a net against the config.json beside a file of weights, if there is one: tensors fit patches of any size.
+    """Refuse, by a WeightsError, weights that were trained with other patches: tensors fit patches of any size.
 
-    Raises:
-        WeightsError: If the weights were trained with others.
+    The config.json beside the file says so, if there is one.
     """
     config = file.with_name("config.json")
     if patch_sizes is None or not config.is_file():
@@ -166,8 +158,7 @@ def _first_error(value: Any, schema: Mapping[str, Any]) -> str:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
 
-    plain = _as_json(value)
-    error = best_match(Draft202012Validator(schema).iter_errors(plain))
+    error = best_match(Draft202012Validator(schema).iter_errors(as_json(value)))
     if error is None:
         return ""
     where = ".".join(str(step) for step in error.absolute_path)
@@ -175,21 +166,19 @@ def _first_error(value: Any, schema: Mapping[str, Any]) -> str:
     if error.validator == "additionalProperties" and isinstance(error.schema.get("properties"), Mapping):
         unknown = ", ".join(repr(key)[:60] for key in error.instance if key not in error.schema["properties"])
         return f"{where or 'it'} has {unknown[:160]}, which is unknown"
-    if error.validator in ("type", "enum", "const", "pattern", "minimum", "maximum", "anyOf"):
+    if error.validator in (*SIMPLE, "anyOf"):
         shown = repr(error.instance)
-        rule = {
-            k: v for k, v in error.schema.items() if k in ("type", "enum", "const", "pattern", "minimum", "maximum")
-        }
-        wants = ", ".join(f"{k} {v}" for k, v in rule.items()) or "another kind of value"
+        rule = [f"{key} {value}" for key, value in error.schema.items() if key in SIMPLE]
+        wants = ", ".join(rule) or "another kind of value"
         message = f"is {shown if len(shown) <= 60 else shown[:57] + '...'}, expected {wants}"
     return " ".join(f"{where} {message}".split())
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Tuples as the lists that JSON has."""
     if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _contradiction(config: Mapping[str, Any]) -> str:

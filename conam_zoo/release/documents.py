@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
-from conam_zoo.models.export import for_transformers
+from conam_zoo.models.registry import for_transformers
 from conam_zoo.release.card import even_sites, model_card
 from conam_zoo.release.peers import best_peer, like_for_like
 from conam_zoo.weights import Manifest, Metrics, find_checkout, load_manifest

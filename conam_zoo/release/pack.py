@@ -16,8 +16,7 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically, write_text
 from conam_zoo.layers.confidence import EVEN
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.export import export_model
-from conam_zoo.models.registry import count_params_and_macs, open_model
+from conam_zoo.models.registry import count_params_and_macs, export_model, open_model
 from conam_zoo.release.card import model_card
 from conam_zoo.release.documents import generated_files
 from conam_zoo.release.exchange import exchange, packing, scratch_folder

@@ -24,8 +24,7 @@ from conam_zoo.escape import PlainConsole
 from conam_zoo.files import clear_temporaries, make_folder, write_text
 from conam_zoo.inputs import expand_path
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.export import export_model
-from conam_zoo.models.registry import check_model_name, count_params_and_macs
+from conam_zoo.models.registry import check_model_name, count_params_and_macs, export_model
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, StopRequest, TrainingStopped
 from conam_zoo.training.distillation import open_teacher
 from conam_zoo.training.distributed import Ranks, precision_on, process_group, ranks, run_on_primary
