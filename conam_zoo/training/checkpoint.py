@@ -269,8 +269,6 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
     Raises:
         UserError: If the file is missing, damaged or no checkpoint.
     """
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path} to resume from: leave --resume out to start anew.")
     try:
         data = path.read_bytes()
         if place := _place_of_hash(data):

@@ -57,9 +57,7 @@ LIBRARIES = ("torch", "torchvision", "timm", "safetensors", "numpy")
 def check_free(output: Path, resume: bool) -> None:
     """Refuse a folder in which a training may not write; nothing is written.
 
-    Raises:
-        UserError: If the folder holds a training and ``resume`` is False, or none and it is True; if it holds
-            something else; or if another process is training in it.
+    It may hold a training to ``resume``, or nothing, and no other process may be training in it.
     """
     if status(output) is not None and not output.is_dir():
         raise UserError(f"{output} is no folder: choose another --output.")
@@ -104,10 +102,7 @@ def _acquire(folder: Path) -> FileLock:
 def hold(output: Path, resume: bool) -> Iterator[None]:
     """Make the run folder, and keep other trainings out of it for as long as the block lasts, or the process lives.
 
-    In a process group rank 0 does so for all.
-
-    Raises:
-        UserError: If the folder cannot be written, or for any reason of ``check_free``.
+    What ``check_free`` refuses is refused. In a process group rank 0 does so for all.
     """
     with ExitStack() as held:
 
@@ -227,10 +222,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """``hardware`` (a sentence part), ``library_versions`` and ``code_commit`` (None outside a checkout).
-
-    The hardware is that of all processes of the training, taken to be like this one's.
-    """
+    """``hardware`` of all processes, taken to be like this one, ``library_versions``, and ``code_commit`` or None."""
     return {
         "hardware": _hardware(),
         "library_versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -251,14 +243,8 @@ def _hardware() -> str:
 
 
 def _commit() -> str | None:
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() or None
