@@ -22,7 +22,6 @@ __all__ = [
     "console",
     "json_only",
     "warn",
-    "wide_console",
 ]
 
 app = typer.Typer(
@@ -71,22 +70,18 @@ Json = Annotated[
 ]
 
 
-def console() -> PlainConsole:
-    """Where results are printed: a ``str`` is plain text, and style is given by ``for_rich`` or ``rich.text.Text``."""
-    return PlainConsole(soft_wrap=not sys.stdout.isatty())
+def console(*, wide: bool = False) -> PlainConsole:
+    """Where results are printed: a ``str`` is plain text, and style is given by ``for_rich`` or ``rich.text.Text``.
+
+    ``wide`` is for tables whose columns a file need not fold.
+    """
+    terminal = sys.stdout.isatty()
+    return PlainConsole(soft_wrap=not terminal, width=200 if wide and not terminal else None)
 
 
 def warn(note: object) -> None:
     """A sentence on standard error, beside the result."""
     sys.stderr.write(f"conam: {for_terminal(note)}\n")
-
-
-def wide_console() -> PlainConsole:
-    """For wide tables: a file need not fold their columns."""
-    out = console()
-    if not sys.stdout.isatty():
-        out.width = 200
-    return out
 
 
 def json_only(result: Any, json_file: Path | None) -> bool:

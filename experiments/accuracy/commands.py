@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Compile, Json, Settings, console, json_only, wide_console
+from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Compile, Json, Settings, console, json_only
 from experiments.speed.commands import app, progress_line, typed_command
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def knockout(
     with progress_line() as progress:
         document = benchmark_knockout(models, data, command=typed_command(), progress=progress)
     if not json_only(document, json_file):
-        wide_console().print(Markdown(knockout_table(document)))
+        console(wide=True).print(Markdown(knockout_table(document)))
 
 
 @app.command(epilog="Example: python -m experiments seeds runs/resnet20_conam.cifar10.seed*")
@@ -193,7 +193,7 @@ def _run(what: str, cells: "list[Cell]", data: str, output: Path, parallel: int,
         on_event=lambda name, event: out.print(f"{name}: {event}", highlight=False, markup=False),
     )
     table = attention_table if what == "compare" else ablation_table
-    wide_console().print(Markdown(table(asdict(grid))))
+    console(wide=True).print(Markdown(table(asdict(grid))))
     finished = {cell["name"] for cell in grid.cells if "failed" not in cell}
     missing = [cell.name for cell in cells if cell.name not in finished]
     if missing:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from conam_zoo.cli._shared import DATA_HELP, Json, json_only, wide_console
+from conam_zoo.cli._shared import DATA_HELP, Json, console, json_only
 
 if TYPE_CHECKING:
     from experiments.speed.record import BenchmarkRecord
@@ -59,7 +59,7 @@ def _measure(
         record = benchmark(*arguments, **options, command=typed_command(), progress=progress)
     if json_only(record.to_dict(), json_file):
         return
-    out = wide_console()
+    out = console(wide=True)
     for sentence, (titles, *lines) in record_tables(record):
         table = Table(box=None)
         for title in titles:
@@ -226,7 +226,7 @@ def onnx_accuracy(data: Sets, names: Weights = None) -> None:
             progress(name)
             row = add_accuracy(RESULTS / "onnx_accuracy.json", name, data)
             top1 = ", ".join(f"{way} {value:.2f} %" for way, value in row["top1_percent"].items())
-            wide_console().print(f"{name}: {top1}", highlight=False)
+            console(wide=True).print(f"{name}: {top1}", highlight=False)
 
 
 @app.command(
