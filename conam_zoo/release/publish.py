@@ -25,7 +25,7 @@ from conam_zoo.weights.manifest import (
     dump_manifest,
     load_manifest,
 )
-from conam_zoo.weights.verify import Described, is_index, read_index, read_verified
+from conam_zoo.weights.verify import Described, is_index, parse_parts, read_parts
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -153,22 +153,16 @@ def _prepare(
 ) -> _Upload:
     """Read all files of an entry, hold them against the manifest, and make those that belong to them."""
     folder = manifest_path.parent / "weights" / entry.name
-    read_verified(folder / entry.file, entry)
+    parts = read_parts(folder / entry.file, entry)
+    parse_parts(parts)  # nobody gets weights that cannot be read
+    contents = {part.described.file: part.data for part in parts}
     try:
-        contents = {name: (folder / name).read_bytes() for name in (entry.file, CONFIG)}
-        shards = read_index(contents[entry.file], folder / entry.file).shards if is_index(entry.file) else ()
-        contents |= {shard.file: (folder / shard.file).read_bytes() for shard in shards}
+        contents[CONFIG] = (folder / CONFIG).read_bytes()
         contents |= {name: (folder / name).read_bytes() for name in EXTRAS if (folder / name).is_file()}
         config = json.loads(contents[CONFIG])
         stated = (config.get("sha256"), config.get("architecture"), config.get("num_classes"))
     except (OSError, ValueError, AttributeError) as error:
         raise WeightsError(f"{folder} cannot be published ({in_brief(error)}): pack the weights again.") from error
-    described_files: tuple[Described, ...] = (entry, *shards)
-    for described in described_files:
-        if hashlib.sha256(contents[described.file]).hexdigest() != described.sha256:
-            raise WrongWeightsError(
-                f"{folder / described.file} changes while it is read: publish it when it is at rest."
-            )
     if stated != (entry.sha256, entry.arch, entry.num_classes):
         raise WrongWeightsError(
             f"{folder / CONFIG} describes another file than the manifest does, it has SHA-256, architecture and "
@@ -181,7 +175,7 @@ def _prepare(
     for picture in re.findall(r"!\[[^]]*\]\(([\w.-]+)\)", text):
         if picture not in contents:
             raise WeightsError(f"{folder} has no {picture}, which its model card shows: pack the weights again.")
-    tensors = shards or (entry,)
+    tensors = tuple(part.described for part in parts if not is_index(part.described.file))
     return _Upload(entry, files, entry.hub_id(namespace), contents | {CARD: text.encode()}, tensors)
 
 

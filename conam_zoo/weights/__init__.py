@@ -3,8 +3,7 @@
 Light to import: torch, safetensors and huggingface_hub are imported when a file is first read or fetched.
 """
 
-from conam_zoo.weights.errors import WeightsError, WrongWeightsError
-from conam_zoo.weights.json_checks import ManifestError
+from conam_zoo.weights.errors import ManifestError, WeightsError, WrongWeightsError
 from conam_zoo.weights.manifest import (
     ONNX_FILES,
     Manifest,

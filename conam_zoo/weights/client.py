@@ -7,6 +7,7 @@ limit before any byte is asked for; and only bytes of that hash enter the cache.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import queue
@@ -16,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -24,8 +26,6 @@ from urllib.parse import urlsplit
 from conam_zoo.weights.credentials import check_endpoint, redact, token_in_use
 from conam_zoo.weights.errors import HubError, WrongWeightsError, expand_home, in_brief
 from conam_zoo.weights.manifest import REVISION_PATTERN
-
-__all__ = ["Announced", "ask_hub", "cache_folder", "cached_file", "call_with_timeout", "download", "is_intact"]
 
 T = TypeVar("T")
 
@@ -41,16 +41,13 @@ _BRANCH = re.compile(r"(?!.*\.\.)\w[\w./-]*")
 
 @dataclass(frozen=True)
 class Announced:
-    """What the Hub says of a file before it is sent.
-
-    ``digest`` is the SHA-256 of a large file and the git hash of a small one.
-    """
+    """What the Hub says of a file before it is sent."""
 
     hub_id: str
     file: str
     revision: str | None  # commit, tag or branch that was asked about; None: the main branch
     commit: str
-    digest: str
+    digest: str  # the SHA-256 of a large file, the git hash of a small one
     size_bytes: int | None
     location: str
 
@@ -64,39 +61,36 @@ class _AbandonedError(Exception):
 
 
 def call_with_timeout(call: Callable[[Callable[[], None]], T], quiet_s: float) -> T:
-    """Run a call in a thread of its own, and give it up when nothing is heard of it.
+    """Run a call in a thread of its own, and give it up when nothing is heard of it for ``quiet_s`` seconds.
 
-    Args:
-        call: What to run; it is given a function to call at every sign of life.
-        quiet_s: Seconds without a sign of life, or an end, after which it is given up.
+    It is given a function to call at every sign of life.
 
     Raises:
         TimeoutError: It was given up.
         Exception: Whatever ``call`` raises.
     """
-    events: queue.SimpleQueue[tuple[str, T | None, BaseException | None]] = queue.SimpleQueue()
+    signs: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()  # the last one is the end
     abandoned = threading.Event()
 
     def alive() -> None:
         if abandoned.is_set():
             raise _AbandonedError
-        events.put(("alive", None, None))
+        signs.put(None)
 
     def run() -> None:
+        end: Future[T] = Future()
         try:
-            events.put(("done", call(alive), None))
+            end.set_result(call(alive))
         except BaseException as error:  # handed to the waiting thread, whatever it is
-            events.put(("failed", None, error))
+            end.set_exception(error)
+        signs.put(end)
 
     # A daemon, so that a call nobody waits for any more does not hold up the end of the program.
     threading.Thread(target=run, name="conam_zoo-hub", daemon=True).start()
     try:
         while True:
-            state, value, error = events.get(timeout=quiet_s)
-            if error is not None:
-                raise error
-            if state == "done":
-                return value  # type: ignore[return-value]
+            if (end := signs.get(timeout=quiet_s)) is not None:
+                return end.result()
     except queue.Empty:
         raise TimeoutError(f"no answer within {quiet_s:.0f} seconds") from None
     finally:
@@ -113,22 +107,25 @@ def ask_hub(hub_id: str, file: str, revision: str | None) -> Announced:
 
     def ask(_: Callable[[], None]) -> Announced:
         url = hf_hub_url(hub_id, file, revision=revision)
-        token = token_in_use() or False
+        request = functools.partial(get_hf_file_metadata, url, token=token_in_use() or False, timeout=REQUEST_TIMEOUT_S)
         try:
-            answer = get_hf_file_metadata(url, token=token, timeout=REQUEST_TIMEOUT_S)
+            answer = request()
         except errors.HfHubHTTPError as error:  # a status of 500 and above is often gone a moment later
             if error.response.status_code < 500:
                 raise
             time.sleep(RETRY_AFTER_S)
-            answer = get_hf_file_metadata(url, token=token, timeout=REQUEST_TIMEOUT_S)
-        if answer.etag is None:
-            raise HubError(f"what answered for {hub_id} is not a Hub (no ETag), so look for a proxy or login page")
-        digest, commit = answer.etag.lower(), answer.commit_hash or ""
-        if not _DIGEST.fullmatch(digest):
-            raise HubError(f"what answered for {hub_id} is not a Hub (its ETag is no hash), so look for a proxy")
+            answer = request()
+        digest, commit = (answer.etag or "").lower(), answer.commit_hash or ""
         pinned = revision is not None and re.fullmatch(REVISION_PATTERN, revision)
-        if not re.fullmatch(REVISION_PATTERN, commit) or (pinned and commit != revision):
-            raise HubError(f"what answered for {hub_id} is not a Hub (it names no such commit), so look for a proxy")
+        wrong = ""
+        if not digest:
+            wrong = "no ETag"
+        elif not _DIGEST.fullmatch(digest):
+            wrong = "its ETag is no hash"
+        elif not re.fullmatch(REVISION_PATTERN, commit) or (pinned and commit != revision):
+            wrong = "it names no such commit"
+        if wrong:
+            raise HubError(f"what answered for {hub_id} is not a Hub ({wrong}), so look for a proxy or login page")
         return Announced(hub_id, file, revision, commit, digest, answer.size, answer.location)
 
     check_endpoint()
@@ -147,11 +144,7 @@ def download(
 ) -> Path:
     """Bring an announced file into the Hub cache, unless it is there whole.
 
-    Args:
-        announced: The answer of ``ask_hub``.
-        cache_dir: The Hub cache to use instead of the default one.
-        limit_bytes: The most that it may have.
-        sha256: Its SHA-256, where it is known.
+    It may have ``limit_bytes`` at most; ``sha256`` is its SHA-256, where it is known.
 
     Raises:
         WrongWeightsError: Another file was delivered, twice.
@@ -259,9 +252,6 @@ def _endpoint() -> str:
     from huggingface_hub import constants
 
     return redact(constants.ENDPOINT)
-
-
-# --- the cache ------------------------------------------------------------------------------------------------
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:

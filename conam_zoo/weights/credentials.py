@@ -2,13 +2,12 @@
 
 import functools
 import logging
+import os
 import re
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from conam_zoo.weights.errors import HubError, in_brief
-
-__all__ = ["check_endpoint", "redact", "tells_secrets", "token_in_use"]
 
 _logger = logging.getLogger(__name__)
 
@@ -22,8 +21,6 @@ def token_in_use() -> str | None:
 
     A token file that cannot be read, or would be waited for, as a named pipe would, is told of and left out.
     """
-    import os
-
     from huggingface_hub import constants, get_token
 
     path = Path(constants.HF_TOKEN_PATH)
@@ -45,9 +42,8 @@ def _warn_once(text: str) -> None:
 
 def redact(text: str) -> str:
     """The text with ``***`` in place of the user's token, the endpoint's password, and what looks like either."""
-    token = token_in_use()
-    for secret in (*_secrets_of_endpoint(), *([token] if token else [])):
-        text = text.replace(secret, "***")
+    for secret in (*_secrets_of_endpoint(), token_in_use()):
+        text = text.replace(secret, "***") if secret else text
     return _SECRETS.sub("***", text)
 
 

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-__all__ = ["HubError", "WeightsError", "WrongWeightsError", "expand_home", "in_brief"]
+
+class ManifestError(ValueError):
+    """The manifest is absent, malformed, or has no such entry; the message is one sentence."""
 
 
 class WeightsError(RuntimeError):

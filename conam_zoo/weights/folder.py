@@ -20,18 +20,18 @@ from conam_zoo.weights.manifest import FILE_PATTERN, REVISION_PATTERN
 from conam_zoo.weights.verify import (
     LARGEST_TEXT_BYTES,
     LARGEST_WEIGHTS_BYTES,
+    CopyStatus,
+    Part,
     Shard,
-    examine_copy,
     is_index,
     parse_parts,
     read_file,
     read_index,
+    with_shards,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["WEIGHTS_FILE", "fetch_config", "read_config", "read_folder", "read_hub_folder", "weights_file"]
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -75,10 +75,11 @@ def read_folder(folder: Path) -> dict[str, "Tensor"]:
             f"{path} is not the file that its config.json describes, expected SHA-256 {stated}, found {found}: "
             "copy the folder again."
         )
-    copy, parts = examine_copy("mirror", path, Shard(path.name, found, len(data)))
-    if parts is None:
+    first = Part(Shard(path.name, found, len(data)), path, data)
+    copy = with_shards(CopyStatus("mirror", path, "good", "", (first,)))
+    if not copy.parts:
         raise WrongWeightsError(f"{copy.detail}: copy the folder again.")
-    return parse_parts(parts)
+    return parse_parts(copy.parts)
 
 
 def weights_file(config: Mapping[str, Any], folder: Path | str) -> str:
@@ -108,7 +109,7 @@ def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[st
     file = weights_file(read_config(config), redact(hub_id))
     path = _fetch(pinned, file, cache_dir)
     if is_index(file):
-        for shard in read_index(read_file(path, LARGEST_TEXT_BYTES), path).shards:
+        for shard in read_index(read_file(path, LARGEST_TEXT_BYTES), path)[0]:
             _fetch(pinned, shard.file, cache_dir, shard)
     try:
         return read_folder(path.parent)
@@ -133,7 +134,8 @@ def _fetch(
     """A file of a repository: from the cache if the revision is a commit, or the Hub does not answer."""
     repository, _, revision = hub_id.partition("@")
     cached = None
-    limit = LARGEST_WEIGHTS_BYTES if file.endswith(".safetensors") else LARGEST_TEXT_BYTES
+    largest = LARGEST_WEIGHTS_BYTES if file.endswith(".safetensors") else LARGEST_TEXT_BYTES
+    limit = shard.size_bytes if shard else largest
     try:
         cached = cached_file(repository, file, revision or None, cache_dir)
         if cached is not None and is_intact(cached) is False:
@@ -141,12 +143,7 @@ def _fetch(
         if cached is not None and re.fullmatch(REVISION_PATTERN, revision) and not afresh:
             return cached
         announced = ask_hub(repository, file, revision or None)
-        return download(
-            announced,
-            cache_dir,
-            limit_bytes=shard.size_bytes if shard else limit,
-            sha256=shard.sha256 if shard else None,
-        )
+        return download(announced, cache_dir, limit_bytes=limit, sha256=shard.sha256 if shard else None)
     except (HubError, OSError, ValueError) as error:
         if cached is not None and not afresh:
             return cached

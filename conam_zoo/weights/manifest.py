@@ -7,14 +7,19 @@ against a JSON Schema of the same layout.
 
 import functools
 import json
+import math
 import os
+import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, NoReturn
 
-from conam_zoo.weights import json_checks as check
-from conam_zoo.weights.json_checks import JsonScalar, ManifestError
+from conam_zoo.weights.errors import ManifestError
+
+JsonScalar = str | int | float | bool | None
+Check = Callable[[object, str], Any]  # gives a value typed, or refuses it by the name of its field
 
 MANIFEST_NAME = "weights_manifest.json"
 SCHEMA_VERSION = 1
@@ -34,10 +39,7 @@ _LARGEST_BYTES = 16 << 20  # of a manifest
 
 @dataclass(frozen=True)
 class Metrics:
-    """What the published file scores on the test split of its data set.
-
-    ``nll`` is in nats per image, ``ece`` a fraction (15 equal-width bins).
-    """
+    """Scores on the test split; ``nll`` is in nats per image, ``ece`` a fraction (15 equal-width bins)."""
 
     top1_percent: float
     top5_percent: float
@@ -56,12 +58,9 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """Published weights: one safetensors file, or the index of several.
+    """Published weights: one safetensors file, or the index of several."""
 
-    ``name`` is the entry's key, ``"<arch>.<tag>"``; ``sha256`` and ``size_bytes`` are those of ``file``.
-    """
-
-    name: str
+    name: str  # the entry's key, "<arch>.<tag>"
     repository: str
     revision: str | None  # the Hub commit that holds the file; None: not published yet
     file: str
@@ -94,16 +93,16 @@ class WeightEntry:
 
     @property
     def arch(self) -> str:
-        """The model's registered name, as ``resnet20_conam`` in ``resnet20_conam.cifar10``."""
+        """The model's registered name: ``resnet20_conam`` of ``resnet20_conam.cifar10``."""
         return self.name.partition(".")[0]
 
     @property
     def tag(self) -> str:
-        """The part after the dot, as ``cifar10`` in ``resnet20_conam.cifar10``."""
+        """The part after the dot: ``cifar10`` of ``resnet20_conam.cifar10``."""
         return self.name.partition(".")[2]
 
     def hub_id(self, namespace: str) -> str:
-        """The id of the Hub repository that holds the file, below the publisher's ``namespace``."""
+        """The id of its Hub repository."""
         return f"{namespace}/{self.repository}"
 
 
@@ -112,17 +111,12 @@ OPTIONAL = {f.name for f in fields(WeightEntry) if f.default is None}  # older m
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole manifest.
-
-    ``hub_namespace`` is the one place where the publisher's Hub account is set, ``code_repository``
-    (``"owner/name"``, as torch.hub wants it) the one for the source code; None: not set yet. ``path`` is the file
-    it was read from, if any, and takes no part in comparisons.
-    """
+    """A whole manifest."""
 
     entries: Mapping[str, WeightEntry] = field(hash=False)
-    hub_namespace: str | None = None
-    code_repository: str | None = None
-    path: Path | None = field(default=None, compare=False)
+    hub_namespace: str | None = None  # the publisher's Hub account; None: not set yet
+    code_repository: str | None = None  # "owner/name", as torch.hub wants it; None: not set yet
+    path: Path | None = field(default=None, compare=False)  # the file that it was read from
 
     def entry(self, name: str) -> WeightEntry:
         """The entry called ``name``.
@@ -148,22 +142,15 @@ def find_manifest() -> Path:
     Raises:
         ManifestError: It lies in neither place.
     """
-    checkout = find_checkout()
-    if checkout is not None:
-        return checkout / MANIFEST_NAME
-    packaged = Path(__file__).resolve().parents[1] / MANIFEST_NAME
-    if packaged.is_file():
-        return packaged
-    raise ManifestError(
-        f"{MANIFEST_NAME} lies neither in {packaged.parent.parent} nor in {packaged.parent}; reinstall conam_zoo."
-    )
+    package = Path(__file__).resolve().parents[1]
+    folder = find_checkout() or package
+    if not (folder / MANIFEST_NAME).is_file():
+        raise ManifestError(f"{MANIFEST_NAME} lies neither in {package.parent} nor in {package}; reinstall conam_zoo.")
+    return folder / MANIFEST_NAME
 
 
 def load_manifest(path: Path | None = None) -> Manifest:
-    """Read and check a manifest.
-
-    Args:
-        path: The file to read; without it the default one, which is read once per process.
+    """Read and check a manifest; without ``path`` the default one, which is read once per process.
 
     Raises:
         ManifestError: The file is absent, unreadable, or not a valid manifest.
@@ -184,14 +171,25 @@ def _load(path: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"The manifest {path} cannot be read: {error}.") from error
     try:
-        manifest = parse_manifest(
-            json.loads(text, object_pairs_hook=check.without_duplicates, parse_constant=check.no_constant)
-        )
+        manifest = parse_manifest(json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant))
     except ManifestError as error:
         raise ManifestError(f"The manifest {path} is not valid: {error}") from error
     except (ValueError, RecursionError) as error:  # not JSON, or nested or numbered beyond all reason
         raise ManifestError(f"The manifest {path} is not JSON: {error}; restore the published one.") from error
     return Manifest(manifest.entries, manifest.hub_namespace, manifest.code_repository, path)
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = max(names, key=names.count)
+        raise ManifestError(f"the key {twice!r} stands twice in one object; keep one of them.")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ManifestError(f"{name} is not a JSON number; write a finite one.")
 
 
 def dump_manifest(manifest: Manifest, path: Path) -> None:
@@ -236,168 +234,183 @@ def _as_document(manifest: Manifest) -> dict[str, object]:
     }
 
 
+# --- checks ---------------------------------------------------------------------------------------------------
+
+
+def _refuse(at: str, value: object, rule: str) -> NoReturn:
+    shown = repr(value)
+    if len(shown) > 100:
+        shown = shown[:97] + "..."
+    raise ManifestError(f"{at} is {shown}, but must be {rule}.")
+
+
+def _object(value: object, at: str, keys: Iterable[str] | None = None) -> dict[str, Any]:
+    """A JSON object, with exactly these keys if they are given."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        _refuse(at, value, "a JSON object")
+    if keys is not None and (missing := sorted(set(keys) - set(value))):
+        raise ManifestError(f"{at} lacks {', '.join(map(repr, missing))}; add it.")
+    if keys is not None and (unknown := sorted(set(value) - set(keys))):
+        raise ManifestError(f"{at} has the unknown key {', '.join(map(repr, unknown))}; remove it.")
+    return value
+
+
+def _text(value: object, at: str) -> str:
+    # isprintable also refuses line breaks, control characters and halves of surrogate pairs.
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        _refuse(at, value, "a line of text")
+    return value
+
+
+def _matching(pattern: str, rule: str) -> Check:
+    def check(value: object, at: str) -> str:
+        if not isinstance(value, str) or re.fullmatch(pattern, value) is None:
+            _refuse(at, value, rule)
+        return value
+
+    return check
+
+
+def _integer(low: int, high: int = 2**53) -> Check:  # the largest that every JSON reader keeps exactly
+    def check(value: object, at: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            _refuse(at, value, f"an integer from {low} to {high}")
+        return value
+
+    return check
+
+
+def _number(low: float, high: float) -> Check:
+    def check(value: object, at: str) -> float:
+        # A NaN fails the comparison, and an integer too large for a float fails it before the conversion.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            _refuse(at, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return check
+
+
+def _optional(check: Check) -> Check:
+    return lambda value, at: None if value is None else check(value, at)
+
+
+def _tuple_of(check_item: Check, length: int | None = None) -> Check:
+    def check(value: object, at: str) -> tuple[Any, ...]:
+        if not isinstance(value, list) or (length is not None and len(value) != length):
+            _refuse(at, value, "a list" if length is None else f"a list of {length}")
+        return tuple(check_item(item, at) for item in value)
+
+    return check
+
+
+def _table_of(check_value: Check, check_key: Check = _text) -> Check:
+    def check(value: object, at: str) -> dict[str, Any]:
+        items = _object(value, at).items()
+        return {check_key(key, f"a key of {at}"): check_value(item, f"{at}[{key!r}]") for key, item in items}
+
+    return check
+
+
+def _record(kind: Callable[..., Any], checks: Mapping[str, Check]) -> Check:
+    def check(value: object, at: str) -> Any:
+        facts = _object(value, at, checks)
+        return kind(**{key: check_field(facts[key], f"{at}.{key}") for key, check_field in checks.items()})
+
+    return check
+
+
+def _argument_name(value: object, at: str) -> str:
+    if not isinstance(value, str) or not value.isidentifier() or not value.isascii():
+        _refuse(at, value, "the name of a constructor argument")
+    return value
+
+
+def _argument(value: object, at: str) -> JsonScalar | list[JsonScalar]:
+    return [_scalar(item, at) for item in value] if isinstance(value, list) else _scalar(value, at)
+
+
+def _scalar(value: object, at: str) -> JsonScalar:
+    if isinstance(value, str):
+        return _text(value, at)
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    _refuse(at, value, "a string, a finite number, true, false, null, or a list of these")
+
+
+_SHA256 = _matching(SHA256_PATTERN, "64 lower-case hexadecimal digits")
+_PERCENT = _number(0.0, 100.0)
+_METRICS = {"top1_percent": _PERCENT, "top5_percent": _PERCENT, "nll": _number(0.0, 1e6), "ece": _number(0.0, 1.0)}
+_ONNX_FILE = _record(OnnxFile, {"sha256": _SHA256, "size_bytes": _integer(1), "top1_percent": _PERCENT})
+_ENTRY: dict[str, Check] = {
+    "repository": _matching(HUB_NAME_PATTERN, "a Hub repository name without namespace"),
+    "revision": _optional(_matching(REVISION_PATTERN, "null or 40 lower-case hexadecimal digits")),
+    "file": _matching(FILE_PATTERN, "a bare file name without '..' ending in .safetensors or .safetensors.index.json"),
+    "sha256": _SHA256,
+    "size_bytes": _integer(1),
+    "dtype": _matching("|".join(DTYPES), f"one of {', '.join(DTYPES)}"),
+    "params": _integer(1),
+    "macs": _integer(1),
+    "model_args": _table_of(_argument, _argument_name),
+    "dataset": _text,
+    "num_classes": _integer(1),
+    "classes": _tuple_of(_text),
+    "input_size": _tuple_of(_integer(1), 3),
+    "mean": _tuple_of(_number(0.0, 1.0), 3),
+    "std": _tuple_of(_number(1e-6, 1.0), 3),
+    "metrics": _record(Metrics, _METRICS),
+    "recipe": _matching(RECIPE_PATTERN, "the name of a recipe"),
+    "teacher": _optional(_text),
+    "seed": _integer(0),
+    "epochs": _integer(1),
+    "hardware": _text,
+    "train_minutes": _number(0.0, 1e9),
+    "library_versions": _table_of(_text),
+    "licence": _text,
+    "liveness": _optional(_table_of(_number(0.0, 1e6))),
+    "correct_of_first_1000": _optional(_integer(0, 1000)),
+    "nll_of_first_1000": _optional(_number(0.0, 1e6)),
+    "onnx": _optional(_record(dict, dict.fromkeys(ONNX_FILES, _ONNX_FILE))),
+}
+
+
 def parse_manifest(document: object) -> Manifest:
     """Check a parsed JSON document and turn it into a ``Manifest``.
 
     Raises:
         ManifestError: Names the field, the value found and what it must be.
     """
-    top = check.as_object(document, "the manifest")
-    check.exact_keys(top, {"schema_version", "hub_namespace", "code_repository", "entries"}, "the manifest")
-    version = check.integer(top["schema_version"], "schema_version", 0)
+    top = _object(document, "the manifest", {"schema_version", "hub_namespace", "code_repository", "entries"})
+    version = _integer(0)(top["schema_version"], "schema_version")
     if version != SCHEMA_VERSION:
         raise ManifestError(
             f"schema_version is {version}, but this conam_zoo reads {SCHEMA_VERSION}; "
             "install the conam_zoo that the manifest belongs to."
         )
-    entries = {}
-    for name, facts in check.as_object(top["entries"], "entries").items():
-        check.matching(name, "a key of entries", NAME_PATTERN, "an '<arch>.<tag>' of a-z, 0-9 and _")
-        entries[name] = _read_entry(name, facts)
+    account = _matching(HUB_NAME_PATTERN, "null or a Hugging Face account name")
+    repository = _matching(CODE_REPOSITORY_PATTERN, "null or 'owner/name'")
+    check_name = _matching(NAME_PATTERN, "an '<arch>.<tag>' of a-z, 0-9 and _")
     return Manifest(
-        entries=entries,
-        hub_namespace=check.optional(
-            top["hub_namespace"], "hub_namespace", HUB_NAME_PATTERN, "null or a Hugging Face account name"
-        ),
-        code_repository=check.optional(
-            top["code_repository"], "code_repository", CODE_REPOSITORY_PATTERN, "null or 'owner/name'"
-        ),
+        {
+            check_name(name, "a key of entries"): _read_entry(name, facts)
+            for name, facts in _object(top["entries"], "entries").items()
+        },
+        _optional(account)(top["hub_namespace"], "hub_namespace"),
+        _optional(repository)(top["code_repository"], "code_repository"),
     )
 
 
 def _read_entry(name: str, document: object) -> WeightEntry:
     at = f"entries[{name!r}]"
-    facts = check.as_object(document, at)
-    facts = dict.fromkeys(OPTIONAL) | facts
-    check.exact_keys(facts, {f.name for f in fields(WeightEntry)} - {"name"}, at)
-    entry = WeightEntry(
-        name=name,
-        repository=check.matching(
-            facts["repository"],
-            f"{at}.repository",
-            HUB_NAME_PATTERN,
-            "a Hub repository name without namespace",
-        ),
-        revision=check.optional(
-            facts["revision"], f"{at}.revision", REVISION_PATTERN, "null or 40 lower-case hexadecimal digits"
-        ),
-        file=check.matching(
-            facts["file"],
-            f"{at}.file",
-            FILE_PATTERN,
-            "a bare file name without '..' ending in .safetensors or .safetensors.index.json",
-        ),
-        sha256=_sha256(facts["sha256"], f"{at}.sha256"),
-        size_bytes=check.integer(facts["size_bytes"], f"{at}.size_bytes", 1),
-        dtype=check.one_of(facts["dtype"], f"{at}.dtype", DTYPES),
-        params=check.integer(facts["params"], f"{at}.params", 1),
-        macs=check.integer(facts["macs"], f"{at}.macs", 1),
-        model_args=_read_model_args(facts["model_args"], f"{at}.model_args"),
-        dataset=check.text(facts["dataset"], f"{at}.dataset"),
-        num_classes=check.integer(facts["num_classes"], f"{at}.num_classes", 1),
-        classes=tuple(check.text(item, f"{at}.classes") for item in check.as_list(facts["classes"], f"{at}.classes")),
-        input_size=_read_input_size(facts["input_size"], f"{at}.input_size"),
-        mean=check.three_numbers(facts["mean"], f"{at}.mean", 0.0, 1.0),
-        std=check.three_numbers(facts["std"], f"{at}.std", 1e-6, 1.0),
-        metrics=_read_metrics(facts["metrics"], f"{at}.metrics"),
-        recipe=check.matching(facts["recipe"], f"{at}.recipe", RECIPE_PATTERN, "the name of a recipe"),
-        teacher=None if facts["teacher"] is None else check.text(facts["teacher"], f"{at}.teacher"),
-        seed=check.integer(facts["seed"], f"{at}.seed", 0),
-        epochs=check.integer(facts["epochs"], f"{at}.epochs", 1),
-        hardware=check.text(facts["hardware"], f"{at}.hardware"),
-        train_minutes=check.number(facts["train_minutes"], f"{at}.train_minutes", 0.0, 1e9),
-        library_versions={
-            check.text(library, f"a key of {at}.library_versions"): check.text(
-                version, f"{at}.library_versions[{library!r}]"
-            )
-            for library, version in check.as_object(facts["library_versions"], f"{at}.library_versions").items()
-        },
-        licence=check.text(facts["licence"], f"{at}.licence"),
-        liveness=_read_liveness(facts["liveness"], f"{at}.liveness"),
-        correct_of_first_1000=_read_correct(facts["correct_of_first_1000"], f"{at}.correct_of_first_1000"),
-        nll_of_first_1000=_read_nll(facts["nll_of_first_1000"], f"{at}.nll_of_first_1000"),
-        onnx=_read_onnx(facts["onnx"], f"{at}.onnx"),
-    )
+    facts = dict.fromkeys(OPTIONAL) | _object(document, at)
+    entry: WeightEntry = _record(functools.partial(WeightEntry, name), _ENTRY)(facts, at)
+    metrics = entry.metrics
+    if metrics.top5_percent < metrics.top1_percent:
+        _refuse(f"{at}.metrics.top5_percent", metrics.top5_percent, f"at least top1_percent = {metrics.top1_percent}")
+    if entry.input_size[0] != 3:  # mean and std have three numbers
+        _refuse(f"{at}.input_size", list(entry.input_size), "[3, height, width]")
     if len(entry.classes) != entry.num_classes:
         raise ManifestError(
             f"{at}.classes has {len(entry.classes)} names, but num_classes is {entry.num_classes}; "
             "give one name per class."
         )
     return entry
-
-
-def _read_liveness(document: object, at: str) -> dict[str, float] | None:
-    if document is None:
-        return None
-    sites = check.as_object(document, at)
-    return {
-        check.text(site, f"a key of {at}"): check.number(value, f"{at}[{site!r}]", 0.0, 1e6)
-        for site, value in sites.items()
-    }
-
-
-def _read_correct(value: object, at: str) -> int | None:
-    if value is not None and check.integer(value, at, 0) > 1000:
-        check.refuse(at, value, "at most 1000")
-    return None if value is None else check.integer(value, at, 0)
-
-
-def _read_nll(value: object, at: str) -> float | None:
-    return None if value is None else check.number(value, at, 0.0, 1e6)
-
-
-def _read_onnx(document: object, at: str) -> dict[str, OnnxFile] | None:
-    if document is None:
-        return None
-    files = check.as_object(document, at)
-    check.exact_keys(files, ONNX_FILES, at)
-    return {path: _read_onnx_file(facts, f"{at}[{path!r}]") for path, facts in files.items()}
-
-
-def _read_onnx_file(document: object, at: str) -> OnnxFile:
-    facts = check.as_object(document, at)
-    check.exact_keys(facts, {f.name for f in fields(OnnxFile)}, at)
-    return OnnxFile(
-        sha256=_sha256(facts["sha256"], f"{at}.sha256"),
-        size_bytes=check.integer(facts["size_bytes"], f"{at}.size_bytes", 1),
-        top1_percent=check.number(facts["top1_percent"], f"{at}.top1_percent", 0.0, 100.0),
-    )
-
-
-def _sha256(value: object, at: str) -> str:
-    return check.matching(value, at, SHA256_PATTERN, "64 lower-case hexadecimal digits")
-
-
-def _read_metrics(document: object, at: str) -> Metrics:
-    facts = check.as_object(document, at)
-    check.exact_keys(facts, {f.name for f in fields(Metrics)}, at)
-    metrics = Metrics(
-        top1_percent=check.number(facts["top1_percent"], f"{at}.top1_percent", 0.0, 100.0),
-        top5_percent=check.number(facts["top5_percent"], f"{at}.top5_percent", 0.0, 100.0),
-        nll=check.number(facts["nll"], f"{at}.nll", 0.0, 1e6),
-        ece=check.number(facts["ece"], f"{at}.ece", 0.0, 1.0),
-    )
-    if metrics.top5_percent < metrics.top1_percent:
-        check.refuse(f"{at}.top5_percent", metrics.top5_percent, f"at least top1_percent = {metrics.top1_percent}")
-    return metrics
-
-
-def _read_model_args(document: object, at: str) -> dict[str, JsonScalar | list[JsonScalar]]:
-    arguments: dict[str, JsonScalar | list[JsonScalar]] = {}
-    for name, value in check.as_object(document, at).items():
-        where = f"{at}[{name!r}]"
-        if not name.isidentifier() or not name.isascii():
-            check.refuse(f"a key of {at}", name, "the name of a constructor argument")
-        if isinstance(value, list):
-            arguments[name] = [check.scalar(item, where) for item in value]
-        else:
-            arguments[name] = check.scalar(value, where)
-    return arguments
-
-
-def _read_input_size(value: object, at: str) -> tuple[int, int, int]:
-    items = check.as_list(value, at, length=3)
-    channels, height, width = (check.integer(item, at, 1) for item in items)
-    if channels != 3:  # mean and std have three numbers
-        check.refuse(at, items, "[3, height, width]")
-    return channels, height, width

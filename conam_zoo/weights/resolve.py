@@ -7,10 +7,9 @@ only if its bytes are those that the manifest describes.
 import contextlib
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +32,6 @@ from conam_zoo.weights.verify import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["VerifiedWeights", "check_copies", "fill_mirror", "find_verified"]
-
 MIRROR_VARIABLE = "CONAM_ZOO_MIRROR"
 
 _logger = logging.getLogger(__name__)
@@ -46,20 +43,11 @@ LOCK_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class VerifiedWeights:
-    """A state dict whose bytes were compared with the manifest, and where they came from.
+    """A state dict whose bytes were compared with the manifest, and where they came from."""
 
-    ``path`` is that of the entry's own file; ``files`` are all, with the shards that an index names behind it.
-    """
-
-    path: Path
+    path: Path  # of the entry's own file
     source: Source
     state_dict: dict[str, "Tensor"]
-    files: tuple[tuple[Described, Path], ...] = ()
-
-
-def _verified(parts: Sequence[Part], source: Source) -> VerifiedWeights:
-    files = tuple((part.described, part.path) for part in parts)
-    return VerifiedWeights(parts[0].path, source, parse_parts(parts), files)
 
 
 def find_verified(
@@ -82,21 +70,32 @@ def find_verified(
         WrongWeightsError: The Hub itself offers another file than the manifest describes.
         WeightsError: No verified copy was found; the message says what was tried, and what to do.
     """
+    source, parts = _find_parts(entry, cache_dir, namespace)
+    return VerifiedWeights(parts[0].path, source, parse_parts(parts))
+
+
+def _find_parts(
+    entry: WeightEntry, cache_dir: str | Path | None, namespace: str | None
+) -> tuple[Source, tuple[Part, ...]]:
     tried: list[str] = []
-    for found, parts in _examine_places(entry, cache_dir, namespace):
-        if parts is not None:
-            return _verified(parts, found.place)
+    for found in _examine_places(entry, cache_dir, namespace):
+        if found.parts:
+            return found.place, found.parts
         if found.status == "wrong":
             _logger.warning("A copy of %s is not used: %s.", entry.name, found.detail)
         tried.append(found.detail)
-    if namespace is None or entry.revision is None:
-        raise WeightsError(_nothing_found(entry, tried, ""))
-    try:
-        return _fetch(entry, entry.hub_id(namespace), entry.revision, cache_dir)
-    except HubError as failure:
-        # A traceback shows the cause as well.
-        cause = None if tells_secrets(failure.__cause__) else failure.__cause__
-        raise WeightsError(_nothing_found(entry, [*tried, str(failure)], "go online, ")) from cause
+    online, cause = "", None
+    if namespace is not None and entry.revision is not None:
+        try:
+            return _fetch(entry, entry.hub_id(namespace), entry.revision, cache_dir)
+        except HubError as failure:
+            tried.append(str(failure))
+            # A traceback shows the cause as well.
+            online, cause = "go online, ", None if tells_secrets(failure.__cause__) else failure.__cause__
+    raise WeightsError(
+        f"No verified copy of {entry.name} was found ({'; '.join(tried)}): set {MIRROR_VARIABLE} to a "
+        f"directory that holds {entry.name}/{entry.file}, {online}or use pretrained=False."
+    ) from cause
 
 
 def check_copies(
@@ -114,19 +113,12 @@ def check_copies(
         namespace: The manifest's ``hub_namespace``.
         mirror: The mirror to look into instead of the one in ``CONAM_ZOO_MIRROR``.
     """
-    return [found for found, _ in _examine_places(entry, cache_dir, namespace, mirror)]
-
-
-def _nothing_found(entry: WeightEntry, tried: list[str], online: str) -> str:
-    return (
-        f"No verified copy of {entry.name} was found ({'; '.join(tried)}): set {MIRROR_VARIABLE} to a "
-        f"directory that holds {entry.name}/{entry.file}, {online}or use pretrained=False."
-    )
+    return [replace(found, parts=()) for found in _examine_places(entry, cache_dir, namespace, mirror)]
 
 
 def _examine_places(
     entry: WeightEntry, cache_dir: str | Path | None, namespace: str | None, mirror: Path | None = None
-) -> Iterator[tuple[CopyStatus, tuple[Part, ...] | None]]:
+) -> Iterator[CopyStatus]:
     """Mirror, checkout and cache, each looked at only when its turn comes."""
     set_mirror = os.environ.get(MIRROR_VARIABLE)
     if mirror is None and set_mirror:
@@ -134,42 +126,34 @@ def _examine_places(
     if mirror is not None:
         yield examine_copy("mirror", mirror / entry.name / entry.file, entry)
     else:
-        yield CopyStatus("mirror", None, "missing", f"{MIRROR_VARIABLE} is not set"), None
+        yield CopyStatus("mirror", None, "missing", f"{MIRROR_VARIABLE} is not set")
 
     checkout = find_checkout()
     if checkout is not None:
         yield examine_copy("checkout", checkout / "weights" / entry.name / entry.file, entry)
     else:
-        yield CopyStatus("checkout", None, "missing", "conam_zoo does not run from a checkout"), None
+        yield CopyStatus("checkout", None, "missing", "conam_zoo does not run from a checkout")
 
     if namespace is None or entry.revision is None:
-        detail = "these weights are not published on the Hub yet"
-        yield CopyStatus("cache", None, "missing", detail), None
+        yield CopyStatus("cache", None, "missing", "these weights are not published on the Hub yet")
     else:
         yield _examine_cache(entry, entry.hub_id(namespace), entry.revision, cache_dir)
 
 
-def _examine_cache(
-    entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None
-) -> tuple[CopyStatus, tuple[Part, ...] | None]:
-    path = _cached_path(entry, hub_id, revision, cache_dir)
-    # The cache keeps the files of a revision side by side.
-    return examine_copy("cache", path, entry) if isinstance(path, Path) else (path, None)
-
-
-def _cached_path(part: Described, hub_id: str, revision: str, cache_dir: str | Path | None) -> Path | CopyStatus:
-    """Where the Hub cache has a file, or why it has none."""
+def _examine_cache(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None) -> CopyStatus:
     folder = cache_folder(cache_dir)
     try:
-        path = cached_file(hub_id, part.file, revision, cache_dir)
+        path = cached_file(hub_id, entry.file, revision, cache_dir)
     except (OSError, ValueError) as error:
         return CopyStatus("cache", None, "missing", f"the Hub cache {folder} cannot be read ({in_brief(error)})")
     if path is None:
         return CopyStatus("cache", None, "missing", f"the Hub cache {folder} has no copy of it")
-    return path
+    return examine_copy("cache", path, entry)  # the cache keeps the files of a revision side by side
 
 
-def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None) -> VerifiedWeights:
+def _fetch(
+    entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None
+) -> tuple[Source, tuple[Part, ...]]:
     """Download what the cache lacks or has wrong: the file, and then what it names if it is an index.
 
     Raises:
@@ -180,14 +164,14 @@ def _fetch(entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path
     announced = _ask_for(entry, hub_id, revision)
     with _one_process_at_a_time(entry, cache_dir):
         # While this process waited for the lock, another may have brought the files.
-        found, parts = _examine_cache(entry, hub_id, revision, cache_dir)
-        if parts is not None:
-            return _verified(parts, found.place)
-        first = _fetch_file(entry, announced, cache_dir)
-        fetched = [first]
-        for shard in read_index(first.data, first.path).shards if is_index(entry.file) else ():
-            fetched.append(_fetch_file(shard, _ask_for(shard, hub_id, revision), cache_dir))
-    return _verified(fetched, "hub")
+        found = _examine_cache(entry, hub_id, revision, cache_dir)
+        if found.parts:
+            return "cache", found.parts
+        parts = _fetch_file(entry, announced, cache_dir)
+        if is_index(entry.file):
+            for shard in read_index(parts[0].data, parts[0].path)[0]:
+                parts += _fetch_file(shard, _ask_for(shard, hub_id, revision), cache_dir)
+    return "hub", parts
 
 
 def _ask_for(part: Described, hub_id: str, revision: str) -> Announced:
@@ -206,13 +190,13 @@ def _ask_for(part: Described, hub_id: str, revision: str) -> Announced:
     return answer
 
 
-def _fetch_file(part: Described, announced: Announced, cache_dir: str | Path | None) -> Part:
+def _fetch_file(part: Described, announced: Announced, cache_dir: str | Path | None) -> tuple[Part, ...]:
     """One file of the Hub, brought into the cache and verified where it lies there."""
     path = download(announced, cache_dir, limit_bytes=part.size_bytes, sha256=part.sha256)
-    found, data = examine("hub", path, part)
-    if data is None:
+    found = examine("hub", path, part)
+    if not found.parts:
         raise WrongWeightsError(f"{found.detail}; it was changed in the cache meanwhile, so run the command again.")
-    return Part(part, path, data)
+    return found.parts
 
 
 @contextlib.contextmanager
@@ -244,21 +228,12 @@ def _one_process_at_a_time(entry: WeightEntry, cache_dir: str | Path | None) -> 
         yield
 
 
-# --- mirrors -----------------------------------------------------------------------------------------------
-
-
 def fill_mirror(
     entry: WeightEntry, directory: Path, *, cache_dir: str | Path | None = None, namespace: str | None = None
 ) -> tuple[Path, bool]:
-    """Put a verified copy of ``entry`` into a mirror, unless a good one is there.
+    """Put a verified copy of ``entry`` into a mirror, unless a good one is there; arguments as of ``find_verified``.
 
-    A wrong copy is replaced. The copy appears under its name only when it is whole and verified.
-
-    Args:
-        entry: What to copy.
-        directory: The mirror; it is made if need be.
-        cache_dir: The Hub cache to use instead of the default one.
-        namespace: The manifest's ``hub_namespace``.
+    A wrong copy is replaced. The copy appears under its name only when it is whole.
 
     Returns:
         The path of the copy, and whether it was written now.
@@ -266,46 +241,37 @@ def fill_mirror(
     Raises:
         WeightsError: There is no verified copy to be had, or the directory cannot be written.
     """
-    path = _place(entry, directory)
-    _, parts = examine_copy("mirror", path, entry)
-    if parts is not None and not any(part.path.is_symlink() for part in parts):
-        return path, False
-    # The index last: a mirror is whole when its copy appears by name.
-    for described, source in reversed(find_verified(entry, cache_dir=cache_dir, namespace=namespace).files):
-        _copy(described, source, path.with_name(described.file), directory)
-    return path, True
-
-
-def _copy(described: Described, source: Path, path: Path, directory: Path) -> None:
-    """Put one file into its place, verified again where it lies, unless a good one is there."""
-    if examine("mirror", path, described)[0].status == "good" and not path.is_symlink():
-        return
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as copy, source.open("rb") as file:
-            shutil.copyfileobj(file, copy)
-        found = examine("mirror", temporary, described)[0]
-        if found.status != "good":
-            raise WrongWeightsError(f"{found.detail}; {source} was changed meanwhile, so run the command again.")
-        temporary.chmod(0o644)  # mkstemp made it private, and a mirror is for others
-        os.replace(temporary, path)
-    except OSError as error:
-        raise WeightsError(
-            f"The mirror {directory} cannot be written ({in_brief(error)}): choose a directory with space and rights."
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _place(entry: WeightEntry, directory: Path) -> Path:
-    """Where a mirror has its copy; refuses one that a link leads out of it."""
     folder = directory / entry.name
     if folder.is_symlink():
         raise WeightsError(
             f"{folder} is a symbolic link, and a mirror is not written through links: put a directory in its place."
         )
-    return folder / entry.file
+    path = folder / entry.file
+    there = examine_copy("mirror", path, entry).parts
+    if there and not any(part.path.is_symlink() for part in there):
+        return path, False
+    _, parts = _find_parts(entry, cache_dir, namespace)
+    parse_parts(parts)  # nobody gets weights that cannot be read
+    try:
+        for part in reversed(parts):  # the index last: a mirror is whole when its copy appears by name
+            place = folder / part.described.file
+            if place.is_symlink() or not examine("mirror", place, part.described).parts:
+                _write_part(part, place)
+    except OSError as error:
+        raise WeightsError(
+            f"The mirror {directory} cannot be written ({in_brief(error)}): choose a directory with space and rights."
+        ) from error
+    return path, True
+
+
+def _write_part(part: Part, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as copy:
+            copy.write(part.data)
+        temporary.chmod(0o644)  # mkstemp made it private, and a mirror is for others
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

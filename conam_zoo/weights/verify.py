@@ -11,35 +11,15 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from conam_zoo.weights.errors import WeightsError, WrongWeightsError, in_brief
 from conam_zoo.weights.manifest import FILE_PATTERN, SHA256_PATTERN, WeightEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = [
-    "INDEX_SUFFIX",
-    "CopyStatus",
-    "Described",
-    "Index",
-    "Part",
-    "Shard",
-    "Source",
-    "examine",
-    "examine_copy",
-    "is_index",
-    "make_index",
-    "parse_parts",
-    "parse_safetensors",
-    "read_file",
-    "read_index",
-    "read_safetensors",
-    "read_verified",
-]
 
 INDEX_SUFFIX = ".safetensors.index.json"
 LARGEST_WEIGHTS_BYTES = 2 << 30  # the largest net of the zoo has 0.15 GB
@@ -52,19 +32,6 @@ _CHUNK_BYTES = 1 << 20
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
-class Described(Protocol):
-    """A file of which name, SHA-256 and size are known."""
-
-    @property
-    def file(self) -> str: ...
-
-    @property
-    def sha256(self) -> str: ...
-
-    @property
-    def size_bytes(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Shard:
     """One file out of several that hold the tensors of a model."""
@@ -72,6 +39,18 @@ class Shard:
     file: str
     sha256: str
     size_bytes: int
+
+
+Described = WeightEntry | Shard  # a file of which name, SHA-256 and size are known
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file that was read and found to be the one described."""
+
+    described: Described
+    path: Path
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -82,15 +61,7 @@ class CopyStatus:
     path: Path | None
     status: Literal["good", "wrong", "missing"]
     detail: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file that was read and found to be the one described."""
-
-    described: Described
-    path: Path
-    data: bytes
+    parts: tuple[Part, ...] = field(default=(), repr=False)  # what was read, if and only if everything is good
 
 
 def read_file(path: Path, largest_bytes: int) -> bytes:
@@ -116,12 +87,17 @@ def read_verified(path: Path, entry: WeightEntry) -> dict[str, "Tensor"]:
         WrongWeightsError: Its size or SHA-256 differ from the manifest; nothing of it was parsed.
         WeightsError: It is absent, unreadable, or no safetensors file.
     """
-    found, parts = examine_copy("mirror", path, entry)
+    return parse_parts(read_parts(path, entry))
+
+
+def read_parts(path: Path, entry: WeightEntry) -> tuple[Part, ...]:
+    """The verified bytes of a weight file, or of an index and the files beside it; raises as ``read_verified``."""
+    found = examine_copy("mirror", path, entry)
     if found.status == "missing":
         raise WeightsError(f"{found.detail}; give the path of the {entry.file} of {entry.name}.")
-    if parts is None:
+    if not found.parts:
         raise WrongWeightsError(f"{found.detail}; replace it by the published {entry.file} of {entry.name}.")
-    return parse_parts(parts)
+    return found.parts
 
 
 def read_safetensors(path: Path) -> dict[str, "Tensor"]:
@@ -142,69 +118,79 @@ def read_safetensors(path: Path) -> dict[str, "Tensor"]:
     return parse_safetensors(data, path)
 
 
-def examine_copy(place: Source, path: Path, described: Described) -> tuple[CopyStatus, tuple[Part, ...] | None]:
+def examine_copy(place: Source, path: Path, described: Described) -> CopyStatus:
     """Compare a copy with its description: a file, or an index and then the files beside it that it names.
 
     Returns:
-        What was found, of the first file that is not right if there is one; and all that was read if, and only if,
-        everything is right.
+        What was found, of the first file that is not right if there is one.
 
     Raises:
         WeightsError: The index is the one described, and is none.
     """
-    found, data = examine(place, path, described)
-    if data is None:
-        return found, None
-    parts = [Part(described, path, data)]
-    if is_index(described.file):
-        for shard in read_index(data, path).shards:
-            part, data = examine(place, path.with_name(shard.file), shard)
-            if data is None:
-                return part, None
-            parts.append(Part(shard, path.with_name(shard.file), data))
-    return found, tuple(parts)
+    found = examine(place, path, described)
+    return with_shards(found) if found.parts else found
 
 
-def examine(place: Source, path: Path, entry: Described) -> tuple[CopyStatus, bytes | None]:
-    """Compare one file with its description; its bytes come along if, and only if, they are the right ones."""
+def with_shards(found: CopyStatus) -> CopyStatus:
+    """A good file; if it is an index, with the files beside it that it names, or the first of them that is not good."""
+    (first,) = parts = found.parts
+    if is_index(first.described.file):
+        for shard in read_index(first.data, first.path)[0]:
+            beside = examine(found.place, first.path.with_name(shard.file), shard)
+            if not beside.parts:
+                return beside
+            parts += beside.parts
+    return replace(found, parts=parts)
+
+
+def examine(place: Source, path: Path, described: Described) -> CopyStatus:
+    """Compare one file with its description."""
     try:
         if not path.exists():
-            return CopyStatus(place, path, "missing", f"{path} does not exist"), None
+            return CopyStatus(place, path, "missing", f"{path} does not exist")
         if not path.is_file():  # opening a pipe would wait for ever
-            return CopyStatus(place, path, "wrong", f"{path} is not a file"), None
+            return CopyStatus(place, path, "wrong", f"{path} is not a file")
         with path.open("rb") as file:
             # One byte more than the right file has, if there are so many: a wrong one is hashed without being held in
             # memory, and no size in a manifest is allocated.
             size_there = os.fstat(file.fileno()).st_size
             if size_there > LARGEST_WEIGHTS_BYTES:
-                return CopyStatus(place, path, "wrong", f"{path} has {size_there} bytes, more than any weights"), None
-            data = file.read(entry.size_bytes + 1) if size_there == entry.size_bytes else b""
+                return CopyStatus(place, path, "wrong", f"{path} has {size_there} bytes, more than any weights")
+            data = file.read(described.size_bytes + 1) if size_there == described.size_bytes else b""
             digest, size = hashlib.sha256(data), len(data)
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 size += len(chunk)
     except OSError as error:
-        return CopyStatus(place, path, "wrong", f"{path} cannot be read ({in_brief(error)})"), None
-    if size != entry.size_bytes or digest.hexdigest() != entry.sha256:
+        return CopyStatus(place, path, "wrong", f"{path} cannot be read ({in_brief(error)})")
+    if size != described.size_bytes or digest.hexdigest() != described.sha256:
         detail = (
-            f"{path} is not the published file, expected SHA-256 {entry.sha256} of {entry.size_bytes} bytes, "
+            f"{path} is not the published file, expected SHA-256 {described.sha256} of {described.size_bytes} bytes, "
             f"found {digest.hexdigest()} of {size} bytes"
         )
-        return CopyStatus(place, path, "wrong", detail), None
-    return CopyStatus(place, path, "good", f"{path} is the published file"), data
+        return CopyStatus(place, path, "wrong", detail)
+    return CopyStatus(place, path, "good", f"{path} is the published file", (Part(described, path, data),))
 
 
 def parse_parts(parts: Sequence[Part]) -> dict[str, "Tensor"]:
-    """The tensors of a verified copy, as ``examine_copy`` gives it.
+    """The tensors of a verified copy.
 
     Raises:
-        WeightsError: It is damaged, or the files are not those of the index.
+        WeightsError: It is damaged, or its files hold other tensors than the index says.
     """
     first, *shards = parts
     if not is_index(first.described.file):
         return parse_safetensors(first.data, first.path)
-    tensors = {part.described.file: parse_safetensors(part.data, part.path) for part in shards}
-    return read_index(first.data, first.path).join(tensors, first.path)
+    weight_map = read_index(first.data, first.path)[1]
+    tensors: dict[str, Tensor] = {}
+    for part in shards:
+        held, file = parse_safetensors(part.data, part.path), part.described.file
+        stated = {name for name, place in weight_map.items() if place == file}
+        if stated != held.keys():
+            name = min(stated ^ held.keys())
+            raise WeightsError(f"{first.path} and {file} disagree about the tensor {name}; write the weights again.")
+        tensors |= held
+    return tensors
 
 
 def parse_safetensors(data: bytes, path: Path) -> dict[str, "Tensor"]:
@@ -260,36 +246,14 @@ def check_values(tensors: Mapping[str, "Tensor"]) -> None:
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"its header names {name} twice")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"its header names {max(names, key=names.count)} twice")
     return found
 
 
 # --- indices --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Index:
-    """Which tensor is in which file."""
-
-    shards: tuple[Shard, ...]
-    weight_map: Mapping[str, str]  # tensor -> file
-
-    def join(self, tensors: Mapping[str, Mapping[str, "Tensor"]], path: Path) -> dict[str, "Tensor"]:
-        """One state dict from the tensors of each file.
-
-        Raises:
-            WeightsError: A file holds other tensors than the index, which is at ``path``, says.
-        """
-        for file, held in tensors.items():
-            stated = {name for name, place in self.weight_map.items() if place == file}
-            if stated != held.keys():
-                name = min(stated ^ held.keys())
-                raise WeightsError(f"{path} and {file} disagree about the tensor {name}; write the weights again.")
-        return {name: tensors[file][name] for name, file in self.weight_map.items()}
 
 
 def is_index(file: str) -> bool:
@@ -305,8 +269,8 @@ def make_index(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> str:
     return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
-def read_index(data: bytes, path: Path) -> Index:
-    """Read an index file.
+def read_index(data: bytes, path: Path) -> tuple[tuple[Shard, ...], dict[str, str]]:
+    """The shards that an index names, and the file of each tensor.
 
     Raises:
         WeightsError: It is none, or does not state size and SHA-256 of its files.
@@ -317,7 +281,6 @@ def read_index(data: bytes, path: Path) -> Index:
         shards = tuple(Shard(file, facts[file]["sha256"], facts[file]["size_bytes"]) for file in sorted(facts))
         good = (
             len(shards) > 0
-            and all(isinstance(name, str) for name in weight_map)
             and set(weight_map.values()) == set(facts)
             and all(_is_good(shard) for shard in shards)
             and sum(shard.size_bytes for shard in shards) <= LARGEST_WEIGHTS_BYTES
@@ -329,14 +292,13 @@ def read_index(data: bytes, path: Path) -> Index:
         ) from error
     if not good:
         raise WeightsError(f"{path} is an index of weights that contradicts itself; write the weights again.")
-    return Index(shards, weight_map)
+    return shards, weight_map
 
 
 def _is_good(shard: Shard) -> bool:
     return (
         re.fullmatch(FILE_PATTERN, shard.file) is not None
         and not is_index(shard.file)
-        and isinstance(shard.sha256, str)
         and re.fullmatch(SHA256_PATTERN, shard.sha256) is not None
         and type(shard.size_bytes) is int
         and shard.size_bytes > 0
