@@ -12,8 +12,7 @@ import pytest
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import model_names
-from conam_zoo.release.documents import fill_table, generated_files, result_table, results_csv
-from conam_zoo.release.peers import best_peer, like_for_like
+from conam_zoo.release.documents import best_peer, fill_table, generated_files, like_for_like, result_table, results_csv
 from conam_zoo.weights import load_manifest
 
 NAME = "resnet20_conam.cifar10"

@@ -16,7 +16,7 @@ from hub_server import HubServer, serve
 from safetensors.torch import save
 from small_entry import NAMESPACE, REVISION, entry_for
 
-from conam_zoo.release.card import model_card
+from conam_zoo.release.documents import model_card
 from conam_zoo.weights import Manifest, OnnxFile, dump_manifest, load_manifest
 
 pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(300)]

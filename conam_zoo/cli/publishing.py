@@ -21,12 +21,12 @@ def pack(
     ] = False,
 ) -> None:
     """Turn a run into weights/NAME.TAG of the checkout and an entry of the manifest."""
+    from conam_zoo.release.documents import our_checkout
     from conam_zoo.release.pack import pack as run_pack
     from conam_zoo.visualize.plots import draw_card_picture
-    from conam_zoo.weights import find_checkout
 
+    checkout = our_checkout()
     entry = run_pack(run, data, allow_even_sites=allow_even_sites)
-    checkout = find_checkout() or Path()
     draw_card_picture(checkout / "weights" / entry.name, checkout / "examples" / "photos")
     console().print(f"{entry.name}: {entry.metrics.top1_percent:.2f} %, {entry.size_bytes:,} bytes as {entry.dtype}")
     tables()
@@ -41,7 +41,7 @@ def measure(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Weights; all if left out.")] = None,
 ) -> None:
     """Measure the liveness of weights and their first 1,000 answers again, and write that into the manifest."""
-    from conam_zoo.release.measure import remeasure
+    from conam_zoo.release.pack import remeasure
 
     for name, measured in remeasure(data, names).items():
         alive = ", ".join(f"{site} {value:.4f}" for site, value in measured["liveness"].items()) or "no ConAM"
@@ -72,14 +72,12 @@ def publish(
     from functools import partial
 
     from conam_zoo.deploy.runtime import need_onnx
-    from conam_zoo.release.card import model_card
-    from conam_zoo.release.onnx_files import make_onnx
+    from conam_zoo.release.documents import model_card, our_checkout
+    from conam_zoo.release.publish import make_onnx
     from conam_zoo.release.publish import publish as run_publish
-    from conam_zoo.weights import find_checkout, load_manifest
+    from conam_zoo.weights import load_manifest
 
-    checkout = find_checkout()
-    if checkout is None:
-        raise UserError("Weights are published from a checkout of conam_zoo: run from one.")
+    checkout = our_checkout()
     if data is not None and no_onnx:
         raise UserError("--data is for the ONNX files that --no-onnx leaves out: give one of the two.")
     if data is not None:

@@ -122,7 +122,7 @@ def verify(
     Of a mirror it is enough that it holds some of them, unless a model is named.
     """
     from conam_zoo.models.registry import check_model_name
-    from conam_zoo.release.card import even_sites
+    from conam_zoo.release.documents import even_sites
     from conam_zoo.weights import check_copies, load_manifest
 
     manifest = load_manifest()

@@ -1,20 +1,142 @@
-"""Documents that are written from the manifest: tables of results, the model cards, the recipes' heads."""
+"""Documents that are written from the manifest: model cards, tables of results, the recipes' heads."""
 
 import csv
 import io
 import json
+import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
-from conam_zoo.errors import UserError
-from conam_zoo.files import write_text
-from conam_zoo.models.registry import for_transformers
-from conam_zoo.release.card import even_sites, model_card
-from conam_zoo.release.peers import best_peer, like_for_like
-from conam_zoo.weights import Manifest, Metrics, find_checkout, load_manifest
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["fill_table", "generated_files", "recipe_head", "result_table", "results_csv", "rewrite", "rewrite_tables"]
+from conam_zoo.datasets import DATASETS
+from conam_zoo.errors import UserError
+from conam_zoo.escape import for_markdown
+from conam_zoo.files import write_text
+from conam_zoo.layers.confidence import EVEN
+from conam_zoo.models.export import for_transformers
+from conam_zoo.training.recipe import list_recipes, load_recipe
+from conam_zoo.weights import Manifest, Metrics, WeightEntry, find_checkout, load_manifest
+
+__all__ = [
+    "best_peer",
+    "even_sites",
+    "fill_table",
+    "generated_files",
+    "like_for_like",
+    "model_card",
+    "our_checkout",
+    "recipe_head",
+    "result_table",
+    "results_csv",
+    "rewrite",
+    "rewrite_tables",
+]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What others publish for a backbone, as ``peers.toml`` explains; ``with_`` is ``""`` for the plain net."""
+
+    top1_percent: float
+    epoch: str  # "last", "best" (chosen on the test images) or "not stated"
+    source: str
+    url: str
+    usual: bool = False
+    with_: str = ""
+
+    def to_markdown(self) -> str:
+        """The figure with its kind and a link to its source."""
+        kind = "epoch not stated" if self.epoch == "not stated" else f"{self.epoch} epoch"
+        having = f", with {self.with_}" if self.with_ else ""
+        return f"{self.top1_percent:.2f} % ({kind}, [{self.source}]({self.url}){having})"
+
+
+@cache
+def _peers(arch: str, dataset: str) -> list[Peer]:
+    document = tomllib.loads(files("conam_zoo.release").joinpath("peers.toml").read_text(encoding="utf-8"))
+    return [
+        Peer(
+            **{"with_" if key == "with" else key: value for key, value in figure.items()},
+            url=document["sources"][figure["source"]],
+        )
+        for figure in document.get(arch.removesuffix("_conam"), {}).get(dataset, [])
+    ]
+
+
+def best_peer(arch: str, dataset: str) -> Peer | None:
+    """The highest figure known for the backbone of ``arch``, with any recipe or attention; None if none is known."""
+    return max(_peers(arch, dataset), key=lambda peer: peer.top1_percent, default=None)
+
+
+def like_for_like(arch: str, dataset: str) -> Peer | None:
+    """The usual recipe's figure for the backbone of ``arch``: that of its last epoch where it is known, as ours is."""
+    usual = [peer for peer in _peers(arch, dataset) if peer.usual]
+    return min(usual, key=lambda peer: ("last", "not stated", "best").index(peer.epoch), default=None)
+
+
+def even_sites(entry: WeightEntry) -> list[str]:
+    """The sites whose ConAM gives all patches about the same confidence, as far as it was measured."""
+    return [site for site, alive in (entry.liveness or {}).items() if alive < EVEN]
+
+
+def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = None) -> str:
+    """The README.md of a Hub repository, in Markdown with the Hub's metadata block.
+
+    It does not name the commit that it is part of: that is known only afterwards, and stands in the manifest.
+
+    Args:
+        entry: The weights.
+        manifest: The manifest that they stand in.
+        namespace: The account that they are about to be published by; None: write what is so now.
+    """
+    facts = DATASETS[entry.dataset]
+    if namespace is None and entry.revision is not None:
+        namespace = manifest.hub_namespace
+    data = ModelCardData(
+        license=entry.licence.lower(),
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "conam"],
+        datasets=[entry.dataset],
+        metrics=["accuracy"],
+        model_name=entry.name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=entry.dataset,
+                dataset_name=facts.title,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_name="Top-1 accuracy in percent",
+                metric_value=round(entry.metrics.top1_percent, 2),
+            )
+        ],
+    )
+    usual, best = like_for_like(entry.arch, entry.dataset), best_peer(entry.arch, entry.dataset)
+    versions = ", ".join(f"{library} {version}" for library, version in sorted(entry.library_versions.items()))
+    card = ModelCard.from_template(
+        data,
+        template_str=files("conam_zoo.release").joinpath("card_template.md").read_text(encoding="utf-8"),
+        entry=entry,
+        facts=facts,
+        recipe=load_recipe(entry.recipe) if entry.recipe in list_recipes() else None,
+        hub_id=entry.hub_id(namespace) if namespace else None,
+        code=manifest.code_repository or "OWNER/REPOSITORY",
+        peers=[
+            (label, peer.to_markdown())
+            for label, peer in (("usual recipe elsewhere", usual), ("best known elsewhere", best))
+            if peer is not None
+        ],
+        hardware=for_markdown(entry.hardware),
+        versions=for_markdown(versions),
+        even_sites=even_sites(entry),
+        even_below=f"{EVEN:.0%}",
+    )
+    return str(card).rstrip() + "\n"
 
 
 def generated_files(checkout: Path) -> dict[Path, str]:
@@ -26,18 +148,18 @@ def generated_files(checkout: Path) -> dict[Path, str]:
     manifest = load_manifest(checkout / "weights_manifest.json")
     readme = checkout / "README.md"
     text = readme.read_text(encoding="utf-8")
-    files = {readme: fill_table(text, "results", result_table(manifest), readme)}
-    files[checkout / "docs" / "results.csv"] = results_csv(manifest, _images_per_second(checkout))
+    written = {readme: fill_table(text, "results", result_table(manifest), readme)}
+    written[checkout / "docs" / "results.csv"] = results_csv(manifest, _images_per_second(checkout))
     for name, entry in manifest.entries.items():
-        files[checkout / "weights" / name / "README.md"] = model_card(entry, manifest)
+        written[checkout / "weights" / name / "README.md"] = model_card(entry, manifest)
         config = checkout / "weights" / name / "config.json"
         if config.is_file():
-            files[config] = for_transformers(config.read_text(encoding="utf-8"))
+            written[config] = for_transformers(config.read_text(encoding="utf-8"))
     for path in sorted((checkout / "conam_zoo" / "training" / "recipes").glob("*.toml")):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         body = "".join(line for line in lines if not line.startswith("#"))
-        files[path] = recipe_head(path.stem, manifest) + body
-    return files
+        written[path] = recipe_head(path.stem, manifest) + body
+    return written
 
 
 def result_table(manifest: Manifest) -> str:
@@ -117,17 +239,26 @@ def fill_table(text: str, name: str, table: str, path: Path, command: str = "con
     return f"{before}{begin}\n{table.strip()}\n\n{end}{after}"
 
 
-def rewrite(files: dict[Path, str]) -> list[Path]:
+def rewrite(texts: dict[Path, str]) -> list[Path]:
     """Write the files whose text is another; returns their paths."""
-    changed = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    changed = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in changed:
-        write_text(path, files[path])
+        write_text(path, texts[path])
     return changed
 
 
 def rewrite_tables() -> list[Path]:
     """Rewrite the generated files that are out of date; returns their paths."""
+    return rewrite(generated_files(our_checkout()))
+
+
+def our_checkout() -> Path:
+    """The checkout this package runs from.
+
+    Raises:
+        UserError: If it is installed.
+    """
     checkout = find_checkout()
     if checkout is None:
-        raise UserError("The tables are those of a checkout of conam_zoo: run from one.")
-    return rewrite(generated_files(checkout))
+        raise UserError("Weights, their manifest and tables belong to a checkout of conam_zoo: run from one.")
+    return checkout

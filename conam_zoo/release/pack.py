@@ -8,31 +8,43 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from PIL import Image
 
-from conam_zoo.data import ImageSplit, read_split
+from conam_zoo.data import ImageSplit, normalize, read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically, write_text
-from conam_zoo.layers.confidence import EVEN
+from conam_zoo.layers.confidence import EVEN, liveness
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.registry import count_params_and_macs, export_model, open_model
-from conam_zoo.release.card import model_card
-from conam_zoo.release.documents import generated_files
+from conam_zoo.models.export import export_model
+from conam_zoo.models.registry import count_params_and_macs, open_model, weights_sha256
+from conam_zoo.release.documents import generated_files, model_card, our_checkout
 from conam_zoo.release.exchange import exchange, packing, scratch_folder
-from conam_zoo.release.finished_run import open_final, read_finished
-from conam_zoo.release.measure import measure
+from conam_zoo.training.engine import predict_logits, score
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.training.recipe import list_recipes, load_recipe
-from conam_zoo.weights import Metrics, WeightEntry, dump_manifest, find_checkout, load_manifest
-from conam_zoo.weights.folder import weights_file
+from conam_zoo.training.recipe import list_recipes, load_recipe, recipe_from_dict
+from conam_zoo.training.run_folder import LOG, RUN, read_log, read_run
+from conam_zoo.training.train import MONITORED_IMAGES
+from conam_zoo.weights import Metrics, WeightEntry, WeightsError, dump_manifest, load_manifest
+from conam_zoo.weights.folder import read_config, weights_file
 
-__all__ = ["pack"]
+__all__ = ["pack", "remeasure"]
 
 LICENCE = "Apache-2.0"
 HALF_PRECISION_TOLERANCE = 0.02  # points of top-1 that storing float16 may change
 MAX_TOTAL_BYTES = 96 * 2**20  # of the whole folder weights/
 MAX_SHARD_BYTES = 15 * 2**20  # of tensors in one file; its header comes on top, and no file may have more than 16 MiB
+FIRST_IMAGES = 1000
+
+RUN_FACTS: dict[str, Any] = {
+    "recipe": dict,
+    "hardware": str,
+    "train_minutes": (int, float),
+    "library_versions": dict,
+    "sha256": str,
+}
 
 
 def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_even_sites: bool = False) -> WeightEntry:
@@ -54,23 +66,20 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_eve
             with other settings than the packaged recipe of its name (the seed may differ), has an even site, or has no
             checkout to go to.
     """
-    checkout = checkout or find_checkout()
-    if checkout is None:
-        raise UserError("Weights are packed into a checkout of conam_zoo: run from one.")
-    record = read_finished(run)
+    checkout = checkout or our_checkout()
+    record = _read_finished(run)
     recipe = record["recipe"]
     if recipe["holdout"]:
         raise UserError(f"{run} held out {recipe['holdout']} training images: pack a run that trained on all of them.")
     name = f"{recipe['model']}.{recipe['dataset']}"
     recipe_name = _packaged_name(recipe, name, run)
-    source = open_final(run, record)
+    source = _open_final(run, record)
     training, test = (read_split(data, split, recipe["dataset"]) for split in ("train", "test"))
     with packing(checkout), scratch_folder(checkout, name) as scratch:
         _check_documents(checkout)
         folder = scratch / name
-        exact = evaluate_on(source, test)
-        dtype, stored, scores, sha256 = _store(source, folder, recipe["dataset"], test, exact)
-        measured = measure(stored, training, test)
+        dtype, stored, scores, sha256 = _store(source, folder, recipe["dataset"], test)
+        measured = _measure(stored, training, test)
         even = [f"{site} ({alive:.2%})" for site, alive in measured["liveness"].items() if alive < EVEN]
         if even and not allow_even_sites:
             raise UserError(
@@ -108,7 +117,7 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_eve
             licence=LICENCE,
             **measured,
         )
-        for extra in ("log.csv", "curves.png"):
+        for extra in (LOG, "curves.png"):
             write_atomically(folder / extra, partial(shutil.copyfile, run / extra))
         manifest_path = checkout / "weights_manifest.json"
         manifest = load_manifest(manifest_path)
@@ -118,6 +127,80 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_eve
         updated = replace(manifest, entries={**manifest.entries, name: entry})
         exchange(folder, destination, scratch, lambda: dump_manifest(updated, manifest_path))
     return entry
+
+
+# --- the run, which may be damaged or made up of several -----------------------------------------------------
+
+
+def _read_finished(run: Path) -> dict[str, Any]:
+    """The facts of ``run.json``, with all settings of the recipe, once it, ``log.csv`` and the curves are checked."""
+    path, again = run / RUN, "copy the run folder again"
+    record = read_run(run)
+    if record is None:
+        raise UserError(f"{run} is not a finished run: it has no {RUN}.")
+    for key, kind in RUN_FACTS.items():
+        if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
+            raise UserError(f"{path} is no record of a run, its {key!r} is {repr(record.get(key))[:60]}: {again}.")
+    if not 0 <= record["train_minutes"] < math.inf:
+        raise UserError(f"{path} states {record['train_minutes']} as 'train_minutes': {again}.")
+    if not all(isinstance(version, str) for version in record["library_versions"].values()):
+        raise UserError(f"{path} states 'library_versions' that are no text: {again}.")
+    record["recipe"] = recipe_from_dict(record["recipe"], str(path)).to_dict()
+    epochs = record["recipe"]["epochs"]
+    try:
+        logged = [(int(row["epoch"]), float(row["loss"])) for row in read_log(run)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / LOG} is no log of a training: {again}.") from error
+    if [epoch for epoch, _ in logged] != list(range(1, epochs + 1)):
+        raise UserError(f"{run / LOG} has {len(logged)} epochs and not those 1 to {epochs} of the run: copy it again.")
+    try:
+        with Image.open(run / "curves.png", formats=("PNG",)) as picture:
+            picture.verify()
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{run / 'curves.png'} cannot be read as a PNG: {again}.") from error
+    return record
+
+
+def _open_final(run: Path, record: dict[str, Any]) -> StagedClassifier:
+    """The net in ``final/``, if it is the one that ``run.json`` tells of."""
+    final, recipe = run / "final", record["recipe"]
+    try:
+        sha256 = weights_sha256(f"local-dir:{final}") or ""
+        architecture = read_config(final / "config.json").get("architecture")
+    except (OSError, WeightsError) as error:
+        raise UserError(f"{final} is not the folder of a net: copy the run folder again.") from error
+    if sha256 != record["sha256"]:
+        raise UserError(
+            f"{final} holds other weights than {run / RUN} states (sha256 {sha256[:12]}, not "
+            f"{record['sha256'][:12]}): put this run's own back."
+        )
+    if architecture != recipe["model"]:
+        raise UserError(f"{final} holds a {architecture}, but the run trained a {recipe['model']}: put its own back.")
+    model = open_model(f"local-dir:{final}")
+    trained = timm.create_model(f"{recipe['model']}.{recipe['dataset']}", **recipe["model_args"])
+    expected, found = ({key: value.shape for key, value in net.state_dict().items()} for net in (trained, model))
+    if differ := sorted(key for key in expected | found if expected.get(key) != found.get(key)):
+        raise UserError(f"{final} is not the net of its recipe, {differ[0]} differs: put this run's own back.")
+    return model
+
+
+def _packaged_name(recipe: dict[str, Any], name: str, run: Path) -> str:
+    """Name of the packaged recipe that the settings of a run are those of: ``name``, or ``name`` with a suffix."""
+    changed: list[str] = []
+    for candidate in list_recipes():
+        if candidate == name or candidate.startswith(f"{name}."):
+            packaged = load_recipe(candidate).to_dict()
+            differ = sorted(key for key, value in packaged.items() if key != "seed" and recipe[key] != value)
+            if not differ:
+                return candidate
+            changed = differ if candidate == name else changed
+    raise UserError(
+        f"{run} was trained with other settings than the recipe {name} ({', '.join(changed)} differ): "
+        "change the recipe first, so that its command gives these weights."
+    )
+
+
+# --- the checkout ---------------------------------------------------------------------------------------------
 
 
 def _check_documents(checkout: Path) -> None:
@@ -139,26 +222,11 @@ def _check_size(folder: Path, destination: Path) -> None:
         )
 
 
-def _packaged_name(recipe: dict[str, Any], name: str, run: Path) -> str:
-    """Name of the packaged recipe that the settings of a run are those of: ``name``, or ``name`` with a suffix."""
-    changed: list[str] = []
-    for candidate in list_recipes():
-        if candidate == name or candidate.startswith(f"{name}."):
-            packaged = load_recipe(candidate).to_dict()
-            differ = sorted(key for key, value in packaged.items() if key != "seed" and recipe[key] != value)
-            if not differ:
-                return candidate
-            changed = differ if candidate == name else changed
-    raise UserError(
-        f"{run} was trained with other settings than the recipe {name} ({', '.join(changed)} differ): "
-        "change the recipe first, so that its command gives these weights."
-    )
-
-
 def _store(
-    source: StagedClassifier, folder: Path, tag: str, split: ImageSplit, exact: Metrics
+    source: StagedClassifier, folder: Path, tag: str, split: ImageSplit
 ) -> tuple[torch.dtype, StagedClassifier, Metrics, str]:
     """Write the folder in half precision if that is good enough, else in full; with what was written and its scores."""
+    exact = evaluate_on(source, split)
     fits = all(tensor.half().isfinite().all() for tensor in source.state_dict().values() if tensor.is_floating_point())
     for dtype in (torch.float16, torch.float32) if fits else (torch.float32,):
         shutil.rmtree(folder, ignore_errors=True)  # the shards of a first try
@@ -169,3 +237,52 @@ def _store(
         if close and math.isfinite(scores.nll):  # overflown weights may hit the right classes by chance
             return dtype, stored, scores, sha256
     raise UserError(f"{folder.name} scores otherwise when it is read back: nothing was packed.")
+
+
+def _measure(model: StagedClassifier, training: ImageSplit, test: ImageSplit) -> dict[str, Any]:
+    """The fields of a manifest entry that are measured of a stored net, and are not scores.
+
+    Liveness is that on the training images that a training watches, too. What the first 1,000 test images say is None
+    where there are fewer.
+    """
+    cfg = model.pretrained_cfg
+    watched = normalize(training.spread(MONITORED_IMAGES).images, cfg["mean"], cfg["std"])
+    alive = {site: round(value, 6) for site, value in liveness(model, watched).items()}
+    correct, nll = None, None
+    if len(test) >= FIRST_IMAGES:
+        logits = predict_logits(model, test.images[:FIRST_IMAGES], cfg["mean"], cfg["std"])
+        labels = test.labels[:FIRST_IMAGES]
+        correct = int(torch.sum(logits.argmax(dim=1) == labels))
+        nll = round(score(logits, labels).nll, 5)
+    return {"liveness": alive, "correct_of_first_1000": correct, "nll_of_first_1000": nll}
+
+
+def remeasure(data: Path, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Measure weights of the checkout again and write the values into its manifest.
+
+    Args:
+        data: A data set, or a folder of data sets by name.
+        names: Which weights; all if None.
+
+    Returns:
+        What was measured, by name.
+
+    Raises:
+        UserError: If there is no checkout, or the data cannot be read.
+        ManifestError: If the manifest has no such weights.
+        WeightsError: If no verified weights can be had.
+    """
+    checkout = our_checkout()
+    path = checkout / "weights_manifest.json"
+    manifest = load_manifest(path)
+    measured: dict[str, dict[str, Any]] = {}
+    for name in names or sorted(manifest.entries):
+        dataset = manifest.entry(name).dataset
+        where = data / dataset if (data / dataset).is_dir() else data
+        training, test = (read_split(where, split, dataset) for split in ("train", "test"))
+        measured[name] = _measure(open_model(f"local-dir:{checkout / 'weights' / name}"), training, test)
+    with packing(checkout):
+        manifest = load_manifest(path)
+        entries = {n: replace(e, **measured.get(n, {})) for n, e in manifest.entries.items()}
+        dump_manifest(replace(manifest, entries=entries), path)
+    return measured

@@ -1,7 +1,8 @@
 """Publishing weights on the Hugging Face Hub: upload, read back, tag, and only then write it down.
 
 Everything goes through huggingface_hub's own client. A second run finds everything in place and changes nothing; a run
-that fails leaves the manifest as it was, says what is up already, and can simply be repeated.
+that fails leaves the manifest as it was, says what is up already, and can simply be repeated. The ONNX files beside the
+weights are made and measured when they are published, and kept on the Hub alone.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from conam_zoo.weights.credentials import check_endpoint, redact, tells_secrets,
 from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, in_brief
 from conam_zoo.weights.manifest import (
     HUB_NAME_PATTERN,
-    Manifest,
+    ONNX_FILES,
     OnnxFile,
     WeightEntry,
     dump_manifest,
@@ -34,18 +35,19 @@ CONFIG, CARD = "config.json", "README.md"
 EXTRAS = ("log.csv", "curves.png", "confidence.png")  # uploaded where they lie beside the weights
 
 ONNX_FOLDER = "onnx/"
-MakeOnnx = Callable[[WeightEntry, Path], Mapping[str, tuple[OnnxFile, bytes]]]
+TOLERANCE_PERCENT = 0.05  # that float32 in another order of additions may change of an ONNX file's top-1
+Onnx = Literal["published", "none"] | Callable[[WeightEntry, Path], Mapping[str, tuple[OnnxFile, bytes]]]
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What a repository holds, or would hold; `revision` is None after a dry run."""
+    """What a repository holds, or would hold."""
 
     name: str
     hub_id: str
     tag: str
     files: Mapping[str, int]  # name -> size in bytes
-    revision: str | None
+    revision: str | None  # None after a dry run
     changed: bool  # whether something was uploaded
 
 
@@ -72,11 +74,11 @@ def publish(
     card: Callable[[WeightEntry], str],
     tag: str,
     manifest_path: Path,
-    onnx: MakeOnnx | Literal["published", "none"] = "published",
+    onnx: Onnx = "published",
     private: bool = False,
     dry_run: bool = False,
 ) -> list[Publication]:
-    """Publish entries of a manifest from the `weights/` folder beside it.
+    """Publish entries of a manifest from the ``weights/`` folder beside it.
 
     For each entry: create the repository if need be, upload the weights, their config.json, the card, what else lies
     beside them and the ONNX files in one commit, read everything back and compare it, tag the commit. When all are
@@ -86,7 +88,7 @@ def publish(
     Args:
         names: Names of entries.
         namespace: The Hub account; it has to be the manifest's if that has one.
-        card: Writes the model card of an entry, in Markdown with the Hub's metadata block.
+        card: Writes the model card of an entry.
         tag: Name of the release.
         manifest_path: The manifest to read and to write.
         onnx: Makes the ONNX files of an entry from its folder. ``"published"``: the repository keeps those that the
@@ -98,7 +100,13 @@ def publish(
         WeightsError: Something is wrong with the files, or a step failed; the manifest is as it was.
     """
     manifest = load_manifest(manifest_path)
-    _check_namespace(manifest, namespace)
+    if re.fullmatch(HUB_NAME_PATTERN, namespace) is None:
+        raise WeightsError(f"The namespace {namespace!r} is no name of a Hub account: give the account alone.")
+    if manifest.hub_namespace not in (None, namespace):
+        raise WeightsError(
+            f"The manifest says that the weights are published by {manifest.hub_namespace}, not by {namespace}: "
+            "publish there, or change its hub_namespace first."
+        )
     token = token_in_use()
     if token is None and not dry_run:
         raise WeightsError(
@@ -134,24 +142,14 @@ def publish(
     return done
 
 
-def _check_namespace(manifest: Manifest, namespace: str) -> None:
-    if re.fullmatch(HUB_NAME_PATTERN, namespace) is None:
-        raise WeightsError(f"The namespace {namespace!r} is no name of a Hub account: give the account alone.")
-    if manifest.hub_namespace not in (None, namespace):
-        raise WeightsError(
-            f"The manifest says that the weights are published by {manifest.hub_namespace}, not by {namespace}: "
-            "publish there, or change its hub_namespace first."
-        )
-
-
 def _prepare(
     entry: WeightEntry,
     namespace: str,
     card: Callable[[WeightEntry], str],
-    onnx: MakeOnnx | Literal["published", "none"],
+    onnx: Onnx,
     manifest_path: Path,
 ) -> _Upload:
-    """Read all files of an entry, hold them against the manifest, and make those that belong to them."""
+    """All files of an entry: those in its folder, held against the manifest, its card, and its ONNX files."""
     folder = manifest_path.parent / "weights" / entry.name
     parts = read_parts(folder / entry.file, entry)
     parse_parts(parts)  # nobody gets weights that cannot be read
@@ -258,3 +256,55 @@ def _step(doing: str, upload: _Upload, up: list[str]) -> Iterator[None]:
             f"Publishing {upload.entry.name} stopped at {doing} ({reason.rstrip('.')}), {state}, and the manifest is "
             "as it was: run the command again when that is mended."
         ) from (None if tells_secrets(error) else error)
+
+
+# --- ONNX files -----------------------------------------------------------------------------------------------
+
+
+def write_onnx(entry: WeightEntry, weights: Path, data: str | Path, folder: Path) -> Iterator[Path]:
+    """Export weights to ``ONNX_FILES`` below a folder, one after the other; see ``make_onnx``."""
+    from conam_zoo.deploy.command import calibration_images
+    from conam_zoo.deploy.export import export
+    from conam_zoo.models.registry import open_model
+
+    model = open_model(f"local-dir:{weights}")
+    facts = {"name": entry.name, "sha256": entry.sha256, "top1_percent": entry.metrics.top1_percent}
+    images = calibration_images(model, data, entry.dataset)
+    for path, calibration in zip(ONNX_FILES, (None, images), strict=True):
+        yield export(model, folder / path, calibration=calibration, facts=facts).path
+
+
+def make_onnx(entry: WeightEntry, weights: Path, data: str | Path) -> dict[str, tuple[OnnxFile, bytes]]:
+    """Export weights to ``ONNX_FILES``, and measure each file on the whole test split.
+
+    Args:
+        entry: What the manifest says of the weights.
+        weights: Their folder.
+        data: Their data set, or a folder of data sets by name: training images calibrate int8, test images measure.
+
+    Returns:
+        For each file what the manifest is to say of it, and its content.
+
+    Raises:
+        UserError: If the packages of the extra ``onnx`` are missing, the images are others than those of the entry's
+            figures, or a file does not compute what the net does.
+    """
+    from conam_zoo.datasets import DATASETS
+    from conam_zoo.deploy.command import open_classifier
+    from conam_zoo.errors import UserError
+    from conam_zoo.training.evaluate import evaluate
+
+    stated, images = entry.metrics.top1_percent, DATASETS[entry.dataset].test_images
+    made: dict[str, tuple[OnnxFile, bytes]] = {}
+    with tempfile.TemporaryDirectory(prefix="conam-onnx-") as scratch:
+        for path, file in zip(ONNX_FILES, write_onnx(entry, weights, data, Path(scratch)), strict=True):
+            done = evaluate(open_classifier(str(file)), data, entry.dataset, part="test")
+            top1 = done.scores.top1_percent
+            if len(done.split) != images or (not made and abs(top1 - stated) > TOLERANCE_PERCENT):
+                raise UserError(
+                    f"The float32 ONNX file of {entry.name} has {top1:.2f} % of {len(done.split):,} test images right, "
+                    f"but the manifest says {stated:.2f} % of {images:,}: give the whole {entry.dataset} as data."
+                )
+            content = file.read_bytes()
+            made[path] = OnnxFile(hashlib.sha256(content).hexdigest(), len(content), round(top1, 4)), content
+    return made

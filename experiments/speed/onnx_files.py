@@ -16,7 +16,7 @@ import torch
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
 from conam_zoo.models.registry import open_model
-from conam_zoo.release.onnx_files import make_onnx, write_onnx
+from conam_zoo.release.publish import make_onnx, write_onnx
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.run_folder import describe_environment
 from conam_zoo.weights import ONNX_FILES, Manifest, load_manifest
