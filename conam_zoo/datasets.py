@@ -11,24 +11,14 @@ __all__ = ["DATASETS", "DatasetFacts"]
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What a model needs to know about the data set it was trained on.
+    """What a model needs to know about the data set it was trained on."""
 
-    Attributes:
-        name: The data set, which is also the tag of the weights: ``cifar10``.
-        title: How people write it: ``CIFAR-10``.
-        mean: Mean of the training pixels per channel, in [0, 1].
-        std: Standard deviation of the training pixels per channel.
-        classes: Class names in label order.
-        input_size: (channels, height, width) of an image.
-        test_images: How many images the test split has.
-    """
-
-    name: str
-    title: str
+    name: str  # also the tag of the weights: cifar10
+    title: str  # as people write it: CIFAR-10
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    classes: tuple[str, ...]
-    input_size: tuple[int, int, int] = (3, 32, 32)
+    classes: tuple[str, ...]  # in label order
+    input_size: tuple[int, int, int] = (3, 32, 32)  # (channels, height, width)
     test_images: int = 10_000
 
 
@@ -44,21 +34,18 @@ _CIFAR100_CLASSES = """
 """
 
 DATASETS: dict[str, DatasetFacts] = {
-    facts.name: facts
-    for facts in (
-        DatasetFacts(
-            name="cifar10",
-            title="CIFAR-10",
-            mean=(0.49140, 0.48216, 0.44653),
-            std=(0.24703, 0.24349, 0.26159),
-            classes=tuple(_CIFAR10_CLASSES.split()),
-        ),
-        DatasetFacts(
-            name="cifar100",
-            title="CIFAR-100",
-            mean=(0.50708, 0.48655, 0.44092),
-            std=(0.26733, 0.25644, 0.27615),
-            classes=tuple(_CIFAR100_CLASSES.split()),
-        ),
-    )
+    "cifar10": DatasetFacts(
+        name="cifar10",
+        title="CIFAR-10",
+        mean=(0.49140, 0.48216, 0.44653),
+        std=(0.24703, 0.24349, 0.26159),
+        classes=tuple(_CIFAR10_CLASSES.split()),
+    ),
+    "cifar100": DatasetFacts(
+        name="cifar100",
+        title="CIFAR-100",
+        mean=(0.50708, 0.48655, 0.44092),
+        std=(0.26733, 0.25644, 0.27615),
+        classes=tuple(_CIFAR100_CLASSES.split()),
+    ),
 }

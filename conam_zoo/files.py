@@ -45,7 +45,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if not special:
             _make_parents(target.parent)
-        folder = _temporary_folder(None if special else target.parent)
+        parent = None if special else target.parent
+        folder = Path(tempfile.mkdtemp("~", f".conam-tmp-{os.getpid()}-", parent))
+        folder.chmod(0o700)  # whatever the umask says
         temporary = folder / f"file{path.suffix}"  # libraries go by the suffix
         temporary.touch()
         mode = stat.S_IMODE((target if target.is_file() and not special else temporary).stat().st_mode)
@@ -90,12 +92,6 @@ def _make_parents(folder: Path) -> None:
         raise UserError(f"{folder} could be used by nobody under this umask: set it, for instance by umask 022.")
 
 
-def _temporary_folder(parent: Path | None) -> Path:
-    folder = Path(tempfile.mkdtemp("~", f".conam-tmp-{os.getpid()}-", parent))
-    folder.chmod(0o700)  # whatever the umask says
-    return folder
-
-
 def clear_temporaries(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder, but not below it; nobody may be writing there."""
     for path in folder.glob(".conam-tmp-*"):
@@ -116,11 +112,7 @@ def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder for output.
-
-    Raises:
-        UserError: If it cannot be made or written to.
-    """
+    """Make a folder for output, or raise a ``UserError`` if it cannot be made or written to."""
     path = expand_path(path)
     try:
         _make_parents(path)

@@ -11,7 +11,7 @@ from conam_zoo.errors import UserError
 
 __all__ = ["check_file", "check_suffix", "expand_path", "refuse_overwriting", "refuse_replacing", "status"]
 
-REASONS = {
+REASONS: dict[int | None, str] = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
     errno.ENAMETOOLONG: "the name is too long",
@@ -44,7 +44,7 @@ def status(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = REASONS.get(getattr(error, "errno", None) or 0, str(error))
+        reason = REASONS.get(getattr(error, "errno", None), str(error))
         raise UserError(f"{path} cannot be opened, because {reason}: check the path.") from error
 
 
@@ -55,37 +55,27 @@ def check_file(path: Path, kind: str = "file") -> None:
         UserError: If it is missing, a folder, a pipe, a device or a socket, or may not be read.
     """
     found = status(path)
+    a_kind = f"{'an' if kind[0] in 'aeiou' or kind.startswith('.n') else 'a'} {kind}"
     if found is None:
         raise UserError(f"There is no {kind} {path}: check the path.")
     if stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{path} is a folder, but it should be {kind_with_article(kind)}: name a file.")
+        raise UserError(f"{path} is a folder, but it should be {a_kind}: name a file.")
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path} is a pipe, a device or a socket, but it should be {kind_with_article(kind)}.")
+        raise UserError(f"{path} is a pipe, a device or a socket, but it should be {a_kind}.")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path} cannot be opened, because permission is denied: check its rights.")
 
 
 def check_suffix(path: Path, suffix: str) -> None:
-    """Refuse a name for output that does not end in ``suffix``, such as ``.png``.
-
-    Raises:
-        UserError: If it does not.
-    """
+    """Refuse (``UserError``) a name for output that does not end in ``suffix``, such as ``.png``."""
     if path.suffix.lower() != suffix:
         raise UserError(f"{path} cannot be written: its name has to end in {suffix}.")
-
-
-def kind_with_article(kind: str) -> str:
-    """``kind`` with its indefinite article."""
-    return f"{'an' if kind[0] in 'aeiou' or kind.startswith('.n') else 'a'} {kind}"
 
 
 def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -> None:
     """Refuse to write onto what is read, whatever the two are called: links and hard links are followed.
 
-    Args:
-        outputs: Files that would be written; None and ``-`` are none.
-        inputs: Files that are read.
+    The outputs None and ``-`` are no files.
 
     Raises:
         UserError: If an output is an input, or two outputs are one file.

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 __all__ = ["begin_command", "interruptible", "is_our_command", "keep_freed_memory"]
@@ -28,14 +29,9 @@ _at_work = False  # else the command has not begun or is at its end, and nobody 
 
 
 def is_our_command(argv: list[str], orig_argv: list[str]) -> bool:
-    """Whether this process is ``conam``, ``python -m conam_zoo`` or our ``experiments``, and no program of others.
-
-    Args:
-        argv: ``sys.argv``.
-        orig_argv: ``sys.orig_argv``; while Python looks for a module, ``argv`` does not name it yet.
-    """
+    """Whether this process is ``conam``, ``python -m conam_zoo`` or our ``experiments``, and no program of others."""
     program = argv[0] if argv else ""
-    if program == "-m":
+    if program == "-m":  # Python is still looking for the module
         module = "".join(orig_argv[orig_argv.index("-m") + 1 :][:1]) if "-m" in orig_argv else ""
         return module == "conam_zoo" or (module == "experiments" and _is_beside_us(module))
     path = Path(program)
@@ -58,20 +54,19 @@ def begin_command() -> None:
         signal.signal(signal.SIGINT, _on_interrupt)
     try:
         os.getcwd()
-    except OSError as error:
-        sys.exit(_refusal(f"The working folder cannot be used ({error.strerror}): change into another."))
-    try:
         _ = urlsplit(os.environ.get("HF_ENDPOINT", "")).port
+    except OSError as error:
+        _refuse(f"The working folder cannot be used ({error.strerror}): change into another.")
     except ValueError:  # huggingface_hub fails on it while it is imported; it may hold a password
-        sys.exit(_refusal("HF_ENDPOINT is no address of a Hub: give one such as https://huggingface.co."))
+        _refuse("HF_ENDPOINT is no address of a Hub: give one such as https://huggingface.co.")
     if sys.stdout is None:
-        sys.exit(_refusal("Standard output is closed: send it to a file, or to /dev/null."))
+        _refuse("Standard output is closed: send it to a file, or to /dev/null.")
 
 
-def _refusal(sentence: str) -> int:
+def _refuse(sentence: str) -> NoReturn:
     if sys.stderr is not None:
         sys.stderr.write(f"conam: {sentence}\n")
-    return 2
+    sys.exit(2)
 
 
 @contextmanager
@@ -90,19 +85,13 @@ def keep_freed_memory() -> bool:
 
     By default the maps of every batch are given back and faulted in again page by page (tests/test_heap.py counts the
     faults). The process holds on to what it needed at its peak. Nothing is changed where there is no glibc, and where
-    an environment variable of its allocator says that somebody has decided already.
-
-    Returns:
-        Whether it was set.
+    an environment variable of its allocator says that somebody has decided already; returns whether it was.
 
     Source: mallopt(3).
     """
-    if any(variable in os.environ for variable in VARIABLES):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0))
+    decided = any(variable in os.environ for variable in VARIABLES)
+    mallopt = None if decided or os.name != "posix" else getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0))
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:

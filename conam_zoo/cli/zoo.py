@@ -1,15 +1,23 @@
 """Commands on the zoo itself: list, info, verify, mirror."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from timm.models import split_model_name_tag
 
+from conam_zoo import weights
 from conam_zoo.cli._shared import Json, Model, app, console, json_only
+from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_rich
-from conam_zoo.inputs import expand_path
+from conam_zoo.inputs import expand_path, refuse_overwriting
+from conam_zoo.layers.confidence import EVEN, has_confidence
+from conam_zoo.models.registry import check_model_name, count_params_and_macs, model_names, open_model, size_of
+from conam_zoo.weights.folder import read_config, read_folder, weights_file
+from conam_zoo.weights.resolve import fill_mirror
 
 
 @app.command(
@@ -22,23 +30,17 @@ def list_command(
     json_file: Json = None,
 ) -> None:
     """List the models, and the weights there are for them."""
-    from fnmatch import fnmatch
-
-    from conam_zoo.datasets import DATASETS
-    from conam_zoo.models.registry import model_names, size_of
-    from conam_zoo.weights import load_manifest
-
-    entries = load_manifest().entries
+    entries = weights.load_manifest().entries
     if not set(pattern) & set("*?["):
         pattern += "*"
     rows: list[dict[str, Any]] = []
     for name in model_names():
-        weights = [f"{name}.{tag}" for tag in DATASETS if f"{name}.{tag}" in entries]
-        hits = [full for full in (name, *(f"{name}.{tag}" for tag in DATASETS)) if fnmatch(full, pattern)]
-        if not hits or (pretrained and not any(full in hits or name in hits for full in weights)):
+        tagged = [f"{name}.{tag}" for tag in DATASETS]
+        hits = [full for full in (name, *tagged) if fnmatch(full, pattern)]
+        top1 = {full: entries[full].metrics.top1_percent for full in tagged if full in entries}
+        if not hits or (pretrained and not any(full in hits or name in hits for full in top1)):
             continue
         params, macs = size_of(name)
-        top1 = {full: entries[full].metrics.top1_percent for full in weights}
         rows.append({"model": name, "params": params, "macs": macs, "top1_percent": top1})
     if json_only(rows, json_file):
         return
@@ -54,25 +56,18 @@ def list_command(
 
 
 @app.command(epilog="Example: conam info resnet56_conam")
-def info(
-    model: Model,
-    json_file: Json = None,
-) -> None:
+def info(model: Model, json_file: Json = None) -> None:
     """Show what a model is: size, input, where its attention stands, and its weights."""
-    from timm.models import split_model_name_tag
-
-    from conam_zoo.inputs import refuse_overwriting
-    from conam_zoo.layers.confidence import has_confidence
-    from conam_zoo.models.registry import count_params_and_macs, open_model
-    from conam_zoo.weights import load_manifest
-
-    if model.startswith("local-dir:"):
-        refuse_overwriting([json_file], [expand_path(model.removeprefix("local-dir:")) / "config.json"])
-    net = open_model(model, pretrained=False, **({} if ":" in model else {"device": "meta"}))
+    folder = expand_path(model.removeprefix("local-dir:")) if model.startswith("local-dir:") else None
+    if folder is not None:
+        refuse_overwriting([json_file], [folder / "config.json"])
+    if ":" in model:
+        net, (name, tag) = open_model(model, pretrained=False), (model, "")
+        params, macs = sum(p.numel() for p in net.parameters()), None
+    else:
+        net, (name, tag) = open_model(model, pretrained=False, device="meta"), split_model_name_tag(model)
+        params, macs = count_params_and_macs(model)
     cfg = net.pretrained_cfg
-    params, macs = count_params_and_macs(model) if ":" not in model else (_parameters(net), None)
-    name, tag = split_model_name_tag(model) if ":" not in model else (model, "")
-    entries = load_manifest().entries
     facts: dict[str, Any] = {
         "model": model,
         "parameters": params,
@@ -89,10 +84,13 @@ def info(
         },
         "features": [f"{f['module']}: {f['num_chs']} channels, 1/{f['reduction']}" for f in net.feature_info],
     }
-    weights = [e for n, e in sorted(entries.items()) if n == f"{name}.{tag}" or (not tag and e.arch == name)]
-    facts["weights"] = {entry.name: _weight_facts(entry) for entry in weights}
-    if model.startswith("local-dir:"):
-        facts["weights"] = {model: _folder_facts(expand_path(model.removeprefix("local-dir:")))}
+    facts["weights"] = {
+        n: _weight_facts(e)
+        for n, e in sorted(weights.load_manifest().entries.items())
+        if n == f"{name}.{tag}" or (not tag and e.arch == name)
+    }
+    if folder is not None:
+        facts["weights"] = {model: _folder_facts(folder)}
     if json_only(facts, json_file):
         return
     table = Table(box=None, show_header=False)
@@ -121,11 +119,9 @@ def verify(
 
     Of a mirror it is enough that it holds some of them, unless a model is named.
     """
-    from conam_zoo.models.registry import check_model_name
     from conam_zoo.release.documents import even_sites
-    from conam_zoo.weights import check_copies, load_manifest
 
-    manifest = load_manifest()
+    manifest = weights.load_manifest()
     mirror = mirror and expand_path(mirror)
     if model is not None:
         check_model_name(model)
@@ -143,7 +139,7 @@ def verify(
             "even_sites": even_sites(entry),
         }
         for entry in chosen
-        for copy in check_copies(entry, namespace=manifest.hub_namespace, mirror=mirror)
+        for copy in weights.check_copies(entry, namespace=manifest.hub_namespace, mirror=mirror)
     ]
     good = {r["weights"] for r in rows if r["status"] == "good" and (mirror is None or r["place"] == "mirror")}
     enough = bool(good) if mirror is not None and model is None else good == {entry.name for entry in chosen}
@@ -169,12 +165,7 @@ def mirror(
     pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'resnet*' or '*.cifar100'.")] = "*",
 ) -> None:
     """Fill a directory with verified weights, for machines without network: set CONAM_ZOO_MIRROR to it there."""
-    from fnmatch import fnmatch
-
-    from conam_zoo.weights import load_manifest
-    from conam_zoo.weights.resolve import fill_mirror
-
-    manifest = load_manifest()
+    manifest = weights.load_manifest()
     chosen = [entry for name, entry in sorted(manifest.entries.items()) if fnmatch(name, pattern)]
     if not chosen:
         raise UserError(f"No weights match {pattern!r}: 'conam list --pretrained' shows those that there are.")
@@ -183,23 +174,15 @@ def mirror(
         console().print(f"{'written' if written else 'is there'}: {path}")
 
 
-def _parameters(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def _inner(value: Any) -> str:
     """A fact of a weight in one line; of its liveness, the sites that are even are called so."""
     if not isinstance(value, dict):
         return str(value)
-    from conam_zoo.layers.confidence import EVEN
-
     return ", ".join(f"{site} {alive:.4f}{' (even)' if alive < EVEN else ''}" for site, alive in value.items())
 
 
 def _folder_facts(folder: Path) -> dict[str, Any]:
     """What a model folder says of its weights, which are read and checked for it."""
-    from conam_zoo.weights.folder import read_config, read_folder, weights_file
-
     config = read_config(folder / "config.json")
     dtypes = {str(tensor.dtype) for tensor in read_folder(folder).values() if tensor.is_floating_point()}
     file = folder / weights_file(config, folder)
@@ -211,13 +194,7 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _weight_facts(entry: Any) -> dict[str, Any]:
-    return {
-        "top1_percent": entry.metrics.top1_percent,
-        "dataset": entry.dataset,
-        "sha256": entry.sha256,
-        "size_bytes": entry.size_bytes,
-        "licence": entry.licence,
-        "revision": entry.revision,
-        "liveness": dict(entry.liveness) if entry.liveness is not None else "not measured",
-    }
+def _weight_facts(entry: weights.WeightEntry) -> dict[str, Any]:
+    stated = {key: getattr(entry, key) for key in ("dataset", "sha256", "size_bytes", "licence", "revision")}
+    alive = dict(entry.liveness) if entry.liveness is not None else "not measured"
+    return {"top1_percent": entry.metrics.top1_percent, **stated, "liveness": alive}
