@@ -87,11 +87,7 @@ def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = N
     """The README.md of a Hub repository, in Markdown with the Hub's metadata block.
 
     It does not name the commit that it is part of: that is known only afterwards, and stands in the manifest.
-
-    Args:
-        entry: The weights.
-        manifest: The manifest that they stand in.
-        namespace: The account that they are about to be published by; None: write what is so now.
+    ``namespace`` is the account that the weights are about to be published by; None: write what is so now.
     """
     facts = DATASETS[entry.dataset]
     if namespace is None and entry.revision is not None:
@@ -140,11 +136,7 @@ def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = N
 
 
 def generated_files(checkout: Path) -> dict[Path, str]:
-    """What each file that is written from a checkout's manifest has to hold.
-
-    Raises:
-        UserError: If the README has no place for the table.
-    """
+    """What each file that is written from a checkout's manifest has to hold."""
     manifest = load_manifest(checkout / "weights_manifest.json")
     readme = checkout / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -228,8 +220,7 @@ def recipe_head(name: str, manifest: Manifest) -> str:
 def fill_table(text: str, name: str, table: str, path: Path, command: str = "conam tables") -> str:
     """A Markdown text with a table between the markers of that name and of the command that writes it.
 
-    Raises:
-        UserError: If a marker is missing; ``path`` is what the message calls the document.
+    ``path`` is what the ``UserError`` about a missing marker calls the document.
     """
     begin, end = f"<!-- {name}: written by `{command}` -->\n", f"<!-- end of {name} -->\n"
     before, found_begin, rest = text.partition(begin)
@@ -253,11 +244,7 @@ def rewrite_tables() -> list[Path]:
 
 
 def our_checkout() -> Path:
-    """The checkout this package runs from.
-
-    Raises:
-        UserError: If it is installed.
-    """
+    """The checkout this package runs from; ``UserError`` if it is installed."""
     checkout = find_checkout()
     if checkout is None:
         raise UserError("Weights, their manifest and tables belong to a checkout of conam_zoo: run from one.")

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conam_zoo.errors import UserError
@@ -16,7 +16,7 @@ from conam_zoo.weights import load_manifest
 
 __all__ = ["exchange", "packing", "scratch_folder"]
 
-SCRATCH = ".packing-"  # then the name of the weights, "-", and something random
+FORMER = "former"  # where the folder that is replaced waits until the manifest names the new one
 _SCRATCH = re.compile(r"\.packing-(\w+\.\w+)-\w{8}")
 _MANIFEST = re.compile(r"\.weights_manifest\.json\.[0-9a-f]{32}\.tmp")  # half written by dump_manifest
 SILENT_SECONDS, LOCK_SECONDS = 2, 600
@@ -32,49 +32,43 @@ def packing(checkout: Path) -> Iterator[None]:
         UserError: If another process goes on with it for ten minutes.
         ManifestError: If the manifest cannot be read.
     """
-    with _locked(checkout):
-        _mend(checkout)
-        yield
-
-
-@contextmanager
-def _locked(checkout: Path) -> Iterator[None]:
-    """Hold the lock of the folder itself: it needs no file, which a checkout would keep, and ends with the process."""
-    import fcntl  # not on Windows, where nothing is published from
-
+    # The lock of the folder itself needs no file, which a checkout would keep, and ends with the process.
     folder = os.open(checkout, os.O_RDONLY)
     try:
-        started, told = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                waited = time.monotonic() - started
-                if waited > LOCK_SECONDS:
-                    raise UserError(
-                        f"Another process is packing weights into {checkout}: end it, or wait until it is done."
-                    ) from error
-                if waited > SILENT_SECONDS and not told:
-                    _log.warning("Another process is packing weights into %s: waiting until it is done.", checkout)
-                    told = True
-                time.sleep(0.05)
+        _lock(folder, checkout)
+        _mend(checkout)
         yield
     finally:
         os.close(folder)
 
 
+def _lock(folder: int, checkout: Path) -> None:
+    import fcntl  # not on Windows, where nothing is published from
+
+    started, told = time.monotonic(), False
+    while True:
+        with suppress(BlockingIOError):
+            return fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        waited = time.monotonic() - started
+        if waited > LOCK_SECONDS:
+            raise UserError(f"Another process is packing weights into {checkout}: end it, or wait until it is done.")
+        if waited > SILENT_SECONDS and not told:
+            _log.warning("Another process is packing weights into %s: waiting until it is done.", checkout)
+            told = True
+        time.sleep(0.05)
+
+
 @contextmanager
 def scratch_folder(checkout: Path, name: str) -> Iterator[Path]:
     """A folder in the checkout to build a folder of weights in; ``packing`` finds it again after a kill."""
-    with tempfile.TemporaryDirectory(dir=checkout, prefix=f"{SCRATCH}{name}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=checkout, prefix=f".packing-{name}-") as scratch:
         (Path(scratch) / name).mkdir()  # as long as it is here, nothing has been exchanged
         yield Path(scratch)
 
 
 def exchange(new: Path, destination: Path, scratch: Path, confirm: Callable[[], None]) -> None:
     """Put a folder into its place and confirm that; if the confirmation fails, what was there comes back."""
-    former = _former(scratch)
+    former = scratch / FORMER
     destination.parent.mkdir(exist_ok=True)
     had_former = destination.exists()
     if had_former:
@@ -90,11 +84,6 @@ def exchange(new: Path, destination: Path, scratch: Path, confirm: Callable[[], 
         raise
 
 
-def _former(scratch: Path) -> Path:
-    """Where the folder that is replaced waits until the manifest names the new one."""
-    return scratch / "former"
-
-
 def _mend(checkout: Path) -> None:
     """Bring folders and manifest together again where a kill parted them, and clear what it left."""
     for leaving in checkout.iterdir():
@@ -105,15 +94,13 @@ def _mend(checkout: Path) -> None:
             continue
         name = match[1]
         entry = load_manifest(checkout / "weights_manifest.json").entries.get(name)
-        destination, former = checkout / "weights" / name, _former(scratch)
-        if not (entry and _is(destination / entry.file, entry.sha256)):
-            if former.exists():
-                shutil.rmtree(destination, ignore_errors=True)
-                former.replace(destination)
-            elif (
-                entry is None and not (scratch / name).exists()
-            ):  # moved into its place, but the manifest never named it
-                shutil.rmtree(destination, ignore_errors=True)
+        destination, former = checkout / "weights" / name, scratch / FORMER
+        named = entry is not None and _is(destination / entry.file, entry.sha256)
+        if not named and former.exists():
+            shutil.rmtree(destination, ignore_errors=True)
+            former.replace(destination)
+        elif entry is None and not (scratch / name).exists():  # moved into its place, but the manifest never named it
+            shutil.rmtree(destination, ignore_errors=True)
         shutil.rmtree(scratch)
 
 

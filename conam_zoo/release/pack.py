@@ -55,12 +55,6 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_eve
     is changed. Existing weights of that name are replaced as a whole, the manifest last; if it cannot be written, they
     come back, and what a killed process left is mended by the next.
 
-    Args:
-        run: A finished run folder.
-        data: Where the data set is; its test split is evaluated.
-        checkout: The checkout to write to; the one this package runs from if None.
-        allow_even_sites: Pack a net one of whose ConAMs gives all patches about the same confidence, too.
-
     Raises:
         UserError: If the run is unfinished, damaged or not one run's, was a choosing run (``holdout``), was trained
             with other settings than the packaged recipe of its name (the seed may differ), has an even site, or has no
@@ -258,19 +252,9 @@ def _measure(model: StagedClassifier, training: ImageSplit, test: ImageSplit) ->
 
 
 def remeasure(data: Path, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Measure weights of the checkout again and write the values into its manifest.
+    """Measure weights of the checkout again, all if ``names`` is None, and write the values into its manifest.
 
-    Args:
-        data: A data set, or a folder of data sets by name.
-        names: Which weights; all if None.
-
-    Returns:
-        What was measured, by name.
-
-    Raises:
-        UserError: If there is no checkout, or the data cannot be read.
-        ManifestError: If the manifest has no such weights.
-        WeightsError: If no verified weights can be had.
+    ``data`` is a data set, or a folder of data sets by name. Returns what was measured, by name.
     """
     checkout = our_checkout()
     path = checkout / "weights_manifest.json"

@@ -93,7 +93,7 @@ def publish(
         manifest_path: The manifest to read and to write.
         onnx: Makes the ONNX files of an entry from its folder. ``"published"``: the repository keeps those that the
             manifest knows, and all entries need to have some. ``"none"``: it has none.
-        private: Create repositories that only the account's members see; those there are stay as they are.
+        private: Whether repositories that are created are seen by the account's members alone.
         dry_run: Check all files and send nothing.
 
     Raises:
@@ -275,15 +275,10 @@ def write_onnx(entry: WeightEntry, weights: Path, data: str | Path, folder: Path
 
 
 def make_onnx(entry: WeightEntry, weights: Path, data: str | Path) -> dict[str, tuple[OnnxFile, bytes]]:
-    """Export weights to ``ONNX_FILES``, and measure each file on the whole test split.
+    """Export the weights of a folder to ``ONNX_FILES``, and measure each file on the whole test split.
 
-    Args:
-        entry: What the manifest says of the weights.
-        weights: Their folder.
-        data: Their data set, or a folder of data sets by name: training images calibrate int8, test images measure.
-
-    Returns:
-        For each file what the manifest is to say of it, and its content.
+    ``data`` is their data set, or a folder of data sets by name: training images calibrate int8, test images measure.
+    Returns for each file what the manifest is to say of it, and its content.
 
     Raises:
         UserError: If the packages of the extra ``onnx`` are missing, the images are others than those of the entry's

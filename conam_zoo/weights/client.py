@@ -98,11 +98,7 @@ def call_with_timeout(call: Callable[[Callable[[], None]], T], quiet_s: float) -
 
 
 def ask_hub(hub_id: str, file: str, revision: str | None) -> Announced:
-    """Ask the Hub about a file, briefly.
-
-    Raises:
-        HubError: There is no answer, or not the answer of a Hub.
-    """
+    """Ask the Hub about a file, briefly; ``HubError`` if there is no answer, or not that of a Hub."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     def ask(_: Callable[[], None]) -> Announced:
@@ -117,11 +113,9 @@ def ask_hub(hub_id: str, file: str, revision: str | None) -> Announced:
             answer = request()
         digest, commit = (answer.etag or "").lower(), answer.commit_hash or ""
         pinned = revision is not None and re.fullmatch(REVISION_PATTERN, revision)
-        wrong = ""
-        if not digest:
-            wrong = "no ETag"
-        elif not _DIGEST.fullmatch(digest):
-            wrong = "its ETag is no hash"
+        wrong = None
+        if not _DIGEST.fullmatch(digest):
+            wrong = "its ETag is no hash" if digest else "no ETag"
         elif not re.fullmatch(REVISION_PATTERN, commit) or (pinned and commit != revision):
             wrong = "it names no such commit"
         if wrong:
@@ -262,12 +256,7 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
 
 
 def cached_file(hub_id: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path | None:
-    """Where the cache has a file of a revision.
-
-    Raises:
-        OSError: The cache cannot be read.
-        ValueError: There can be no such repository.
-    """
+    """Where the cache has a file of a revision; ``OSError`` or ``ValueError`` if there can be none."""
     repository = _repository_folder(hub_id, cache_dir)
     commit = revision or "main"
     if not re.fullmatch(REVISION_PATTERN, commit):

@@ -70,11 +70,7 @@ def tells_secrets(error: BaseException | None) -> bool:
 
 
 def check_endpoint() -> None:
-    """Refuse an endpoint that is no address, or to which the user's token would travel unencrypted.
-
-    Raises:
-        HubError: With the remedy.
-    """
+    """Refuse (``HubError``) an endpoint that is no address, or to which the token would travel unencrypted."""
     from huggingface_hub import constants
 
     try:
@@ -88,8 +84,7 @@ def check_endpoint() -> None:
             f"HF_ENDPOINT is {redact(constants.ENDPOINT)!r} and no address of a Hub, so give one such as "
             "https://huggingface.co"
         )
-    own = _LOOPBACK.fullmatch(host or "") is not None
-    if endpoint.scheme == "http" and not own and token_in_use() is not None:
+    if endpoint.scheme == "http" and not _LOOPBACK.fullmatch(host or "") and token_in_use() is not None:
         raise HubError(
             f"HF_ENDPOINT is {redact(constants.ENDPOINT)} and would send the token in use unencrypted, so give an "
             "https address or leave the token out"

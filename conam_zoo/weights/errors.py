@@ -30,11 +30,7 @@ def in_brief(error: BaseException) -> str:
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path with ``~`` and ``~name`` replaced by the home folder.
-
-    Raises:
-        WeightsError: If there is no such user.
-    """
+    """A path with ``~`` and ``~name`` replaced by the home folder; ``WeightsError`` if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

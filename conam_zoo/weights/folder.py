@@ -1,9 +1,8 @@
 """Weights in a folder of timm's Hub layout: a local one, or a Hub repository that the caller names.
 
-What such a folder promises of itself is checked: if its ``config.json`` states the SHA-256 of ``model.safetensors``, as
-the folders that this package writes do, the file has to have it. Weights in several files have an index, which
-``config.json`` names as ``weights_file``, and which states the SHA-256 of each. A file in the Hub cache has to have the
-hash that the Hub announced.
+What such a folder promises of itself is checked: the SHA-256 that its ``config.json`` states, as those that this
+package writes do, and that of each file of an index, which ``config.json`` names as ``weights_file``. A file in the Hub
+cache has to have the hash that the Hub announced.
 """
 
 import hashlib
@@ -11,12 +10,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from conam_zoo.weights.client import ask_hub, cached_file, download, is_intact
 from conam_zoo.weights.credentials import redact, tells_secrets
 from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, expand_home, in_brief
-from conam_zoo.weights.manifest import FILE_PATTERN, REVISION_PATTERN
+from conam_zoo.weights.manifest import FILE_PATTERN, REVISION_PATTERN, no_constant
 from conam_zoo.weights.verify import (
     LARGEST_TEXT_BYTES,
     LARGEST_WEIGHTS_BYTES,
@@ -37,22 +36,14 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a ``config.json``.
-
-    Raises:
-        WeightsError: It is none.
-    """
+    """The content of a ``config.json``; ``WeightsError`` if it is none."""
     try:
-        config = json.loads(read_file(path, LARGEST_TEXT_BYTES).decode("utf-8"), parse_constant=_no_constant)
+        config = json.loads(read_file(path, LARGEST_TEXT_BYTES).decode("utf-8"), parse_constant=no_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is no readable config.json ({in_brief(error)}): check the path.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} holds no JSON object: copy the folder again.")
     return config
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def read_folder(folder: Path) -> dict[str, "Tensor"]:
@@ -120,11 +111,7 @@ def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[st
 
 
 def fetch_config(hub_id: str, cache_dir: str | Path | None = None) -> Path:
-    """The config.json of a Hub repository, in the cache.
-
-    Raises:
-        WeightsError: It cannot be had.
-    """
+    """The config.json of a Hub repository, in the cache; ``WeightsError`` if it cannot be had."""
     return _fetch(hub_id, "config.json", cache_dir)
 
 

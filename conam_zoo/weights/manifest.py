@@ -119,11 +119,7 @@ class Manifest:
     path: Path | None = field(default=None, compare=False)  # the file that it was read from
 
     def entry(self, name: str) -> WeightEntry:
-        """The entry called ``name``.
-
-        Raises:
-            ManifestError: There is none; the message lists those there are.
-        """
+        """The entry called ``name``; a ``ManifestError`` lists those there are."""
         if name not in self.entries:
             known = ", ".join(sorted(self.entries)) or "none"
             raise ManifestError(f"The manifest has no weights {name!r}; choose one of those it has: {known}.")
@@ -137,11 +133,7 @@ def find_checkout() -> Path | None:
 
 
 def find_manifest() -> Path:
-    """Where the manifest lies: the checkout's if there is one, else the one packaged in the wheel.
-
-    Raises:
-        ManifestError: It lies in neither place.
-    """
+    """Where the manifest lies: in the checkout if there is one, or the package; ``ManifestError`` if in neither."""
     package = Path(__file__).resolve().parents[1]
     folder = find_checkout() or package
     if not (folder / MANIFEST_NAME).is_file():
@@ -171,7 +163,7 @@ def _load(path: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"The manifest {path} cannot be read: {error}.") from error
     try:
-        manifest = parse_manifest(json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant))
+        manifest = parse_manifest(json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=no_constant))
     except ManifestError as error:
         raise ManifestError(f"The manifest {path} is not valid: {error}") from error
     except (ValueError, RecursionError) as error:  # not JSON, or nested or numbered beyond all reason
@@ -188,7 +180,8 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _no_constant(name: str) -> NoReturn:
+def no_constant(name: str) -> NoReturn:
+    """Refuse ``NaN`` and ``Infinity``, which Python's JSON has and JSON has not."""
     raise ManifestError(f"{name} is not a JSON number; write a finite one.")
 
 
@@ -203,8 +196,7 @@ def dump_manifest(manifest: Manifest, path: Path) -> None:
     document = _as_document(manifest)
     parse_manifest(document)
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    # The same folder, since a rename is atomic only within one file system; not tempfile, whose files are
-    # readable by their owner alone.
+    # The same folder, as a rename is atomic only within a file system; not tempfile, whose files are private.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with partial.open("xb") as file:
@@ -374,11 +366,7 @@ _ENTRY: dict[str, Check] = {
 
 
 def parse_manifest(document: object) -> Manifest:
-    """Check a parsed JSON document and turn it into a ``Manifest``.
-
-    Raises:
-        ManifestError: Names the field, the value found and what it must be.
-    """
+    """Check a parsed JSON document; a ``ManifestError`` names the field, the value found and what it must be."""
     top = _object(document, "the manifest", {"schema_version", "hub_namespace", "code_repository", "entries"})
     version = _integer(0)(top["schema_version"], "schema_version")
     if version != SCHEMA_VERSION:

@@ -55,16 +55,11 @@ def find_verified(
 ) -> VerifiedWeights:
     """Find the file of ``entry``, download it if need be, and read it once verified.
 
-    In this order: ``$CONAM_ZOO_MIRROR/<name>/<file>``; ``weights/<name>/<file>`` of the checkout; the Hub cache;
-    the Hub, at the pinned revision. A wrong copy in the first two is passed over with a warning; a wrong one
-    in the cache or from the Hub is fetched once more and then refused. ``HF_ENDPOINT``, ``HF_HOME``,
-    ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE`` and the user's token are honoured. A Hub that does not answer, or stalls, is
-    given up within ten seconds.
-
-    Args:
-        entry: What to find.
-        cache_dir: The Hub cache to use instead of the default one.
-        namespace: The manifest's ``hub_namespace``. None: not published; neither Hub nor cache is asked.
+    In this order: ``$CONAM_ZOO_MIRROR/<name>/<file>``; ``weights/<name>/<file>`` of the checkout; the Hub cache
+    (``cache_dir``, if given); the Hub, at the pinned revision. A wrong copy in the first two is passed over with a
+    warning; a wrong one in the cache or from the Hub is fetched once more and then refused. Without ``namespace``, the
+    manifest's ``hub_namespace``, neither Hub nor cache is asked. The variables of huggingface_hub and the user's token
+    are honoured. A Hub that does not answer, or stalls, is given up within ten seconds.
 
     Raises:
         WrongWeightsError: The Hub itself offers another file than the manifest describes.
@@ -105,14 +100,7 @@ def check_copies(
     namespace: str | None = None,
     mirror: Path | None = None,
 ) -> list[CopyStatus]:
-    """Compare each local copy of ``entry`` with the manifest: mirror, checkout, Hub cache; no network.
-
-    Args:
-        entry: What to check.
-        cache_dir: The Hub cache to look into instead of the default one.
-        namespace: The manifest's ``hub_namespace``.
-        mirror: The mirror to look into instead of the one in ``CONAM_ZOO_MIRROR``.
-    """
+    """Compare each local copy of ``entry`` with the manifest: mirror, checkout, Hub cache; no network."""
     return [replace(found, parts=()) for found in _examine_places(entry, cache_dir, namespace, mirror)]
 
 
@@ -123,17 +111,14 @@ def _examine_places(
     set_mirror = os.environ.get(MIRROR_VARIABLE)
     if mirror is None and set_mirror:
         mirror = expand_home(set_mirror)
-    if mirror is not None:
-        yield examine_copy("mirror", mirror / entry.name / entry.file, entry)
-    else:
+    if mirror is None:
         yield CopyStatus("mirror", None, "missing", f"{MIRROR_VARIABLE} is not set")
-
-    checkout = find_checkout()
-    if checkout is not None:
-        yield examine_copy("checkout", checkout / "weights" / entry.name / entry.file, entry)
     else:
+        yield examine_copy("mirror", mirror / entry.name / entry.file, entry)
+    if (checkout := find_checkout()) is None:
         yield CopyStatus("checkout", None, "missing", "conam_zoo does not run from a checkout")
-
+    else:
+        yield examine_copy("checkout", checkout / "weights" / entry.name / entry.file, entry)
     if namespace is None or entry.revision is None:
         yield CopyStatus("cache", None, "missing", "these weights are not published on the Hub yet")
     else:
@@ -154,12 +139,7 @@ def _examine_cache(entry: WeightEntry, hub_id: str, revision: str, cache_dir: st
 def _fetch(
     entry: WeightEntry, hub_id: str, revision: str, cache_dir: str | Path | None
 ) -> tuple[Source, tuple[Part, ...]]:
-    """Download what the cache lacks or has wrong: the file, and then what it names if it is an index.
-
-    Raises:
-        WrongWeightsError: The Hub announces or delivers another file.
-        HubError: The Hub delivers none.
-    """
+    """Download what the cache lacks or has wrong: the file, and then what it names if it is an index."""
     # Before the lock: processes that start together each learn within the deadline that the Hub is away.
     announced = _ask_for(entry, hub_id, revision)
     with _one_process_at_a_time(entry, cache_dir):
@@ -201,10 +181,9 @@ def _fetch_file(part: Described, announced: Announced, cache_dir: str | Path | N
 
 @contextlib.contextmanager
 def _one_process_at_a_time(entry: WeightEntry, cache_dir: str | Path | None) -> Iterator[None]:
-    """Hold the lock on an entry, as far as one can be had.
+    """Hold the lock on an entry; a cache that takes none (one that is read-only), or stays locked, is used without.
 
-    Every process verifies the bytes it reads, and files appear in the cache whole. So a cache that takes no lock
-    (read-only, or a file system without locks) and one that stays locked are used without it.
+    That is safe: every process verifies the bytes it reads, and files appear in the cache whole.
     """
     from filelock import FileLock, Timeout
 
@@ -216,12 +195,8 @@ def _one_process_at_a_time(entry: WeightEntry, cache_dir: str | Path | None) -> 
             try:
                 stack.enter_context(lock.acquire(timeout=LOCK_QUIET_S))
             except Timeout:
-                _logger.warning(
-                    "Waiting for another process that fetches %s, for %.0f seconds at most; the lock is %s.",
-                    entry.name,
-                    LOCK_TIMEOUT_S,
-                    lock.lock_file,
-                )
+                wait = "Waiting for another process that fetches %s, for %.0f seconds at most; the lock is %s."
+                _logger.warning(wait, entry.name, LOCK_TIMEOUT_S, lock.lock_file)
                 stack.enter_context(lock.acquire(timeout=LOCK_TIMEOUT_S - LOCK_QUIET_S))
         except (OSError, NotImplementedError) as error:  # a Timeout among them
             _logger.info("Fetching %s without a lock: %s", entry.name, error)
@@ -231,12 +206,9 @@ def _one_process_at_a_time(entry: WeightEntry, cache_dir: str | Path | None) -> 
 def fill_mirror(
     entry: WeightEntry, directory: Path, *, cache_dir: str | Path | None = None, namespace: str | None = None
 ) -> tuple[Path, bool]:
-    """Put a verified copy of ``entry`` into a mirror, unless a good one is there; arguments as of ``find_verified``.
+    """Put a verified copy of ``entry`` into a mirror, unless a good one is there; its path, and whether it was written.
 
-    A wrong copy is replaced. The copy appears under its name only when it is whole.
-
-    Returns:
-        The path of the copy, and whether it was written now.
+    The copy appears under its name only when it is whole.
 
     Raises:
         WeightsError: There is no verified copy to be had, or the directory cannot be written.

@@ -65,11 +65,7 @@ class CopyStatus:
 
 
 def read_file(path: Path, largest_bytes: int) -> bytes:
-    """The bytes of a regular file.
-
-    Raises:
-        OSError: It is none, is larger than that, or cannot be read.
-    """
+    """The bytes of a regular file; ``OSError`` if it is none, is larger than that, or cannot be read."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever
         raise OSError(f"{path.name} is not a file")
     with path.open("rb") as file:
@@ -119,10 +115,7 @@ def read_safetensors(path: Path) -> dict[str, "Tensor"]:
 
 
 def examine_copy(place: Source, path: Path, described: Described) -> CopyStatus:
-    """Compare a copy with its description: a file, or an index and then the files beside it that it names.
-
-    Returns:
-        What was found, of the first file that is not right if there is one.
+    """Compare a file, or an index and then the files beside it, with its description; the first that is not good tells.
 
     Raises:
         WeightsError: The index is the one described, and is none.
@@ -164,20 +157,14 @@ def examine(place: Source, path: Path, described: Described) -> CopyStatus:
     except OSError as error:
         return CopyStatus(place, path, "wrong", f"{path} cannot be read ({in_brief(error)})")
     if size != described.size_bytes or digest.hexdigest() != described.sha256:
-        detail = (
-            f"{path} is not the published file, expected SHA-256 {described.sha256} of {described.size_bytes} bytes, "
-            f"found {digest.hexdigest()} of {size} bytes"
-        )
-        return CopyStatus(place, path, "wrong", detail)
+        expected = f"expected SHA-256 {described.sha256} of {described.size_bytes} bytes"
+        found = f"found {digest.hexdigest()} of {size} bytes"
+        return CopyStatus(place, path, "wrong", f"{path} is not the published file, {expected}, {found}")
     return CopyStatus(place, path, "good", f"{path} is the published file", (Part(described, path, data),))
 
 
 def parse_parts(parts: Sequence[Part]) -> dict[str, "Tensor"]:
-    """The tensors of a verified copy.
-
-    Raises:
-        WeightsError: It is damaged, or its files hold other tensors than the index says.
-    """
+    """The tensors of a verified copy; ``WeightsError`` if it is damaged, or an index says otherwise than its files."""
     first, *shards = parts
     if not is_index(first.described.file):
         return parse_safetensors(first.data, first.path)
@@ -229,11 +216,7 @@ def parse_safetensors(data: bytes, path: Path) -> dict[str, "Tensor"]:
 
 
 def check_values(tensors: Mapping[str, "Tensor"]) -> None:
-    """Refuse tensors that no training ends in.
-
-    Raises:
-        ValueError: One holds NaN or infinity, a variance below zero, or is of another type than a float.
-    """
+    """Refuse (``ValueError``) what no training ends in: NaN, infinity, a variance below zero, and what is no float."""
     for name, tensor in tensors.items():
         if name.endswith("num_batches_tracked"):
             continue
@@ -270,11 +253,7 @@ def make_index(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> str:
 
 
 def read_index(data: bytes, path: Path) -> tuple[tuple[Shard, ...], dict[str, str]]:
-    """The shards that an index names, and the file of each tensor.
-
-    Raises:
-        WeightsError: It is none, or does not state size and SHA-256 of its files.
-    """
+    """The shards that an index names, and the file of each tensor; ``WeightsError`` if it does not state them whole."""
     try:
         document = json.loads(data)
         weight_map, facts = document["weight_map"], document["metadata"]["shards"]
