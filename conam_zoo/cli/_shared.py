@@ -92,8 +92,7 @@ def json_only(result: Any, json_file: Path | None) -> bool:
     if str(json_file) == "-":
         sys.stdout.write(text)
         return True
-    from conam_zoo.files import write_text
-    from conam_zoo.inputs import refuse_replacing
+    from conam_zoo.files import refuse_replacing, write_text
 
     refuse_replacing(json_file)
     write_text(json_file, text)

@@ -41,7 +41,7 @@ def evaluate(
     from conam_zoo.datasets import DATASETS
     from conam_zoo.deploy.export import dataset_of
     from conam_zoo.deploy.runtime import open_classifier
-    from conam_zoo.inputs import check_suffix, expand_path, refuse_overwriting, refuse_replacing
+    from conam_zoo.files import check_suffix, expand_path, refuse_overwriting, refuse_replacing
     from conam_zoo.training.evaluate import evaluate as run
     from conam_zoo.training.evaluate import run_folder_of, write_logits
     from conam_zoo.weights import load_manifest

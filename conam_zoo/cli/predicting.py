@@ -67,7 +67,7 @@ def _sheets(output: Path, pictures: int) -> list[Path]:
 
 
 def _check_outputs(model: str, paths: list[Path], output: Path | None, json_file: Path | None) -> None:
-    from conam_zoo.inputs import check_suffix, expand_path, refuse_overwriting
+    from conam_zoo.files import check_suffix, expand_path, refuse_overwriting
 
     if output is not None:
         check_suffix(output, ".png")
@@ -222,8 +222,7 @@ def features(
     import numpy as np
 
     from conam_zoo.data.images import PICTURE_SUFFIXES
-    from conam_zoo.files import write_atomically
-    from conam_zoo.inputs import check_suffix, expand_path
+    from conam_zoo.files import check_suffix, expand_path, write_atomically
     from conam_zoo.models.registry import open_model
     from conam_zoo.visualize.predict import pooled_features
 

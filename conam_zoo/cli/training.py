@@ -15,7 +15,7 @@ from rich.table import Table
 from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Compile, Data, Settings, app, console
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole, for_shell
-from conam_zoo.inputs import expand_path
+from conam_zoo.files import expand_path
 
 if TYPE_CHECKING:
     from conam_zoo.training.queue import Job, Progress

@@ -13,7 +13,7 @@ from conam_zoo.cli._shared import Json, Model, app, console, json_only
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_rich
-from conam_zoo.inputs import expand_path, refuse_overwriting
+from conam_zoo.files import expand_path, refuse_overwriting
 from conam_zoo.layers.confidence import EVEN, has_confidence
 from conam_zoo.models.registry import check_model_name, count_params_and_macs, model_names, open_model, size_of
 from conam_zoo.weights.folder import read_config, read_folder, weights_file

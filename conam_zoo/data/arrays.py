@@ -12,7 +12,7 @@ import numpy as np
 from conam_zoo.data.dataset import ArrayReader, LazyImages, free_bytes
 from conam_zoo.data.images import check_size, full_scale, reason_of, value_range
 from conam_zoo.errors import UserError
-from conam_zoo.inputs import check_file, status
+from conam_zoo.files import check_file, status
 
 __all__ = ["array_source", "has_arrays", "npy_sources", "npz_sources"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from conam_zoo.errors import UserError
-from conam_zoo.inputs import check_file, expand_path
+from conam_zoo.files import check_file, expand_path
 
 __all__ = [
     "NOTE",

@@ -29,7 +29,7 @@ from conam_zoo.data.folders import folder_sources
 from conam_zoo.data.images import decode_image, reason_of, to_rgb
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
-from conam_zoo.inputs import expand_path, status
+from conam_zoo.files import expand_path, status
 
 __all__ = ["ImageData", "check_image_size", "find_sources", "open_images", "read_split"]
 

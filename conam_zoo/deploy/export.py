@@ -25,8 +25,7 @@ from conam_zoo.data import read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.deploy.runtime import FORMAT, need_onnx, open_classifier, open_session
 from conam_zoo.errors import UserError
-from conam_zoo.files import write_atomically
-from conam_zoo.inputs import expand_path, refuse_overwriting
+from conam_zoo.files import expand_path, refuse_overwriting, write_atomically
 from conam_zoo.layers.conam import ConAM
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model, weights_sha256

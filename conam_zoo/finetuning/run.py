@@ -14,7 +14,7 @@ from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.data.load import check_image_size
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole, for_shell
-from conam_zoo.files import write_atomically, write_text
+from conam_zoo.files import expand_path, write_atomically, write_text
 from conam_zoo.finetuning.net import (
     FineTuned,
     check_layer_decay,
@@ -24,7 +24,6 @@ from conam_zoo.finetuning.net import (
     train_on,
 )
 from conam_zoo.finetuning.report import build_report, draw_report, report_markdown
-from conam_zoo.inputs import expand_path
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.distributed import precision_on, ranks
 from conam_zoo.training.engine import score

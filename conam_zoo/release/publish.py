@@ -263,8 +263,7 @@ def _step(doing: str, upload: _Upload, up: list[str]) -> Iterator[None]:
 
 def write_onnx(entry: WeightEntry, weights: Path, data: str | Path, folder: Path) -> Iterator[Path]:
     """Export weights to ``ONNX_FILES`` below a folder, one after the other; see ``make_onnx``."""
-    from conam_zoo.deploy.command import calibration_images
-    from conam_zoo.deploy.export import export
+    from conam_zoo.deploy.export import calibration_images, export
     from conam_zoo.models.registry import open_model
 
     model = open_model(f"local-dir:{weights}")
@@ -285,7 +284,7 @@ def make_onnx(entry: WeightEntry, weights: Path, data: str | Path) -> dict[str, 
             figures, or a file does not compute what the net does.
     """
     from conam_zoo.datasets import DATASETS
-    from conam_zoo.deploy.command import open_classifier
+    from conam_zoo.deploy.runtime import open_classifier
     from conam_zoo.errors import UserError
     from conam_zoo.training.evaluate import evaluate
 

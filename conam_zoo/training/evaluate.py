@@ -14,8 +14,7 @@ from conam_zoo.data import ImageSplit, open_images
 from conam_zoo.data.dataset import LazyImages, image_hashes, read_source
 from conam_zoo.data.load import find_sources
 from conam_zoo.errors import UserError
-from conam_zoo.files import write_atomically
-from conam_zoo.inputs import check_suffix, expand_path
+from conam_zoo.files import check_suffix, expand_path, write_atomically
 from conam_zoo.models import StagedClassifier
 from conam_zoo.training.engine import predict_logits, score
 from conam_zoo.training.run_folder import RUN, read_run

@@ -21,8 +21,7 @@ from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole
-from conam_zoo.files import clear_temporaries, make_folder, write_text
-from conam_zoo.inputs import expand_path
+from conam_zoo.files import clear_temporaries, expand_path, make_folder, write_text
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import check_model_name, count_params_and_macs, export_model
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, StopRequest, TrainingStopped

@@ -20,8 +20,7 @@ from PIL import Image
 
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_matplotlib
-from conam_zoo.files import write_figure
-from conam_zoo.inputs import check_suffix
+from conam_zoo.files import check_suffix, write_figure
 from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.explain import Explanation, PatchEffect, SiteExplanation
 from conam_zoo.visualize.predict import Prediction, percent, predict

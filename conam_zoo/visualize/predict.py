@@ -16,7 +16,7 @@ from torchvision.transforms import Compose
 
 from conam_zoo.data.images import MAX_PIXELS, NOTE, PICTURE_SUFFIXES, decode_image, read_image
 from conam_zoo.errors import UserError
-from conam_zoo.inputs import expand_path
+from conam_zoo.files import expand_path
 from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
 
