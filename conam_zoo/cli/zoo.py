@@ -62,10 +62,12 @@ def info(model: Model, json_file: Json = None) -> None:
     if folder is not None:
         refuse_overwriting([json_file], [folder / "config.json"])
     if ":" in model:
-        net, (name, tag) = open_model(model, pretrained=False), (model, "")
+        net = open_model(model, pretrained=False)
+        name, tag = model, ""
         params, macs = sum(p.numel() for p in net.parameters()), None
     else:
-        net, (name, tag) = open_model(model, pretrained=False, device="meta"), split_model_name_tag(model)
+        net = open_model(model, pretrained=False, device="meta")
+        name, tag = split_model_name_tag(model)
         params, macs = count_params_and_macs(model)
     cfg = net.pretrained_cfg
     facts: dict[str, Any] = {
