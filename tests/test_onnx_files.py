@@ -16,11 +16,12 @@ import torch
 from small_entry import entry_for
 
 import conam_zoo  # noqa: F401 (registers the models)
+import conam_zoo.release.publish as publish_module
 from conam_zoo.datasets import DATASETS
+from conam_zoo.deploy.runtime import open_classifier
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import export_model
-from conam_zoo.release import onnx_files
-from conam_zoo.release.onnx_files import make_onnx, write_onnx
+from conam_zoo.release.publish import make_onnx, write_onnx
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.weights import ONNX_FILES, Manifest, WeightEntry
 from experiments.speed import onnx_files as benchmark
@@ -67,7 +68,7 @@ def written_once(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             (folder / path).parent.mkdir(exist_ok=True)
             yield Path(shutil.copy(exported / path, folder / path))
 
-    for module in (onnx_files, benchmark):
+    for module in (publish_module, benchmark):
         monkeypatch.setattr(module, "write_onnx", written)
 
 
@@ -86,7 +87,7 @@ def test_each_file_is_measured_itself(
         facts = {prop.key: prop.value for prop in onnx.load_from_string(content).metadata_props}
         assert (facts["precision"], facts["name"], facts["sha256"]) == (precision, NAME, entry.sha256)
         (tmp_path / "net.onnx").write_bytes(content)
-        scores = evaluate(onnx_files.open_classifier(str(tmp_path / "net.onnx")), data, "cifar10").scores
+        scores = evaluate(open_classifier(str(tmp_path / "net.onnx")), data, "cifar10").scores
         assert known.top1_percent == pytest.approx(scores.top1_percent, abs=1e-4)
     assert made[ONNX_FILES[0]][0].top1_percent == pytest.approx(entry.metrics.top1_percent)
     assert [p.name for p in folder.iterdir() if p.suffix == ".onnx"] == []

@@ -18,8 +18,7 @@ import conam_zoo.release.exchange as exchange_module
 import conam_zoo.release.pack as pack_module
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import export_model
-from conam_zoo.release.card import model_card
-from conam_zoo.release.documents import result_table
+from conam_zoo.release.documents import model_card, result_table
 from conam_zoo.release.exchange import packing
 from conam_zoo.release.pack import pack
 from conam_zoo.training.recipe import load_recipe

@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
-from conam_zoo.files import write_atomically, write_text
-from conam_zoo.inputs import expand_path
+from conam_zoo.files import expand_path, write_atomically, write_text
 from conam_zoo.models._base import StagedClassifier
 from conam_zoo.models.config_schema import load_config
 from conam_zoo.weights import load_manifest

@@ -17,7 +17,7 @@ from conam_zoo.errors import UserError
 from conam_zoo.escape import for_markdown
 from conam_zoo.files import write_text
 from conam_zoo.layers.confidence import EVEN
-from conam_zoo.models.export import for_transformers
+from conam_zoo.models.registry import for_transformers
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.weights import Manifest, Metrics, WeightEntry, find_checkout, load_manifest
 

@@ -18,8 +18,7 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically, write_text
 from conam_zoo.layers.confidence import EVEN, liveness
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.export import export_model
-from conam_zoo.models.registry import count_params_and_macs, open_model, weights_sha256
+from conam_zoo.models.registry import count_params_and_macs, export_model, open_model, weights_sha256
 from conam_zoo.release.documents import generated_files, model_card, our_checkout
 from conam_zoo.release.exchange import exchange, packing, scratch_folder
 from conam_zoo.training.engine import predict_logits, score
