@@ -45,11 +45,18 @@ def _extents(size: int, patch_size: int, like: Tensor) -> Tensor:
     return (size - starts).clamp(max=patch_size).to(like.dtype)
 
 
-def contexts_of_means(means: Tensor, height: int, width: int, patch_size: int, limit: float = LIMIT) -> Tensor:
-    """Local contexts with the global one behind them, in at least float32: (N, C, rows, columns) -> (N, P + 1, C).
+# What follows are leaves for torch.fx: they look at the map's size, which a symbolic tracer does not know, and switch
+# autocast off, which a tracer would forget.
+
+
+@torch.fx.wrap
+def contexts_of(x: Tensor, patch_size: int, limit: float = LIMIT) -> Tensor:
+    """Local contexts with the global one behind them, in at least float32: (N, C, H, W) -> (N, P + 1, C).
 
     ``limit`` bounds the local contexts: two infinite sums of opposite sign would make the global one NaN.
     """
+    height, width = x.shape[2], x.shape[3]
+    means = patch_means(x, patch_size)
     if means.dtype == torch.bfloat16 or means.dtype == torch.float16:
         means = means.float()
     means = means.clamp(-limit, limit)
@@ -63,52 +70,33 @@ def contexts_of_means(means: Tensor, height: int, width: int, patch_size: int, l
     return torch.cat([local_contexts, global_context], dim=1)
 
 
-def agreement(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, limit: float = LIMIT) -> Tensor:
-    """Dot product of each embedded local context with the embedded global one: (N, P + 1, C) -> (N, P).
-
-    ``limit`` bounds the embeddings.
-    """
+def _embed(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """The perceptron, in the type of the contexts: (N, P + 1, C) -> (N, P + 1, C)."""
     dtype = contexts.dtype
     hidden = F.relu(F.linear(contexts, w1.to(dtype), b1.to(dtype)))
-    embedded = F.relu(F.linear(hidden, w2.to(dtype), b2.to(dtype)))
-    embedded = embedded.to(dtype).clamp(max=limit)  # TorchScript cannot switch autocast off: there it comes in bf16
-    return (embedded[:, :-1] * embedded[:, -1:]).sum(dim=2)
-
-
-def confidence_of_means(
-    means: Tensor, height: int, width: int, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
-) -> Tensor:
-    """Confidence of every patch from the patch means: (N, C, rows, columns) -> (N, rows, columns)."""
-    contexts = contexts_of_means(means, height, width, patch_size)
-    if torch.jit.is_scripting():
-        logits = agreement(contexts, w1, b1, w2, b2)
-    elif means.device.type != "meta" and torch.is_autocast_enabled(means.device.type):
-        with torch.autocast(means.device.type, enabled=False):
-            logits = agreement(contexts, w1, b1, w2, b2)
-    else:
-        logits = agreement(contexts, w1, b1, w2, b2)
-    return torch.softmax(logits, dim=1).unflatten(1, (means.shape[2], -1))
-
-
-# What follows are leaves for torch.fx: they look at the map's size, which a symbolic tracer does not know, and switch
-# autocast off, which a tracer would forget.
+    return F.relu(F.linear(hidden, w2.to(dtype), b2.to(dtype)))
 
 
 @torch.fx.wrap
 def confidence_map(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """Confidence of every patch, in at least float32: (N, C, H, W) -> (N, ceil(H/p), ceil(W/p))."""
-    return confidence_of_means(patch_means(x, patch_size), x.shape[2], x.shape[3], patch_size, w1, b1, w2, b2)
-
-
-@torch.fx.wrap
-def contexts_of(x: Tensor, patch_size: int) -> Tensor:
-    """Local contexts with the global one behind them, in at least float32: (N, C, H, W) -> (N, P + 1, C)."""
-    return contexts_of_means(patch_means(x, patch_size), x.shape[2], x.shape[3], patch_size)
+    contexts = contexts_of(x, patch_size)
+    if torch.jit.is_scripting():  # which cannot switch autocast off
+        embedded = _embed(contexts, w1, b1, w2, b2).to(contexts.dtype)
+    elif x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            embedded = _embed(contexts, w1, b1, w2, b2)
+    else:
+        embedded = _embed(contexts, w1, b1, w2, b2)
+    return confidence_between(embedded, x, patch_size)
 
 
 @torch.fx.wrap
 def confidence_between(embedded: Tensor, x: Tensor, patch_size: int, limit: float = LIMIT) -> Tensor:
-    """Confidence from embeddings of any type: (N, P + 1, C), map -> (N, ceil(H/p), ceil(W/p)), at least float32."""
+    """Confidence from embeddings of any type: (N, P + 1, C), map -> (N, ceil(H/p), ceil(W/p)), at least float32.
+
+    ``limit`` bounds the embeddings.
+    """
     if embedded.dtype == torch.bfloat16 or embedded.dtype == torch.float16:
         embedded = embedded.float()
     embedded = embedded.clamp(max=limit)
