@@ -48,11 +48,7 @@ REASONS: dict[int | None, str] = {
 
 
 def expand_path(path: str | Path) -> Path:
-    """A path with ``~`` and ``~name`` replaced by the home folder.
-
-    Raises:
-        UserError: If there is no such user, or the path is empty or holds a zero byte.
-    """
+    """A path with ``~`` and ``~name`` replaced; ``UserError`` for an unknown user, an empty path, or a zero byte."""
     if not str(path) or "\0" in str(path):
         raise UserError(f"The path {str(path)!r} is empty or holds a zero byte: name a file or folder.")
     try:
@@ -62,11 +58,7 @@ def expand_path(path: str | Path) -> Path:
 
 
 def status(path: Path) -> os.stat_result | None:
-    """What the system says of a file or folder, links followed; None if there is none.
-
-    Raises:
-        UserError: If it cannot be asked: no permission on the way, a name that is too long, links in a circle.
-    """
+    """What the system says of a path, links followed; None if there is nothing, ``UserError`` if it cannot be asked."""
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -77,11 +69,7 @@ def status(path: Path) -> os.stat_result | None:
 
 
 def check_file(path: Path, kind: str = "file") -> None:
-    """Refuse what is no regular file that can be read; nothing is opened that could wait for ever.
-
-    Raises:
-        UserError: If it is missing, a folder, a pipe, a device or a socket, or may not be read.
-    """
+    """Refuse (``UserError``) what is no regular file that can be read; nothing is opened that could wait for ever."""
     found = status(path)
     a_kind = f"{'an' if kind[0] in 'aeiou' or kind.startswith('.n') else 'a'} {kind}"
     if found is None:
@@ -101,12 +89,9 @@ def check_suffix(path: Path, suffix: str) -> None:
 
 
 def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -> None:
-    """Refuse to write onto what is read, whatever the two are called: links and hard links are followed.
+    """Refuse (``UserError``) to write onto what is read, or twice onto one file; links and hard links are followed.
 
     The outputs None and ``-`` are no files.
-
-    Raises:
-        UserError: If an output is an input, or two outputs are one file.
     """
     read: dict[object, Path] = {}
     for path in inputs:
@@ -125,11 +110,7 @@ def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -
 
 
 def refuse_replacing(json_file: Path | None) -> None:
-    """Refuse to write JSON onto a file that is something else, such as a picture of a data set.
-
-    Raises:
-        UserError: If the file is there, is not called ``.json``, and does not begin as JSON does.
-    """
+    """Refuse (``UserError``) to write JSON onto what is not called ``.json`` and does not begin as JSON does."""
     if json_file is None or json_file.suffix.lower() == ".json" or not json_file.is_file():
         return
     try:
@@ -157,10 +138,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file on the same disk, then move it to ``path``.
 
     A link stays a link, and the file it points to is replaced; a device or a named pipe is written to. A file that is
-    replaced keeps its permissions, a new one gets those of the umask.
-
-    Raises:
-        UserError: If the file cannot be written; what stood at ``path`` before is still there.
+    replaced keeps its permissions, a new one gets those of the umask. After a ``UserError`` all is as it was.
     """
     folder, path = None, expand_path(path)
     try:

@@ -94,7 +94,7 @@ def publish(
         onnx: Makes the ONNX files of an entry from its folder. ``"published"``: the repository keeps those that the
             manifest knows, and all entries need to have some. ``"none"``: it has none.
         private: Whether repositories that are created are seen by the account's members alone.
-        dry_run: Check all files and send nothing.
+        dry_run: Whether to check all files and send nothing.
 
     Raises:
         WeightsError: Something is wrong with the files, or a step failed; the manifest is as it was.

@@ -74,11 +74,7 @@ def read_folder(folder: Path) -> dict[str, "Tensor"]:
 
 
 def weights_file(config: Mapping[str, Any], folder: Path | str) -> str:
-    """The name of the file with the weights, or of their index, in a folder with this config.json.
-
-    Raises:
-        WeightsError: It is no name of such a file.
-    """
+    """The name of the file with the weights, or of their index, in a folder with this config.json."""
     name = config.get("weights_file", WEIGHTS_FILE)
     if not isinstance(name, str) or re.fullmatch(FILE_PATTERN, name) is None:
         raise WeightsError(f"The config.json of {folder} names the weights {name!r}, which is no safetensors file.")

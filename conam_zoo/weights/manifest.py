@@ -266,7 +266,7 @@ def _matching(pattern: str, rule: str) -> Check:
 def _integer(low: int, high: int = 2**53) -> Check:  # the largest that every JSON reader keeps exactly
     def check(value: object, at: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            _refuse(at, value, f"an integer from {low} to {high}")
+            _refuse(at, value, f"an integer of at least {low}" + (f", at most {high}" if high < 2**53 else ""))
         return value
 
     return check
