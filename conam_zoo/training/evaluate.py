@@ -66,9 +66,6 @@ def evaluate(
             there are no splits.
         corrupt: ``"stop"`` or ``"skip"``: what to do about images that cannot be read; None for what the run did.
         run: The run folder, see ``run_folder_of``.
-
-    Raises:
-        UserError: If the data cannot be read, or has classes that the net does not know.
     """
     if part is not None and part not in PARTS:
         raise UserError(f"The split is {part!r}, but it must be one of {', '.join(PARTS)}.")

@@ -89,12 +89,7 @@ class TrainState:
 
     ``batches_per_epoch`` are those of this rank. ``param_groups`` are as optimisers take them, with ``lr_scale`` where
     a group learns slower; None for timm's: no weight decay for norms, biases and what ``no_weight_decay`` names.
-
-    Attributes:
-        model: The net as it was given: neither wrapped nor compiled.
-        ema: The moving average of its weights, or None.
-        steps_per_epoch: Changes of the weights in one epoch.
-        compile_seconds: Time of the first step, most of it compilation; None before it, and without ``compile``.
+    ``model`` stays as it was given, neither wrapped nor compiled; ``ema`` is its moving average, or None.
     """
 
     def __init__(
@@ -123,7 +118,7 @@ class TrainState:
         self._network: Callable[[Tensor], Tensor] = self._eager
         self._full_batch = images_per_batch(recipe, here)
         self._compiling = compile
-        self.compile_seconds: float | None = None
+        self.compile_seconds: float | None = None  # of the first step, most of it compilation
         if compile:
             # CUDA graphs: in small nets it is the launching of kernels that takes the time. With accumulation, a second
             # batch would overwrite the gradients of the first in the graph's memory.
@@ -157,10 +152,9 @@ class TrainState:
     def accumulate(self, group: Sequence[tuple[Tensor, ...]], images: float) -> tuple[Tensor, Tensor]:
         """Gradients of one step; with the sum of its loss over the images and the number of right answers, as scalars.
 
-        Args:
-            group: For each batch images (B, 3, H, W) and targets, (B,) int64 or (B, classes) float32; as a third tensor
-                the teacher's logits (B, classes), where they come from a bank.
-            images: Images of the step on each rank, on average: the gradient is that of the mean over all images.
+        Each batch of ``group`` has images (B, 3, H, W) and targets, (B,) int64 or (B, classes) float32, and the
+        teacher's logits (B, classes), where they come from a bank. ``images`` are those of the step on each rank, on
+        average: the gradient is that of the mean over all images.
         """
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
@@ -216,11 +210,7 @@ class TrainState:
             self.ema.update(self.model, step=updates)
 
     def load(self, state: dict[str, Any], updates: int) -> None:
-        """Take up a state that ``save_checkpoint`` wrote after so many updates.
-
-        Raises:
-            ValueError, RuntimeError, KeyError, TypeError: If it is not one of this net and this optimiser.
-        """
+        """Take up a state that ``save_checkpoint`` wrote after so many updates; one of another net raises an error."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
