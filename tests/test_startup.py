@@ -15,6 +15,8 @@ SCRIPT = "import sys; sys.argv[0] = '/usr/bin/conam'; from conam_zoo.cli import 
 TIMER = """
 import os, signal, threading, time
 def interrupt():
+    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a busy machine takes its time until there
+        time.sleep(0.01)
     time.sleep({seconds})
     os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=interrupt, daemon=True).start()
