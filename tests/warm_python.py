@@ -53,7 +53,7 @@ def start(folder: Path) -> Iterator[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment["OMP_NUM_THREADS"] = "1"  # a pool of threads would be lost in a fork
     server = subprocess.Popen(
-        [sys.executable, __file__, address], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=environment
+        [sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
     try:
         assert server.stdout is not None
@@ -76,8 +76,10 @@ def serve(address: str) -> tuple[list[str], dict[str, str]]:
     listening.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait
     os.write(1, b"ready\n")
-    os.dup2(0, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     while True:
+        if 0 in select.select([listening, 0], [], [])[0]:  # whoever started it is gone, killed perhaps
+            os._exit(0)
         connection, _ = listening.accept()
         if os.fork():
             connection.close()
