@@ -35,14 +35,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin each process's share with slow tests, file by file, so that none of them is left alone at the end."""
+    """Begin each process's share with slow tests, file by file, so that none of them is left alone at the end.
+
+    Those that fork come first of all: after some backward passes of other tests, autograd refuses to work in a fork.
+    """
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     slow: dict[Path, list[pytest.Item]] = {}
     quick = []
     for item in items:
         (slow.setdefault(item.path, []) if item.get_closest_marker("slow") else quick).append(item)
     shares: list[list[pytest.Item]] = [[] for _ in range(processes)]
-    for file in slow.values():
+    for file in sorted(slow.values(), key=lambda tests: not tests[0].get_closest_marker("forks")):
         min(shares, key=len).extend(file)
     size = -(-len(items) // processes)
     for share in shares:

@@ -33,6 +33,7 @@ from conam_zoo.training.train_state import TrainState
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.forks,
     pytest.mark.usefixtures("no_curves"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]

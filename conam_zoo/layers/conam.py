@@ -16,9 +16,10 @@ What is this project's own, because the paper is silent:
   pixels, and ``g`` stays the mean over all pixels. A map smaller than a patch is one patch.
 - The hidden width defaults to C and both linear layers have biases. They start as PyTorch has them, but for the second
   bias, which starts at one: the agreement is of degree four in the weights, so from PyTorch's start every patch gets
-  about the same confidence, and its gradient is small.
+  about the same confidence, and its gradient is small. Nets learn alike from both (docs/conam.md), but more awake here.
 - Weight decay pulls such weights to zero, where the gradient vanishes with their cube and all confidences are even for
-  good. So the nets exempt them from it: see ``no_weight_decay`` of the models.
+  good. So the nets exempt them from it: see ``no_weight_decay`` of the models. The comparisons and screens in
+  docs/conam.md and experiments/LOG.md are older, and were made with decay.
 - Embedding, dot product and softmax are computed in at least float32, also under autocast and in half precision
   models, because the logits are unbounded. The patch means of a half precision map are summed in float32 too, but
   rounded once to the map's type. Patch means and embeddings are clamped to 1e17, so that the global context and the
