@@ -24,7 +24,7 @@ from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.train import train
 from conam_zoo.training.train_state import TrainState
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]
+pytestmark = [pytest.mark.slow, pytest.mark.forks, pytest.mark.usefixtures("no_curves")]
 
 EPOCHS, STEPS, KILLS = 3, 6, 10
 
@@ -419,6 +419,27 @@ def test_with_two_damaged_checkpoints_the_training_says_so(recipe: Recipe, tiny_
     (tmp_path / PREVIOUS).write_bytes(b"y")
     with pytest.raises(UserError, match="is not a checkpoint"):
         train(recipe, tiny_data, tmp_path, resume=True)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(
+    interrupted: tuple[Path, Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, recipe, sha256 = interrupted
+    cut, read = tmp_path / "cut", Path.read_bytes
+    shutil.copytree(root / "run", cut)
+    before = sorted(path.name for path in cut.iterdir())
+
+    def failing(path: Path) -> bytes:
+        if path.name == CHECKPOINT:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
+        train(recipe, root / "data", cut, resume=True)
+    assert sorted(path.name for path in cut.iterdir()) == before
+    monkeypatch.undo()
+    assert train(recipe, root / "data", cut, resume=True)["sha256"] == sha256
 
 
 @pytest.mark.parametrize("at", ["fsync", "replace"])

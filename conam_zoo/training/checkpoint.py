@@ -175,8 +175,9 @@ class Checkpointer(StopRequest):
             return load_checkpoint(newest, self._take_up)
         except OtherTrainingError:
             raise
-        except UserError:
-            if not previous.exists():
+        except UserError as error:
+            unreadable = isinstance(error.__cause__, OSError) and newest.exists()  # it may be whole
+            if unreadable or not previous.exists():
                 raise
         state = load_checkpoint(previous, self._take_up)
         tell(f"{newest} is {'damaged' if newest.exists() else 'missing'}: the checkpoint before it is taken.")
@@ -267,7 +268,7 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
     ``check`` raises an exception if the state is not what it should be.
 
     Raises:
-        UserError: If the file is missing, damaged or no checkpoint.
+        UserError: If the file is missing, unreadable, damaged or no checkpoint.
     """
     try:
         data = path.read_bytes()
@@ -287,6 +288,8 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
     except OtherTrainingError:
         raise
     except DAMAGE as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise UserError(f"{path} cannot be read ({error.strerror}): see to its disk and rights.") from error
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
             f"{path} is not a checkpoint of this training, or damaged ({reason}): start anew in another folder."
