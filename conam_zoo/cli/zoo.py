@@ -14,9 +14,10 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_rich
 from conam_zoo.files import expand_path, refuse_overwriting
-from conam_zoo.layers.confidence import EVEN, has_confidence
+from conam_zoo.layers.confidence import has_confidence
 from conam_zoo.models.registry import check_model_name, count_params_and_macs, model_names, open_model, size_of
 from conam_zoo.weights.folder import read_config, read_folder, weights_file
+from conam_zoo.weights.manifest import EVEN
 from conam_zoo.weights.resolve import fill_mirror
 
 
@@ -121,8 +122,6 @@ def verify(
 
     Of a mirror it is enough that it holds some of them, unless a model is named.
     """
-    from conam_zoo.release.documents import even_sites
-
     manifest = weights.load_manifest()
     mirror = mirror and expand_path(mirror)
     if model is not None:
@@ -138,7 +137,7 @@ def verify(
             "status": copy.status,
             "path": copy.path and str(copy.path),
             "detail": copy.detail,
-            "even_sites": even_sites(entry),
+            "even_sites": entry.even_sites,
         }
         for entry in chosen
         for copy in weights.check_copies(entry, namespace=manifest.hub_namespace, mirror=mirror)
@@ -155,7 +154,7 @@ def verify(
             table.add_row(row["weights"], row["place"], for_rich(row["status"], colour), row["detail"])
         console().print(table)
         for entry in chosen:
-            if even := even_sites(entry):
+            if even := entry.even_sites:
                 console().print(f"{entry.name}: ConAM gives all patches the same confidence at {', '.join(even)}")
     if failed:
         raise typer.Exit(1)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from conam_zoo.checks import LARGEST_SIDE
 from conam_zoo.data.arrays import has_arrays, npy_sources, npz_sources
 from conam_zoo.data.dataset import (
     ArrayReader,
@@ -35,15 +36,8 @@ __all__ = ["ImageData", "check_image_size", "find_sources", "open_images", "read
 
 SMALL_SIDE = 48  # up to this median side, 32 px are taken: CIFAR's size, at which the weights were trained
 SIZES = (32, 64)
-LARGEST_SIDE = 1024  # pixels, of what a model folder may state
 NAMED_IN_MESSAGES = 3
-NAME_PREFIXES = (
-    "hfds/",
-    "torch/",
-    "wds/",
-    "tfds/",
-    "hfids/",
-)  # of the sets that timm opens
+NAME_PREFIXES = ("hfds/", "torch/", "wds/", "tfds/", "hfids/")  # of the sets that timm opens
 TORCHVISION_FOLDER = "data"  # for its downloads
 
 
@@ -73,9 +67,6 @@ def find_sources(
             file; a name that timm knows (``hfds/…``, ``torch/…``, ``wds/…``, ``tfds/…``); or ``cifar10``/``cifar100``.
         training: Whether there have to be training images.
         splits: Those of ``cifar10`` and ``cifar100`` that are wanted; of ``.npy`` arrays, whether only ``train`` is.
-
-    Raises:
-        UserError: If it is none of these.
     """
     path, named = expand_path(data), str(data).startswith(NAME_PREFIXES)
     found = status(path) if not named or path.exists() else None
@@ -214,13 +205,10 @@ def read_split(
     Args:
         data: What ``find_sources`` takes, or a folder that holds it under the name ``dataset``.
         split: ``"train"`` or ``"test"``, in place of which ``val`` serves.
-        dataset: Name of the data set, for the sub-folder rule.
+        dataset: Name of the data set.
         image_size: Resize every image to a square of this side, as fine-tuning does (short side resized, middle kept;
             images of that size stay as they are). Then all images serve where there are no splits. None: the images
             must be of one size, and stay as they are.
-
-    Raises:
-        UserError: If nothing of that kind is there, or images cannot be read.
     """
     root = expand_path(data)
     if dataset and status(root / dataset) is not None and (root / dataset).is_dir():
@@ -259,7 +247,7 @@ def _of_one_size(source: LazyImages) -> tuple[LazyImages, int]:
         return source, source.read.images.shape[1]
     width = 1
     for index in range(len(source)):
-        with suppress(UserError):  # told with all the others
+        with suppress(UserError):  # reported with all the others
             width = source.picture(index).width
             break
 
@@ -303,9 +291,6 @@ def open_images(
         free: Free bytes of memory; None to ask the system. Training images that need more than half of it are not
             kept but read again in every epoch.
         sources: What ``find_sources`` gave for ``data``, where that is known.
-
-    Raises:
-        UserError: If the set cannot be read, has fewer than two classes, or holds unreadable images with ``"stop"``.
     """
     if corrupt not in ("stop", "skip"):
         raise UserError(f"The choice for corrupt files is {corrupt!r}, but it must be 'stop' or 'skip'.")

@@ -23,11 +23,12 @@ from PIL import Image
 from conam_zoo.deploy.runtime import open_classifier
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_html
-from conam_zoo.layers.confidence import EVEN, has_confidence
+from conam_zoo.layers.confidence import has_confidence
 from conam_zoo.models import StagedClassifier
 from conam_zoo.visualize.plots import COLOURS, colour_scale, relative
 from conam_zoo.visualize.predict import Prediction, class_names, percent, pictures_in, predict_each, split_transform
 from conam_zoo.weights import WeightsError, find_checkout, load_manifest
+from conam_zoo.weights.manifest import EVEN
 
 __all__ = ["build_page", "look", "serve"]
 

@@ -5,13 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EVEN", "confidence_maps", "has_confidence", "liveness"]
-
-EVEN = 0.02  # a site of less liveness hands all patches the same confidence, for any practical purpose
+__all__ = ["confidence_maps", "has_confidence", "liveness"]
 
 
 def has_confidence(module: nn.Module) -> bool:
-    """Whether it is ConAM, or another attention that tells its confidence in every patch."""
+    """Whether it is ConAM, or another attention that has a confidence for every patch."""
     return callable(getattr(module, "confidence", None))
 
 

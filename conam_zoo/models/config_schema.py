@@ -8,6 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conam_zoo.checks import (
+    LARGEST_SIDE,
+    Check,
+    CheckError,
+    either,
+    integer,
+    matching,
+    number,
+    one_of,
+    optional,
+    record,
+    row,
+    string,
+    table_of,
+    tuple_of,
+)
 from conam_zoo.errors import UserError
 from conam_zoo.weights import WeightsError
 from conam_zoo.weights.folder import read_config
@@ -15,100 +31,73 @@ from conam_zoo.weights.manifest import FILE_PATTERN
 
 __all__ = ["as_json", "check_model_args", "check_patch_sizes", "load_config"]
 
-LARGEST_SIDE = 1024  # pixels
 LARGEST_COUNT = 1 << 16  # classes
-SIMPLE = ("type", "enum", "const", "pattern", "minimum", "maximum")  # rules that are told as they stand
 UNPOOLED = "global_pool is '', with which there is no classifier"
 
-_TEXT = {"type": "string", "maxLength": 2000}
-_SHORT = {"type": "string", "pattern": r"^[A-Za-z0-9_]{0,40}\Z"}
-_CLASSES = {"type": "integer", "minimum": 0, "maximum": LARGEST_COUNT}
-_CHANNELS = {"type": "integer", "minimum": 1, "maximum": 64}
-_RATE = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
-_SIDE = {"type": "integer", "minimum": 1, "maximum": LARGEST_SIDE}
-_CROP = {"type": "number", "minimum": 0.25, "maximum": 1}  # pictures are resized to a side of input_size / crop_pct
-_SIZE = {"type": "array", "prefixItems": [_CHANNELS, _SIDE, _SIDE], "minItems": 3, "maxItems": 3}
-_LABELS = {"type": "array", "items": _TEXT, "maxItems": LARGEST_COUNT}
-_POOL = {"enum": ["", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"]}
-_NUMBER = {"type": "number", "minimum": -4096, "maximum": 4096}
-_STATISTICS = {"type": "array", "minItems": 1, "maxItems": 64}
+_TEXT = string(2000)
+_SHORT = matching(r"[A-Za-z0-9_]{0,40}", "at most 40 letters, digits and underscores")
+_CLASSES = integer(0, LARGEST_COUNT)
+_CHANNELS = integer(1, 64)
+_RATE = number(0, 1, below=True)
+_SIDE = integer(1, LARGEST_SIDE)
+_CROP = number(0.25, 1)  # pictures are resized to a side of input_size / crop_pct
+_SIZE = row(_CHANNELS, _SIDE, _SIDE)
+_LABELS = tuple_of(_TEXT, most=LARGEST_COUNT)
+_POOL = one_of("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
+_ARGUMENT = either(optional(one_of(True, False)), either(_SHORT, number(-4096, 4096)))
 
-
-def _object(properties: Mapping[str, Any], required: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-
-
-def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-MODEL_ARGS = _object(
-    {
-        "num_classes": _CLASSES,
-        "in_chans": _CHANNELS,
-        "global_pool": _POOL,
-        "drop_rate": _RATE,
-        "block_drop_rate": _RATE,
-        "attn_layer": _SHORT,
-        "attn_placement": _SHORT,
-        "attn_site": _SHORT,
-        "patch_sizes": {"type": "array", "items": _SIDE | {"minimum": 0}, "minItems": 1, "maxItems": 8},
-        "attn_args": _or_null(
-            {
-                "type": "object",
-                "propertyNames": {"pattern": r"^[A-Za-z]\w{0,40}\Z"},
-                "additionalProperties": {"anyOf": [_NUMBER, _SHORT, {"type": ["boolean", "null"]}]},
-            }
-        ),
-    }
-)
-
-PRETRAINED_CFG = _object(
-    {
-        "architecture": _SHORT,
-        "tag": _or_null(_TEXT),
-        "custom_load": {"const": False},
-        "input_size": _SIZE,
-        "test_input_size": _or_null(_SIZE),
-        "min_input_size": _or_null(_SIZE),
-        "fixed_input_size": {"const": False},
-        "interpolation": {"enum": ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]},
-        "crop_pct": _CROP,
-        "test_crop_pct": _or_null(_CROP),
-        "crop_mode": {"enum": ["center", "squash", "border"]},
-        "mean": _STATISTICS | {"items": {"type": "number", "minimum": 0, "maximum": 1}},
-        "std": _STATISTICS | {"items": {"type": "number", "minimum": 1e-6, "maximum": 1}},
-        "num_classes": _CLASSES,
-        "label_names": _or_null(_LABELS),
-        "label_descriptions": _or_null({"type": "object", "additionalProperties": _TEXT}),
-        "pool_size": _or_null({"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}),
-        "test_pool_size": _or_null({"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}),
-        "first_conv": {"const": "conv1"},
-        "classifier": {"const": "fc"},
-        **{key: _or_null(_TEXT) for key in ("license", "description", "origin_url", "paper_name")},
-        "paper_ids": _or_null({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}),
-        "notes": _or_null({"type": "array", "items": _TEXT}),
-    }
-)
-
-CONFIG = _object(
-    {
-        "architecture": _SHORT,
-        "num_classes": _CLASSES,
-        "num_features": {"type": "integer", "minimum": 1},
-        "global_pool": _POOL,
-        "label_names": _LABELS,
-        "label_descriptions": {"type": "object", "additionalProperties": _TEXT},
-        "model_args": MODEL_ARGS,
-        "pretrained_cfg": PRETRAINED_CFG,
-        "sha256": {"type": "string", "pattern": r"^[0-9a-f]{64,256}\Z"},  # a longer one is told as that of another file
-        "weights_file": {"type": "string", "pattern": f"^{FILE_PATTERN}\\Z"},
-        # What transformers writes beside it (TimmWrapperConfig), and nothing here reads.
-        **dict.fromkeys(("model_type", "transformers_version", "torch_dtype", "dtype"), _TEXT),
-        **dict.fromkeys(("architectures", "initializer_range", "do_pooling", "problem_type"), True),
-    },
-    ("architecture", "pretrained_cfg"),
-)
+MODEL_ARGS: dict[str, Check] = {
+    "num_classes": _CLASSES,
+    "in_chans": _CHANNELS,
+    "global_pool": _POOL,
+    "drop_rate": _RATE,
+    "block_drop_rate": _RATE,
+    "attn_layer": _SHORT,
+    "attn_placement": _SHORT,
+    "attn_site": _SHORT,
+    "patch_sizes": tuple_of(integer(0, LARGEST_SIDE), 1, 8),
+    "attn_args": optional(table_of(_ARGUMENT, matching(r"[A-Za-z]\w{0,40}", "the name of an argument"))),
+}
+PRETRAINED_CFG: dict[str, Check] = {
+    "architecture": _SHORT,
+    "tag": optional(_TEXT),
+    "custom_load": one_of(False),
+    "input_size": _SIZE,
+    "test_input_size": optional(_SIZE),
+    "min_input_size": optional(_SIZE),
+    "fixed_input_size": one_of(False),
+    "interpolation": one_of("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+    "crop_pct": _CROP,
+    "test_crop_pct": optional(_CROP),
+    "crop_mode": one_of("center", "squash", "border"),
+    "mean": tuple_of(number(0, 1), 1, 64),
+    "std": tuple_of(number(1e-6, 1), 1, 64),
+    "num_classes": _CLASSES,
+    "label_names": optional(_LABELS),
+    "label_descriptions": optional(table_of(_TEXT, _TEXT)),
+    "pool_size": optional(row(_SIDE, _SIDE)),
+    "test_pool_size": optional(row(_SIDE, _SIDE)),
+    "first_conv": one_of("conv1"),
+    "classifier": one_of("fc"),
+    **dict.fromkeys(("license", "description", "origin_url", "paper_name"), optional(_TEXT)),
+    "paper_ids": optional(either(_TEXT, tuple_of(_TEXT))),
+    "notes": optional(tuple_of(_TEXT)),
+}
+CONFIG: dict[str, Check] = {
+    "architecture": _SHORT,
+    "num_classes": _CLASSES,
+    "num_features": integer(1),
+    "global_pool": _POOL,
+    "label_names": _LABELS,
+    "label_descriptions": table_of(_TEXT, _TEXT),
+    "model_args": record(dict, MODEL_ARGS, required=()),
+    "pretrained_cfg": record(dict, PRETRAINED_CFG, required=()),
+    "sha256": matching("[0-9a-f]{64,256}", "64 hexadecimal digits"),  # a longer one is reported as another file's
+    "weights_file": matching(FILE_PATTERN, "the name of a safetensors file"),
+    # What transformers writes beside it (TimmWrapperConfig), and nothing here reads.
+    **dict.fromkeys(("model_type", "transformers_version", "torch_dtype", "dtype"), _TEXT),
+    **dict.fromkeys(("architectures", "initializer_range", "do_pooling", "problem_type"), lambda value, at: value),
+}
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -116,24 +105,27 @@ def load_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = read_config(path)
     try:
-        said = _first_error(config, CONFIG) or _contradiction(config)
-    except RecursionError:
-        said = "it is nested too deeply"
-    if said:
-        raise WeightsError(f"{path} is refused, {said}: copy the folder again, or mend it there.")
+        record(dict, CONFIG, required=("architecture", "pretrained_cfg"))(as_json(config), "")
+        if contradiction := _contradiction(config):
+            raise CheckError(contradiction)
+    except CheckError as error:
+        raise WeightsError(f"{path} is refused, {error}: copy the folder again, or correct it there.") from error
+    except RecursionError as error:
+        raise WeightsError(f"{path} is refused, it is nested too deeply: copy the folder again.") from error
     return config
 
 
 def check_model_args(arguments: Mapping[str, Any], what: str) -> None:
     """Refuse, by a UserError, arguments that are none of a builder of this package, or are beyond all reason."""
-    known = MODEL_ARGS["properties"]
-    if unknown := [key for key in arguments if key not in known]:
-        raise UserError(f"{what} has {unknown[0]!r}, which no model takes: it knows {', '.join(known)}.")
-    said = _first_error(dict(arguments), MODEL_ARGS)
-    if not said and not arguments.get("global_pool", "avg"):
-        said = UNPOOLED
-    if said:
-        raise UserError(f"{what} is refused, {said}: it knows {', '.join(known)}.")
+    known = ", ".join(MODEL_ARGS)
+    if unknown := [key for key in arguments if key not in MODEL_ARGS]:
+        raise UserError(f"{what} has {unknown[0]!r}, which no model takes: it knows {known}.")
+    try:
+        record(dict, MODEL_ARGS, required=())(as_json(arguments), "")
+        if not arguments.get("global_pool", "avg"):
+            raise CheckError(UNPOOLED)
+    except CheckError as error:
+        raise UserError(f"{what} is refused, {error}: it knows {known}.") from error
 
 
 def check_patch_sizes(file: Path, patch_sizes: Sequence[int] | None) -> None:
@@ -151,27 +143,6 @@ def check_patch_sizes(file: Path, patch_sizes: Sequence[int] | None) -> None:
             f"The weights {file} were trained with the patch sizes {stated} and the net has others: open "
             f"local-dir:{file.parent}, or pass patch_sizes={stated}."
         )
-
-
-def _first_error(value: Any, schema: Mapping[str, Any]) -> str:
-    """What is wrong with a value, as a clause; empty if nothing is."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-
-    error = best_match(Draft202012Validator(schema).iter_errors(as_json(value)))
-    if error is None:
-        return ""
-    where = ".".join(str(step) for step in error.absolute_path)
-    message = error.message if len(error.message) <= 160 else f"...{error.message[-157:]}"
-    if error.validator == "additionalProperties" and isinstance(error.schema.get("properties"), Mapping):
-        unknown = ", ".join(repr(key)[:60] for key in error.instance if key not in error.schema["properties"])
-        return f"{where or 'it'} has {unknown[:160]}, which is unknown"
-    if error.validator in (*SIMPLE, "anyOf"):
-        shown = repr(error.instance)
-        rule = [f"{key} {value}" for key, value in error.schema.items() if key in SIMPLE]
-        wants = ", ".join(rule) or "another kind of value"
-        message = f"is {shown if len(shown) <= 60 else shown[:57] + '...'}, expected {wants}"
-    return " ".join(f"{where} {message}".split())
 
 
 def as_json(value: Any) -> Any:

@@ -28,7 +28,6 @@ __all__ = [
     "check_model_name",
     "count_params_and_macs",
     "export_model",
-    "for_transformers",
     "model_names",
     "open_model",
     "size_of",
@@ -63,12 +62,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedClassifier:
-    """``timm.create_model`` for a name as typed: ``arch``, ``arch.tag``, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
-
-    Raises:
-        UserError: If the name is unknown, or a folder is no model folder.
-        WeightsError: If no verified weights can be had.
-    """
+    """``timm.create_model`` for a name: ``arch``, ``arch.tag``, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``."""
     if name.startswith("local-dir:"):
         folder = expand_path(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
@@ -138,18 +132,10 @@ def export_model(
 ) -> str:
     """Write ``model.safetensors`` and ``config.json``; ``timm.create_model("local-dir:FOLDER")`` loads them.
 
-    ``config.json`` records the attention arguments of the net and the SHA-256 of the weights, which a load checks.
-
-    Args:
-        model: A model of this package, made by timm.
-        folder: Where to write; it is made if need be.
-        tag: Tag of published weights, None for weights of one's own.
-        dtype: Type in which floating-point tensors are stored.
-        max_shard_bytes: Tensors that take more are written as several files, each with at most so many bytes of them,
-            and an index, ``model.safetensors.index.json``; None for one file in any case.
-
-    Returns:
-        The SHA-256 of that file or index, in hexadecimal.
+    ``config.json`` records the attention arguments of the net and the SHA-256 of the weights, which a load checks and
+    which is returned. ``tag`` is that of published weights, ``dtype`` the type of floating-point tensors. Tensors that
+    take more than ``max_shard_bytes`` are written as several files with at most so many bytes of them each, and an
+    index, ``model.safetensors.index.json``, whose hash it then is.
     """
     tensors = {
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
@@ -166,13 +152,13 @@ def export_model(
 
     def write_config(path: Path) -> None:
         save_config_for_hf(model, str(path), model_config=own, model_args=model.attention_arguments())
-        path.write_text(for_transformers(path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(_for_transformers(path.read_text(encoding="utf-8")), encoding="utf-8")
 
     write_atomically(folder / "config.json", write_config)
     return sha256
 
 
-def for_transformers(text: str) -> str:
+def _for_transformers(text: str) -> str:
     """The text of timm's ``config.json`` as transformers reads it, too.
 
     transformers passes ``num_classes`` beside ``model_args``, so it must not stand in them as well, and takes its

@@ -16,14 +16,12 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_markdown
 from conam_zoo.files import write_text
-from conam_zoo.layers.confidence import EVEN
-from conam_zoo.models.registry import for_transformers
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.weights import Manifest, Metrics, WeightEntry, find_checkout, load_manifest
+from conam_zoo.weights.manifest import EVEN
 
 __all__ = [
     "best_peer",
-    "even_sites",
     "fill_table",
     "generated_files",
     "like_for_like",
@@ -78,11 +76,6 @@ def like_for_like(arch: str, dataset: str) -> Peer | None:
     return min(usual, key=lambda peer: ("last", "not stated", "best").index(peer.epoch), default=None)
 
 
-def even_sites(entry: WeightEntry) -> list[str]:
-    """The sites whose ConAM gives all patches about the same confidence, as far as it was measured."""
-    return [site for site, alive in (entry.liveness or {}).items() if alive < EVEN]
-
-
 def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = None) -> str:
     """The README.md of a Hub repository, in Markdown with the Hub's metadata block.
 
@@ -112,7 +105,10 @@ def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = N
             )
         ],
     )
-    usual, best = like_for_like(entry.arch, entry.dataset), best_peer(entry.arch, entry.dataset)
+    peers = [
+        ("usual recipe elsewhere", like_for_like(entry.arch, entry.dataset)),
+        ("best known elsewhere", best_peer(entry.arch, entry.dataset)),
+    ]
     versions = ", ".join(f"{library} {version}" for library, version in sorted(entry.library_versions.items()))
     card = ModelCard.from_template(
         data,
@@ -122,14 +118,9 @@ def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = N
         recipe=load_recipe(entry.recipe) if entry.recipe in list_recipes() else None,
         hub_id=entry.hub_id(namespace) if namespace else None,
         code=manifest.code_repository or "OWNER/REPOSITORY",
-        peers=[
-            (label, peer.to_markdown())
-            for label, peer in (("usual recipe elsewhere", usual), ("best known elsewhere", best))
-            if peer is not None
-        ],
+        peers=[(label, peer.to_markdown()) for label, peer in peers if peer is not None],
         hardware=for_markdown(entry.hardware),
         versions=for_markdown(versions),
-        even_sites=even_sites(entry),
         even_below=f"{EVEN:.0%}",
     )
     return str(card).rstrip() + "\n"
@@ -144,9 +135,6 @@ def generated_files(checkout: Path) -> dict[Path, str]:
     written[checkout / "docs" / "results.csv"] = results_csv(manifest, _images_per_second(checkout))
     for name, entry in manifest.entries.items():
         written[checkout / "weights" / name / "README.md"] = model_card(entry, manifest)
-        config = checkout / "weights" / name / "config.json"
-        if config.is_file():
-            written[config] = for_transformers(config.read_text(encoding="utf-8"))
     for path in sorted((checkout / "conam_zoo" / "training" / "recipes").glob("*.toml")):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         body = "".join(line for line in lines if not line.startswith("#"))
@@ -158,13 +146,13 @@ def result_table(manifest: Manifest) -> str:
     """The README's table of all weights, in Markdown; a top-1 above that of the usual recipe elsewhere is bold."""
     rows = [
         "| weights | top-1 | usual recipe elsewhere | best known elsewhere | NLL | ECE | parameters | MACs "
-        "| epochs, hardware | sites where ConAM is even |",
+        "| epochs, hardware | sites with uniform confidences |",
         "| --- | --: | --- | --- | --: | --: | --: | --: | --- | --- |",
     ]
     for name, entry in sorted(manifest.entries.items()):
         metrics = entry.metrics
         usual, best = like_for_like(entry.arch, entry.dataset), best_peer(entry.arch, entry.dataset)
-        even = ", ".join(f"`{site}`" for site in even_sites(entry)) or "none"
+        even = ", ".join(f"`{site}`" for site in entry.even_sites) or "none"
         even = "not measured" if entry.liveness is None else even
         top1 = f"{metrics.top1_percent:.2f} %"
         if usual is not None and metrics.top1_percent > usual.top1_percent:

@@ -16,7 +16,7 @@ from conam_zoo.data import ImageSplit, normalize, read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically, write_text
-from conam_zoo.layers.confidence import EVEN, liveness
+from conam_zoo.layers.confidence import liveness
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import count_params_and_macs, export_model, open_model, weights_sha256
 from conam_zoo.release.documents import generated_files, model_card, our_checkout
@@ -28,6 +28,7 @@ from conam_zoo.training.run_folder import LOG, RUN, read_log, read_run
 from conam_zoo.training.train import MONITORED_IMAGES
 from conam_zoo.weights import Metrics, WeightEntry, WeightsError, dump_manifest, load_manifest
 from conam_zoo.weights.folder import read_config, weights_file
+from conam_zoo.weights.manifest import EVEN
 
 __all__ = ["pack", "remeasure"]
 
@@ -52,12 +53,8 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_eve
     The weights are stored as float16 if their top-1 stays within 0.02 points, else as float32. The metrics of the
     entry, and the liveness of its sites, are those of the stored file, read back. Everything is checked before anything
     is changed. Existing weights of that name are replaced as a whole, the manifest last; if it cannot be written, they
-    come back, and what a killed process left is mended by the next.
-
-    Raises:
-        UserError: If the run is unfinished, damaged or not one run's, was a choosing run (``holdout``), was trained
-            with other settings than the packaged recipe of its name (the seed may differ), has an even site, or has no
-            checkout to go to.
+    come back, and what a killed process left is repaired by the next. A ``UserError`` refuses a run that is unfinished
+    or damaged, held out images, had other settings than its packaged recipe (but for the seed), or has an even site.
     """
     checkout = checkout or our_checkout()
     record = _read_finished(run)
@@ -155,7 +152,7 @@ def _read_finished(run: Path) -> dict[str, Any]:
 
 
 def _open_final(run: Path, record: dict[str, Any]) -> StagedClassifier:
-    """The net in ``final/``, if it is the one that ``run.json`` tells of."""
+    """The net in ``final/``, if it is the one that ``run.json`` describes."""
     final, recipe = run / "final", record["recipe"]
     try:
         sha256 = weights_sha256(f"local-dir:{final}") or ""
@@ -260,9 +257,7 @@ def remeasure(data: Path, names: list[str] | None = None) -> dict[str, dict[str,
     manifest = load_manifest(path)
     measured: dict[str, dict[str, Any]] = {}
     for name in names or sorted(manifest.entries):
-        dataset = manifest.entry(name).dataset
-        where = data / dataset if (data / dataset).is_dir() else data
-        training, test = (read_split(where, split, dataset) for split in ("train", "test"))
+        training, test = (read_split(data, split, manifest.entry(name).dataset) for split in ("train", "test"))
         measured[name] = _measure(open_model(f"local-dir:{checkout / 'weights' / name}"), training, test)
     with packing(checkout):
         manifest = load_manifest(path)

@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
 from typing import Any
 
+from conam_zoo.checks import Check, CheckError, either, integer, number, one_of
 from conam_zoo.errors import UserError
 from conam_zoo.files import check_file, expand_path
 from conam_zoo.weights.verify import LARGEST_TEXT_BYTES, read_file
@@ -161,11 +162,13 @@ def recipe_from_dict(values: dict[str, Any], name: str) -> Recipe:
     if (channels := values.get("model_args", {}).get("in_chans", 3)) != 3:
         raise UserError(f"The setting model_args has in_chans = {channels}, but images are read with 3: leave it out.")
     recipe = Recipe(**values)
-    for key, (good, wanted) in _ranges(recipe).items():
-        if not good:
+    for key, check in _ranges(recipe).items():
+        try:
+            check(getattr(recipe, key), key)
+        except CheckError as error:
             raise UserError(
-                f"The setting {key} is {getattr(recipe, key)!r}, which is out of its range: it must be {wanted}."
-            )
+                f"The setting {key} is {error.shown}, which is out of its range: it must be {error.rule}."
+            ) from error
     size, epochs = recipe.early_size, recipe.early_epochs
     if (size > 0) != (epochs > 0):
         raise UserError(f"The setting early_size is {size} and early_epochs {epochs}: set both, or none.")
@@ -176,45 +179,30 @@ def recipe_from_dict(values: dict[str, Any], name: str) -> Recipe:
     return recipe
 
 
-def _ranges(recipe: Recipe) -> dict[str, tuple[bool, str]]:
-    """For each setting with a range whether it lies in it, and what it must be."""
+def _ranges(recipe: Recipe) -> dict[str, Check]:
+    """The check of each setting that has a range; one that depends on another comes behind it."""
     epochs, batch_size = recipe.epochs, recipe.batch_size
-    rate = "at least 0 and below 1"
-    finite = "at least 0 and finite"
-    pixels = "0 to 4096 pixels"
-    side = "0 for none, or 8 to 4096 pixels"
     up_to = "at least {} and no more than {}, which is {}"
+    pixels = integer(0, 4096, "0 to 4096 pixels")
+    side = either(one_of(0), integer(8, 4096, "0 for none, or 8 to 4096 pixels"))
     return {
-        "epochs": (1 <= epochs <= 10**6, "1 to 1,000,000"),
-        "batch_size": (2 <= batch_size <= 2**20, "2 to 1,048,576 images"),
-        "lr": (0 < recipe.lr < math.inf, "above 0 and finite"),
-        "momentum": (0 <= recipe.momentum < 1, rate),
-        "weight_decay": (0 <= recipe.weight_decay < math.inf, finite),
-        "warmup_epochs": (0 <= recipe.warmup_epochs < epochs, f"at least 0 and less than epochs, which is {epochs}"),
-        "label_smoothing": (0 <= recipe.label_smoothing < 1, rate),
-        "crop_padding": (0 <= recipe.crop_padding <= 4096, pixels),
-        "ema_decay": (0 <= recipe.ema_decay < 1, rate),
-        "holdout": (0 <= recipe.holdout < 2**40, "at least 0, and less than there are training images"),
-        "final_weights": (recipe.final_weights in ("ema", "raw"), "ema or raw"),
-        "precision": (recipe.precision in ("bf16", "fp32"), "bf16 or fp32"),
-        "seed": (-(2**63) <= recipe.seed < 2**64, "a number of 64 bits"),
-        "cutout": (0 <= recipe.cutout <= 4096, pixels),
-        "mixup": (0 <= recipe.mixup < math.inf, finite),
-        "cutmix": (0 <= recipe.cutmix < math.inf, finite),
-        "grad_accumulation": (
-            1 <= recipe.grad_accumulation <= batch_size,
-            up_to.format(1, "batch_size", batch_size),
-        ),
-        "clip_grad": (0 <= recipe.clip_grad < math.inf, finite),
-        "distill_weight": (0 <= recipe.distill_weight <= 1, "0 to 1"),
-        "distill_temperature": (0 < recipe.distill_temperature < math.inf, "above 0 and finite"),
-        "early_size": (recipe.early_size == 0 or 8 <= recipe.early_size <= 4096, side),
-        "early_epochs": (0 <= recipe.early_epochs <= epochs, up_to.format(0, "epochs", epochs)),
-        "image_size": (recipe.image_size == 0 or 8 <= recipe.image_size <= 4096, side),
-        "mix_share": (0 < recipe.mix_share <= 1, "above 0 and at most 1"),
-        "min_lr": (0 <= recipe.min_lr <= recipe.lr, up_to.format(0, "lr", recipe.lr)),
-        "distill_loss": (recipe.distill_loss in ("kd", "dkd"), "kd or dkd"),
-        "dkd_alpha": (0 <= recipe.dkd_alpha < math.inf, finite),
-        "dkd_beta": (0 <= recipe.dkd_beta < math.inf, finite),
-        "dkd_warmup_epochs": (0 <= recipe.dkd_warmup_epochs < math.inf, finite),
+        "epochs": integer(1, 10**6, "1 to 1,000,000"),
+        "batch_size": integer(2, 2**20, "2 to 1,048,576 images"),
+        **dict.fromkeys(("lr", "distill_temperature"), number(0, above=True)),
+        **dict.fromkeys(("momentum", "label_smoothing", "ema_decay"), number(0, 1, below=True)),
+        **dict.fromkeys(("weight_decay", "mixup", "cutmix", "clip_grad"), number(0)),
+        **dict.fromkeys(("dkd_alpha", "dkd_beta", "dkd_warmup_epochs"), number(0)),
+        **dict.fromkeys(("crop_padding", "cutout"), pixels),
+        **dict.fromkeys(("early_size", "image_size"), side),
+        "warmup_epochs": number(0, epochs, below=True, rule=f"at least 0 and less than epochs, which is {epochs}"),
+        "early_epochs": integer(0, epochs, up_to.format(0, "epochs", epochs)),
+        "grad_accumulation": integer(1, batch_size, up_to.format(1, "batch_size", batch_size)),
+        "min_lr": number(0, recipe.lr, rule=up_to.format(0, "lr", recipe.lr)),
+        "holdout": integer(0, 2**40, "at least 0, and less than there are training images"),
+        "seed": integer(-(2**63), 2**64 - 1, "a number of 64 bits"),
+        "distill_weight": number(0, 1),
+        "mix_share": number(0, 1, above=True),
+        "final_weights": one_of("ema", "raw"),
+        "precision": one_of("bf16", "fp32"),
+        "distill_loss": one_of("kd", "dkd"),
     }

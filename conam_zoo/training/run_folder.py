@@ -21,9 +21,9 @@ from filelock import FileLock, Timeout
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_matplotlib
 from conam_zoo.files import clear_temporaries, make_folder, status, write_figure, write_text
-from conam_zoo.layers.confidence import EVEN
 from conam_zoo.training.checkpoint import CHECKPOINT, has_checkpoint
 from conam_zoo.training.distributed import ranks, run_on_primary
+from conam_zoo.weights.manifest import EVEN
 
 __all__ = [
     "LIVENESS",

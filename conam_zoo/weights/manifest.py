@@ -1,25 +1,40 @@
 """The weights manifest: every fact about every published weight file, read strictly and typed.
 
 ``weights_manifest.json`` lies at the top level of the repository and is packaged into the wheel beside this
-package. The checks are written by hand so that reading a manifest needs the standard library alone; the tests hold them
-against a JSON Schema of the same layout.
+package. Reading it needs the standard library alone; the tests hold its checks against a JSON Schema of this layout.
 """
 
 import functools
 import json
 import math
 import os
-import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from conam_zoo.checks import (
+    Check,
+    CheckError,
+    as_object,
+    either,
+    integer,
+    line,
+    matching,
+    number,
+    one_of,
+    optional,
+    record,
+    refuse,
+    row,
+    table_of,
+    that,
+    tuple_of,
+)
 from conam_zoo.weights.errors import ManifestError
 
 JsonScalar = str | int | float | bool | None
-Check = Callable[[object, str], Any]  # gives a value typed, or refuses it by the name of its field
 
 MANIFEST_NAME = "weights_manifest.json"
 SCHEMA_VERSION = 1
@@ -34,6 +49,7 @@ CODE_REPOSITORY_PATTERN = r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+"
 
 DTYPES = ("float16", "float32")
 ONNX_FILES = ("onnx/model.onnx", "onnx/model_int8.onnx")  # on the Hub alone, where transformers.js looks
+EVEN = 0.02  # a site of less liveness gives all patches the same confidence, for any practical purpose
 _LARGEST_BYTES = 16 << 20  # of a manifest
 
 
@@ -101,6 +117,11 @@ class WeightEntry:
         """The part after the dot: ``cifar10`` of ``resnet20_conam.cifar10``."""
         return self.name.partition(".")[2]
 
+    @property
+    def even_sites(self) -> list[str]:
+        """The sites whose ConAM gives all patches about the same confidence, as far as it was measured."""
+        return [site for site, alive in (self.liveness or {}).items() if alive < EVEN]
+
     def hub_id(self, namespace: str) -> str:
         """The id of its Hub repository."""
         return f"{namespace}/{self.repository}"
@@ -142,11 +163,7 @@ def find_manifest() -> Path:
 
 
 def load_manifest(path: Path | None = None) -> Manifest:
-    """Read and check a manifest; without ``path`` the default one, which is read once per process.
-
-    Raises:
-        ManifestError: The file is absent, unreadable, or not a valid manifest.
-    """
+    """Read and check a manifest; without ``path`` the default one, which is read once per process."""
     return _load_default() if path is None else _load(path)
 
 
@@ -186,27 +203,29 @@ def no_constant(name: str) -> NoReturn:
 
 
 def dump_manifest(manifest: Manifest, path: Path) -> None:
-    """Write a manifest so that it is either wholly the old file or wholly the new one, never in between.
+    """Write a manifest, unless it would not be accepted when read (``ManifestError``).
 
     Keys are sorted and the form is fixed: reading a file written here and writing it again changes no byte.
-
-    Raises:
-        ManifestError: ``manifest`` would not be accepted when read; nothing is written.
     """
     document = _as_document(manifest)
     parse_manifest(document)
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, text.encode("utf-8"))
+    _load_default.cache_clear()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is either wholly the old one or wholly the new one, never in between."""
     # The same folder, as a rename is atomic only within a file system; not tempfile, whose files are private.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with partial.open("xb") as file:
-            file.write(text.encode("utf-8"))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    _load_default.cache_clear()
 
 
 def _as_document(manifest: Manifest) -> dict[str, object]:
@@ -226,179 +245,91 @@ def _as_document(manifest: Manifest) -> dict[str, object]:
     }
 
 
-# --- checks ---------------------------------------------------------------------------------------------------
+# --- the layout of a manifest ----------------------------------------------------------------------------------
 
 
-def _refuse(at: str, value: object, rule: str) -> NoReturn:
-    shown = repr(value)
-    if len(shown) > 100:
-        shown = shown[:97] + "..."
-    raise ManifestError(f"{at} is {shown}, but must be {rule}.")
-
-
-def _object(value: object, at: str, keys: Iterable[str] | None = None) -> dict[str, Any]:
-    """A JSON object, with exactly these keys if they are given."""
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        _refuse(at, value, "a JSON object")
-    if keys is not None and (missing := sorted(set(keys) - set(value))):
-        raise ManifestError(f"{at} lacks {', '.join(map(repr, missing))}; add it.")
-    if keys is not None and (unknown := sorted(set(value) - set(keys))):
-        raise ManifestError(f"{at} has the unknown key {', '.join(map(repr, unknown))}; remove it.")
-    return value
-
-
-def _text(value: object, at: str) -> str:
-    # isprintable also refuses line breaks, control characters and halves of surrogate pairs.
-    if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        _refuse(at, value, "a line of text")
-    return value
-
-
-def _matching(pattern: str, rule: str) -> Check:
-    def check(value: object, at: str) -> str:
-        if not isinstance(value, str) or re.fullmatch(pattern, value) is None:
-            _refuse(at, value, rule)
-        return value
-
-    return check
-
-
-def _integer(low: int, high: int = 2**53) -> Check:  # the largest that every JSON reader keeps exactly
-    def check(value: object, at: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            _refuse(at, value, f"an integer of at least {low}" + (f", at most {high}" if high < 2**53 else ""))
-        return value
-
-    return check
-
-
-def _number(low: float, high: float) -> Check:
-    def check(value: object, at: str) -> float:
-        # A NaN fails the comparison, and an integer too large for a float fails it before the conversion.
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            _refuse(at, value, f"a number from {low:g} to {high:g}")
-        return float(value)
-
-    return check
-
-
-def _optional(check: Check) -> Check:
-    return lambda value, at: None if value is None else check(value, at)
-
-
-def _tuple_of(check_item: Check, length: int | None = None) -> Check:
-    def check(value: object, at: str) -> tuple[Any, ...]:
-        if not isinstance(value, list) or (length is not None and len(value) != length):
-            _refuse(at, value, "a list" if length is None else f"a list of {length}")
-        return tuple(check_item(item, at) for item in value)
-
-    return check
-
-
-def _table_of(check_value: Check, check_key: Check = _text) -> Check:
-    def check(value: object, at: str) -> dict[str, Any]:
-        items = _object(value, at).items()
-        return {check_key(key, f"a key of {at}"): check_value(item, f"{at}[{key!r}]") for key, item in items}
-
-    return check
-
-
-def _record(kind: Callable[..., Any], checks: Mapping[str, Check]) -> Check:
-    def check(value: object, at: str) -> Any:
-        facts = _object(value, at, checks)
-        return kind(**{key: check_field(facts[key], f"{at}.{key}") for key, check_field in checks.items()})
-
-    return check
-
-
-def _argument_name(value: object, at: str) -> str:
-    if not isinstance(value, str) or not value.isidentifier() or not value.isascii():
-        _refuse(at, value, "the name of a constructor argument")
-    return value
+_SCALAR = either(
+    line,
+    that(
+        lambda value: value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)),
+        "a string, a finite number, true, false, null, or a list of these",
+    ),
+)
+_ARGUMENT = that(lambda v: isinstance(v, str) and v.isidentifier() and v.isascii(), "the name of an argument")
+_SHA256 = matching(SHA256_PATTERN, "64 lower-case hexadecimal digits")
+_PERCENT = number(0.0, 100.0)
+_METRICS = {"top1_percent": _PERCENT, "top5_percent": _PERCENT, "nll": number(0.0, 1e6), "ece": number(0.0, 1.0)}
+_ONNX_FILE = record(OnnxFile, {"sha256": _SHA256, "size_bytes": integer(1), "top1_percent": _PERCENT})
 
 
 def _argument(value: object, at: str) -> JsonScalar | list[JsonScalar]:
-    return [_scalar(item, at) for item in value] if isinstance(value, list) else _scalar(value, at)
+    return [_SCALAR(item, at) for item in value] if isinstance(value, list) else _SCALAR(value, at)
 
 
-def _scalar(value: object, at: str) -> JsonScalar:
-    if isinstance(value, str):
-        return _text(value, at)
-    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    _refuse(at, value, "a string, a finite number, true, false, null, or a list of these")
-
-
-_SHA256 = _matching(SHA256_PATTERN, "64 lower-case hexadecimal digits")
-_PERCENT = _number(0.0, 100.0)
-_METRICS = {"top1_percent": _PERCENT, "top5_percent": _PERCENT, "nll": _number(0.0, 1e6), "ece": _number(0.0, 1.0)}
-_ONNX_FILE = _record(OnnxFile, {"sha256": _SHA256, "size_bytes": _integer(1), "top1_percent": _PERCENT})
 _ENTRY: dict[str, Check] = {
-    "repository": _matching(HUB_NAME_PATTERN, "a Hub repository name without namespace"),
-    "revision": _optional(_matching(REVISION_PATTERN, "null or 40 lower-case hexadecimal digits")),
-    "file": _matching(FILE_PATTERN, "a bare file name without '..' ending in .safetensors or .safetensors.index.json"),
+    "repository": matching(HUB_NAME_PATTERN, "a Hub repository name without namespace"),
+    "revision": optional(matching(REVISION_PATTERN, "null or 40 lower-case hexadecimal digits")),
+    "file": matching(FILE_PATTERN, "a bare file name without '..' ending in .safetensors or .safetensors.index.json"),
     "sha256": _SHA256,
-    "size_bytes": _integer(1),
-    "dtype": _matching("|".join(DTYPES), f"one of {', '.join(DTYPES)}"),
-    "params": _integer(1),
-    "macs": _integer(1),
-    "model_args": _table_of(_argument, _argument_name),
-    "dataset": _text,
-    "num_classes": _integer(1),
-    "classes": _tuple_of(_text),
-    "input_size": _tuple_of(_integer(1), 3),
-    "mean": _tuple_of(_number(0.0, 1.0), 3),
-    "std": _tuple_of(_number(1e-6, 1.0), 3),
-    "metrics": _record(Metrics, _METRICS),
-    "recipe": _matching(RECIPE_PATTERN, "the name of a recipe"),
-    "teacher": _optional(_text),
-    "seed": _integer(0),
-    "epochs": _integer(1),
-    "hardware": _text,
-    "train_minutes": _number(0.0, 1e9),
-    "library_versions": _table_of(_text),
-    "licence": _text,
-    "liveness": _optional(_table_of(_number(0.0, 1e6))),
-    "correct_of_first_1000": _optional(_integer(0, 1000)),
-    "nll_of_first_1000": _optional(_number(0.0, 1e6)),
-    "onnx": _optional(_record(dict, dict.fromkeys(ONNX_FILES, _ONNX_FILE))),
+    "size_bytes": integer(1),
+    "dtype": one_of(*DTYPES),
+    "params": integer(1),
+    "macs": integer(1),
+    "model_args": table_of(_argument, _ARGUMENT),
+    "dataset": line,
+    "num_classes": integer(1),
+    "classes": tuple_of(line),
+    "input_size": row(*[integer(1)] * 3),
+    "mean": row(*[number(0.0, 1.0)] * 3),
+    "std": row(*[number(1e-6, 1.0)] * 3),
+    "metrics": record(Metrics, _METRICS),
+    "recipe": matching(RECIPE_PATTERN, "the name of a recipe"),
+    "teacher": optional(line),
+    "seed": integer(0),
+    "epochs": integer(1),
+    "hardware": line,
+    "train_minutes": number(0.0, 1e9),
+    "library_versions": table_of(line),
+    "licence": line,
+    "liveness": optional(table_of(number(0.0, 1e6))),
+    "correct_of_first_1000": optional(integer(0, 1000)),
+    "nll_of_first_1000": optional(number(0.0, 1e6)),
+    "onnx": optional(record(dict, dict.fromkeys(ONNX_FILES, _ONNX_FILE))),
 }
+
+
+_NAME = matching(NAME_PATTERN, "an '<arch>.<tag>' of a-z, 0-9 and _")
+_VERSION_RULE = f"{SCHEMA_VERSION}: install the conam_zoo that the manifest belongs to"
+_MANIFEST = record(
+    dict,
+    {
+        "schema_version": integer(SCHEMA_VERSION, SCHEMA_VERSION, _VERSION_RULE),
+        "hub_namespace": optional(matching(HUB_NAME_PATTERN, "null or a Hugging Face account name")),
+        "code_repository": optional(matching(CODE_REPOSITORY_PATTERN, "null or 'owner/name'")),
+        "entries": as_object,
+    },
+)
 
 
 def parse_manifest(document: object) -> Manifest:
     """Check a parsed JSON document; a ``ManifestError`` names the field, the value found and what it must be."""
-    top = _object(document, "the manifest", {"schema_version", "hub_namespace", "code_repository", "entries"})
-    version = _integer(0)(top["schema_version"], "schema_version")
-    if version != SCHEMA_VERSION:
-        raise ManifestError(
-            f"schema_version is {version}, but this conam_zoo reads {SCHEMA_VERSION}; "
-            "install the conam_zoo that the manifest belongs to."
-        )
-    account = _matching(HUB_NAME_PATTERN, "null or a Hugging Face account name")
-    repository = _matching(CODE_REPOSITORY_PATTERN, "null or 'owner/name'")
-    check_name = _matching(NAME_PATTERN, "an '<arch>.<tag>' of a-z, 0-9 and _")
-    return Manifest(
-        {
-            check_name(name, "a key of entries"): _read_entry(name, facts)
-            for name, facts in _object(top["entries"], "entries").items()
-        },
-        _optional(account)(top["hub_namespace"], "hub_namespace"),
-        _optional(repository)(top["code_repository"], "code_repository"),
-    )
+    try:
+        top = _MANIFEST(document, "")
+        entries = {_NAME(name, "a key of entries"): _read_entry(name, facts) for name, facts in top["entries"].items()}
+    except CheckError as error:
+        raise ManifestError(f"{error}.") from error
+    return Manifest(entries, top["hub_namespace"], top["code_repository"])
 
 
 def _read_entry(name: str, document: object) -> WeightEntry:
     at = f"entries[{name!r}]"
-    facts = dict.fromkeys(OPTIONAL) | _object(document, at)
-    entry: WeightEntry = _record(functools.partial(WeightEntry, name), _ENTRY)(facts, at)
+    facts = dict.fromkeys(OPTIONAL) | as_object(document, at)
+    entry: WeightEntry = record(functools.partial(WeightEntry, name), _ENTRY)(facts, at)
     metrics = entry.metrics
     if metrics.top5_percent < metrics.top1_percent:
-        _refuse(f"{at}.metrics.top5_percent", metrics.top5_percent, f"at least top1_percent = {metrics.top1_percent}")
+        refuse(f"{at}.metrics.top5_percent", metrics.top5_percent, f"at least top1_percent = {metrics.top1_percent}")
     if entry.input_size[0] != 3:  # mean and std have three numbers
-        _refuse(f"{at}.input_size", list(entry.input_size), "[3, height, width]")
+        refuse(f"{at}.input_size", list(entry.input_size), "[3, height, width]")
     if len(entry.classes) != entry.num_classes:
-        raise ManifestError(
-            f"{at}.classes has {len(entry.classes)} names, but num_classes is {entry.num_classes}; "
-            "give one name per class."
-        )
+        raise CheckError(f"{at}.classes has {len(entry.classes)} names, but num_classes is {entry.num_classes}")
     return entry

@@ -1,13 +1,12 @@
 """From a manifest entry to a verified state dict.
 
-Four places are asked in turn: a mirror directory of the user's, the checkout, the Hub cache, the Hub. A copy counts
+Four places are asked in turn: a mirror folder of the user's, the checkout, the Hub cache, the Hub. A copy counts
 only if its bytes are those that the manifest describes.
 """
 
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from conam_zoo.weights.client import Announced, ask_hub, cache_folder, cached_file, download
 from conam_zoo.weights.credentials import tells_secrets
 from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, expand_home, in_brief
-from conam_zoo.weights.manifest import WeightEntry, find_checkout
+from conam_zoo.weights.manifest import WeightEntry, find_checkout, write_whole
 from conam_zoo.weights.verify import (
     CopyStatus,
     Described,
@@ -203,47 +202,31 @@ def _one_process_at_a_time(entry: WeightEntry, cache_dir: str | Path | None) -> 
         yield
 
 
-def fill_mirror(
-    entry: WeightEntry, directory: Path, *, cache_dir: str | Path | None = None, namespace: str | None = None
-) -> tuple[Path, bool]:
+def fill_mirror(entry: WeightEntry, mirror: Path, *, namespace: str | None = None) -> tuple[Path, bool]:
     """Put a verified copy of ``entry`` into a mirror, unless a good one is there; its path, and whether it was written.
 
     The copy appears under its name only when it is whole.
-
-    Raises:
-        WeightsError: There is no verified copy to be had, or the directory cannot be written.
     """
-    folder = directory / entry.name
+    folder = mirror / entry.name
     if folder.is_symlink():
         raise WeightsError(
-            f"{folder} is a symbolic link, and a mirror is not written through links: put a directory in its place."
+            f"{folder} is a symbolic link, and a mirror is not written through links: put a folder in its place."
         )
     path = folder / entry.file
     there = examine_copy("mirror", path, entry).parts
     if there and not any(part.path.is_symlink() for part in there):
         return path, False
-    _, parts = _find_parts(entry, cache_dir, namespace)
+    _, parts = _find_parts(entry, None, namespace)
     parse_parts(parts)  # nobody gets weights that cannot be read
     try:
         for part in reversed(parts):  # the index last: a mirror is whole when its copy appears by name
             place = folder / part.described.file
             if place.is_symlink() or not examine("mirror", place, part.described).parts:
-                _write_part(part, place)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(place, part.data)
+                place.chmod(0o644)  # whatever the umask says: a mirror is for others
     except OSError as error:
         raise WeightsError(
-            f"The mirror {directory} cannot be written ({in_brief(error)}): choose a directory with space and rights."
+            f"The mirror {mirror} cannot be written ({in_brief(error)}): choose a folder with space and rights."
         ) from error
     return path, True
-
-
-def _write_part(part: Part, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as copy:
-            copy.write(part.data)
-        temporary.chmod(0o644)  # mkstemp made it private, and a mirror is for others
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
