@@ -6,6 +6,7 @@ import math
 import subprocess
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from conam_zoo import ConAM
+from conam_zoo.layers._torch_private import HOOKS, has_bf16_convolutions
+from conam_zoo.layers.conam_fused import recompute_rescaled
 
 SHAPES = [(2, 6, 8, 12), (2, 6, 7, 10)]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -206,6 +209,54 @@ def test_nets_run_by_the_equations_without_private_names(net: str, owner: Any, n
         found = gradients()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+class Without:
+    """One of PyTorch's namespaces, in which one name is gone."""
+
+    def __init__(self, namespace: Any, gone: str) -> None:
+        self.namespace, self.gone = namespace, gone
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self.gone:
+            raise AttributeError(name)
+        return getattr(self.namespace, name)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e16])  # at the second one embeddings reach their bound
+def test_gradients_keep_their_bits_without_the_one_operation_for_a_clamp(scale: float, monkeypatch) -> None:
+    module, x = attention(), (scale * images(SHAPES[0])).requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad((module(x) * images(SHAPES[0])).sum(), [x, *module.parameters()])
+
+    expected = gradients()
+    monkeypatch.setattr(torch.ops, "aten", Without(torch.ops.aten, "hardtanh_backward"))
+    for one, other in zip(gradients(), expected, strict=True):
+        assert one.numpy().tobytes() == other.numpy().tobytes()
+
+
+def test_nothing_is_computed_again_where_changes_in_place_are_not_counted(monkeypatch) -> None:
+    y = attention()(images(SHAPES[0]).requires_grad_())
+    assert not isinstance(recompute_rescaled(y), nullcontext)
+    monkeypatch.setattr(Tensor, "_version", property(lambda tensor: tensor.there_is_no_such_thing))
+    assert isinstance(recompute_rescaled(y), nullcontext)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_layers_are_called_where_hooks_lie_under_another_name(name: str, monkeypatch) -> None:
+    module, x = attention(), images(SHAPES[0])
+    expected = module(x)
+    assert module.has_plain_layers
+    renamed = [f"{hooks}_of_another_name" if hooks == name else hooks for hooks in HOOKS]
+    monkeypatch.setattr("conam_zoo.layers._torch_private.HOOKS", renamed)
+    assert not module.has_plain_layers
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_bf16_is_not_denied_where_pytorch_does_not_say(monkeypatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", Without(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"))
+    assert has_bf16_convolutions() is None
 
 
 # Run with private names removed before the package is imported; prints what a net and a moving average come to.

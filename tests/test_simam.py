@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor
 
-from conam_zoo.layers.registry import SimAM
+from conam_zoo.layers.simam import SimAM
 
 SHAPES = [(2, 3, 8, 8), (1, 2, 5, 3), (2, 4, 1, 7), (1, 3, 1, 1)]
 scripting = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")

@@ -1,7 +1,7 @@
 """What this package asks of PyTorch by names that are private, each with an answer for the day when it is gone.
 
-Without a name the answer is the careful one: the equations instead of the fused pass, no recomputing, float32, and one
-tensor at a time.
+Without a name the answer is the careful one: the equations instead of the fused pass, no recomputing, float32, and
+public operations in place of one that does it all.
 """
 
 from typing import Any
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 __all__ = [
+    "clamp_gradient",
     "copy_all",
     "has_bf16_convolutions",
     "is_called_plainly",
     "lerp_all",
     "saved_tensors_hooks_are_free",
     "transforms_are_active",
+    "version_of",
 ]
 
 _PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter, torch.fx.Proxy)
@@ -59,10 +61,22 @@ def is_called_plainly(layer: nn.Module) -> bool:
     return type(layer.weight) in _PLAIN_TENSORS and type(layer.bias) in _PLAIN_TENSORS
 
 
-def has_bf16_convolutions() -> bool:
-    """Whether this CPU has instructions for bfloat16: what PyTorch asks before it hands a convolution to oneDNN."""
+def has_bf16_convolutions() -> bool | None:
+    """Whether this CPU has bfloat16 instructions, as PyTorch asks before oneDNN convolves; None if it does not say."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
+    return bool(supported()) if supported is not None and torch.backends.mkldnn.is_available() else None
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None if PyTorch cannot tell."""
+    return getattr(tensor, "_version", None)
+
+
+def clamp_gradient(gradient: Tensor, output: Tensor, low: float, high: float) -> Tensor:
+    """The gradient of ``clamp(low, high)``, given its output; the same bits either way."""
+    if together := getattr(torch.ops.aten, "hardtanh_backward", None):
+        return together(gradient, output, low, high)
+    return gradient.masked_fill((output <= low) | (output >= high), 0)
 
 
 def lerp_all(ours: list[Tensor], theirs: list[Tensor], weight: float) -> None:

@@ -16,10 +16,10 @@ What is this project's own, because the paper is silent:
   pixels, and ``g`` stays the mean over all pixels. A map smaller than a patch is one patch.
 - The hidden width defaults to C and both linear layers have biases. They start as PyTorch has them, but for the second
   bias, which starts at one: the agreement is of degree four in the weights, so from PyTorch's start every patch gets
-  about the same confidence, and its gradient is small. Nets learn alike from both (docs/conam.md), but more awake here.
-- Weight decay pulls such weights to zero, where the gradient vanishes with their cube and all confidences are even for
-  good. So the nets exempt them from it: see ``no_weight_decay`` of the models. The comparisons and screens in
-  docs/conam.md and experiments/LOG.md are older, and were made with decay.
+  about the same confidence, and its gradient is small. Nets learn alike from both, but confidences vary more from this
+  one (docs/conam.md).
+- Weight decay pulls such weights to zero, where the gradient vanishes with their cube and all confidences stay even. So
+  the nets exempt them from it: see ``no_weight_decay`` of the models.
 - Embedding, dot product and softmax are computed in at least float32, also under autocast and in half precision
   models, because the logits are unbounded. The patch means of a half precision map are summed in float32 too, but
   rounded once to the map's type. Patch means and embeddings are clamped to 1e17, so that the global context and the
@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._torch_private import is_called_plainly
-from .conam_equations import confidence_between, confidence_map, contexts_of, recalibrate
-from .conam_fused import applies, attend
+from conam_zoo.layers._torch_private import is_called_plainly
+from conam_zoo.layers.conam_equations import confidence_between, confidence_map, contexts_of, recalibrate
+from conam_zoo.layers.conam_fused import applies, attend
 
 __all__ = ["ConAM"]
 
@@ -74,15 +74,8 @@ class ConAM(nn.Module):
     scale. Plain linear layers are computed in one pass with the rest; layers that were replaced, parametrised or given
     hooks are called.
 
-    Args:
-        channels: Number of channels C of the map.
-        patch_size: Side p of the square patches, in pixels.
-        hidden_channels: Width h of the perceptron's hidden layer; C if None.
-        device: Where the parameters are made.
-        dtype: Their floating-point type.
-
-    Raises:
-        ValueError: If a size is not a positive integer.
+    ``patch_size`` is the side p of the square patches in pixels, ``hidden_channels`` the width of the perceptron's
+    hidden layer, C if None. A size that is not a positive integer is a ``ValueError``.
 
     >>> attention = ConAM(channels=16, patch_size=8)
     >>> x = torch.randn(2, 16, 32, 32)

@@ -23,8 +23,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._torch_private import saved_tensors_hooks_are_free, transforms_are_active
-from .conam_equations import LIMIT, confidence_map, patch_means, recalibrate
+from conam_zoo.layers._torch_private import (
+    clamp_gradient,
+    saved_tensors_hooks_are_free,
+    transforms_are_active,
+    version_of,
+)
+from conam_zoo.layers.conam_equations import LIMIT, confidence_map, patch_means, recalibrate
 
 __all__ = ["applies", "attend", "recompute_rescaled"]
 
@@ -180,13 +185,13 @@ class _InFewPasses(torch.autograd.Function):
         grad_embedded = torch.empty_like(embedded)
         torch.mul(grad_logits[:, :, None], embedded[:, -1:], out=grad_embedded[:, :-1])
         torch.bmm(grad_logits[:, None], embedded[:, :-1], out=grad_embedded[:, -1:])
-        grad_embedded = _within(grad_embedded, embedded, 0, LIMIT).view(-1, channels)
+        grad_embedded = clamp_gradient(grad_embedded, embedded, 0, LIMIT).view(-1, channels)
         hidden = _hidden(contexts, w1, b1)  # made again, not kept
         grad_hidden = grad_embedded @ w2.to(dtype)
-        grad_hidden = _within(grad_hidden, hidden, 0, math.inf)
+        grad_hidden = clamp_gradient(grad_hidden, hidden, 0, math.inf)
         grad_contexts = (grad_hidden @ w1.to(dtype)).view(contexts.shape)
         grad_means = torch.add(grad_contexts[:, :-1], grad_contexts[:, -1:], alpha=1 / (rows * columns))
-        grad_means = _within(grad_means, contexts[:, :-1], -LIMIT, LIMIT)
+        grad_means = clamp_gradient(grad_means, contexts[:, :-1], -LIMIT, LIMIT)
 
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -195,11 +200,6 @@ class _InFewPasses(torch.autograd.Function):
         grad_w1 = (grad_hidden.t() @ contexts.view(-1, channels)).to(w1.dtype)
         grad_w2 = (grad_embedded.t() @ hidden).to(w2.dtype)
         return grad_x, None, grad_w1, grad_hidden.sum(0).to(b1.dtype), grad_w2, grad_embedded.sum(0).to(b2.dtype)
-
-
-def _within(gradient: Tensor, output: Tensor, low: float, high: float) -> Tensor:
-    """Gradient of ``clamp(low, high)``, for its output."""
-    return torch.ops.aten.hardtanh_backward(gradient, output, low, high)
 
 
 def _twice_differentiable(ctx: Any, gradient: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:
@@ -234,10 +234,12 @@ def recompute_rescaled(y: Tensor) -> AbstractContextManager[None]:
         return nullcontext()
     saved = node.saved_tensors
     x, scale, patch_size = saved[0].detach(), saved[-1], node.patch_size
-    version, key = x._version, _key(y)
+    version, key = version_of(x), _key(y)
+    if version is None:
+        return nullcontext()
 
     def rescaled() -> Tensor:
-        if x._version != version:
+        if version_of(x) != version:
             raise RuntimeError(
                 "The map that ConAM rescaled has been changed in place since, but its backward pass needs it: "
                 "change a copy of it."
@@ -255,4 +257,4 @@ def recompute_rescaled(y: Tensor) -> AbstractContextManager[None]:
 
 
 def _key(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), version_of(tensor)

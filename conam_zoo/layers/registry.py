@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from timm.layers import create_attn
-from torch import Tensor, nn
+from torch import nn
 
 from conam_zoo.layers.conam import ConAM
+from conam_zoo.layers.simam import SimAM, make_simam
 
 __all__ = ["TIMM_LAYERS", "SimAM", "attention_names", "create_attention", "register_attention"]
 
@@ -33,11 +34,7 @@ def register_attention(name: str, factory: Callable[..., nn.Module]) -> None:
     net is to be saved. A ``confidence`` method, (N, C, H, W) -> (N, rows, columns), shows in ``conam explain``.
 
     The name has to be registered again, before the net is built or loaded, in every process. Registering a name twice
-    replaces the first.
-
-    Raises:
-        ValueError: If the name is not a string of letters, digits and underscores, or is taken by a built-in attention.
-        TypeError: If the factory cannot be called.
+    replaces the first; a built-in attention's is refused.
 
     >>> class Twice(nn.Module):
     ...     def __init__(self, channels, patch_size, *, device=None, dtype=None):
@@ -61,11 +58,10 @@ def register_attention(name: str, factory: Callable[..., nn.Module]) -> None:
 def check_attention(name: str, attn_args: Mapping[str, Any] | None = None) -> None:
     """Refuse, by a ValueError, a name that is not registered, and arguments that the net gives itself."""
     if name not in attention_names():
-        raise ValueError(
-            f"attn_layer is {name!r}, but it must be one of {', '.join(attention_names())}: register an attention of "
-            "your own with conam_zoo.register_attention before the net is made, and the forms of the ablation with "
-            "'import experiments'."
-        )
+        remedy = "register an attention of your own with conam_zoo.register_attention before the net is made"
+        if name == "conam_variant":  # the forms of the ablation, which a checkout alone has
+            remedy = "register the forms of the ablation with 'import experiments', in a checkout"
+        raise ValueError(f"attn_layer is {name!r}, but it must be one of {', '.join(attention_names())}: {remedy}.")
     if attn_args and not {"name", *GIVEN}.isdisjoint(attn_args):
         _refuse_arguments(name, dict(attn_args))
 
@@ -79,12 +75,7 @@ def create_attention(
     dtype: torch.dtype | None = None,
     **attn_args: Any,
 ) -> nn.Module:
-    """The attention of that name for a map of ``channels`` channels.
-
-    Raises:
-        ValueError: If the name is not registered, or its factory does not take the arguments.
-        TypeError: If the factory returns no module.
-    """
+    """The attention of that name for a map of ``channels`` channels."""
     check_attention(name)
     if name == "none":
         _refuse_arguments(name, attn_args)
@@ -125,54 +116,7 @@ def _timm_layer(name: str) -> Callable[..., nn.Module]:
     return make
 
 
-@torch.fx.wrap  # a leaf for torch.fx: it looks at the map's size and type
-def _simam_gate(x: Tensor, lambda_: float) -> Tensor:
-    """What SimAM multiplies each pixel by, between 0.62 and 1: (N, C, H, W) -> (N, C, H, W)."""
-    values = x.float() if x.dtype == torch.bfloat16 or x.dtype == torch.float16 else x
-    deviation = (values - values.mean(dim=(2, 3), keepdim=True)).square()
-    degrees = max(x.shape[2] * x.shape[3] - 1, 1)
-    variance = deviation.sum(dim=(2, 3), keepdim=True) / degrees
-    return torch.sigmoid(deviation / (4 * (variance + lambda_)) + 0.5).to(x.dtype)
-
-
-class SimAM(nn.Module):
-    """Parameter-free attention: a pixel counts the more, the further it lies from the mean of its channel.
-
-    With mean ``mu`` and variance ``v`` over the n pixels of one channel of one image, the inverse energy of a pixel is
-    ``1 / e = (x - mu)^2 / (4 (v + lambda)) + 0.5``, and the pixel becomes ``x * sigmoid(1 / e)``. The variance divides
-    by n - 1, as the authors' listing does. This project's own, because the paper is silent: a map of one pixel has
-    variance 0, and the statistics of a half precision map are computed in float32.
-
-    Shape: (N, C, H, W) -> (N, C, H, W), any H and W, memory format kept. ``lambda_`` is the paper's regulariser, with
-    its value; a ValueError if it is not positive.
-
-    >>> SimAM()(torch.randn(2, 16, 8, 8)).shape
-    torch.Size([2, 16, 8, 8])
-
-    Source: Yang, Zhang, Li, Xie, "SimAM: A Simple, Parameter-Free Attention Module for Convolutional Neural Networks",
-    ICML 2021, equations 5 and 6, written here from the equations.
-    """
-
-    def __init__(self, lambda_: float = 1e-4) -> None:
-        super().__init__()
-        if not lambda_ > 0:
-            raise ValueError(f"SimAM: lambda_ is {lambda_!r}, but it must be a positive number.")
-        self.lambda_ = float(lambda_)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * _simam_gate(x, self.lambda_)
-
-    def extra_repr(self) -> str:
-        return f"lambda_={self.lambda_}"
-
-
-def _simam(
-    channels: int, patch_size: int, *, lambda_: float = 1e-4, device: Any = None, dtype: Any = None
-) -> nn.Module:
-    return SimAM(lambda_)  # without parameters
-
-
 FACTORIES["conam"] = ConAM
 FACTORIES.update((name, _timm_layer(name)) for name in TIMM_LAYERS)
-FACTORIES["simam"] = _simam
+FACTORIES["simam"] = make_simam
 BUILT_IN = attention_names()

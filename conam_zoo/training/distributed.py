@@ -66,9 +66,16 @@ def precision_on(device: torch.device, wanted: str = "bf16") -> str:
     return "bf16" if wanted == "bf16" and has_bf16(device) else "fp32"
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16."""
+def has_bf16(device: torch.device) -> bool | None:
+    """Whether a device has instructions for bfloat16; None if PyTorch does not say."""
     return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bf16_convolutions()
+
+
+def why_fp32(device: torch.device) -> str:
+    """Why ``precision_on`` is ``"fp32"`` on a device where bfloat16 was wanted, as a clause."""
+    if has_bf16(device) is None:
+        return "PyTorch does not say whether this CPU has bfloat16 instructions, so float32 is used"
+    return f"this {device.type} has no instructions for it"
 
 
 @contextmanager

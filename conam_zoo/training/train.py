@@ -26,7 +26,7 @@ from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import check_model_name, count_params_and_macs, export_model
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, StopRequest, TrainingStopped
 from conam_zoo.training.distillation import open_teacher
-from conam_zoo.training.distributed import Ranks, precision_on, process_group, ranks, run_on_primary
+from conam_zoo.training.distributed import Ranks, precision_on, process_group, ranks, run_on_primary, why_fp32
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.fit import FitResult, fit
 from conam_zoo.training.recipe import Recipe
@@ -87,9 +87,7 @@ def train(
             f"{recipe.epochs} epochs, {precision} on {here.world_size} x {here.device.type}"
         )
         if precision != recipe.precision:
-            console.print(
-                f"The recipe's {recipe.precision} is left out: this {here.device.type} has no instructions for it."
-            )
+            console.print(f"The recipe's {recipe.precision} is left out: {why_fp32(here.device)}.")
         console.print(parts.note)
         hashed = [part for part in (parts.split, parts.holdout) if part is not None]
         hashes = np.concatenate([image_hashes(part, part.images.shape[1]) for part in hashed])
