@@ -95,7 +95,7 @@ def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -
     """
     read: dict[object, Path] = {}
     for path in inputs:
-        with suppress(UserError):  # what cannot be asked for cannot be written onto; reading it tells why
+        with suppress(UserError):  # what cannot be asked for cannot be written onto; reading it says why
             read[_identity(path)] = path
     written: dict[object, Path] = {}
     for output in outputs:
@@ -117,9 +117,9 @@ def refuse_replacing(json_file: Path | None) -> None:
         with json_file.open("rb") as file:
             begins = file.read(1)
     except OSError:
-        return  # what writes it tells why it cannot
+        return  # whatever writes it says why it cannot
     if begins not in (b"", b"{", b"["):
-        raise UserError(f"{json_file} is there and no JSON, so it is not replaced: choose another name.")
+        raise UserError(f"{json_file} exists and is not JSON, so it was not replaced: choose another name.")
 
 
 def _identity(path: Path) -> object:
@@ -155,7 +155,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.touch()
         mode = stat.S_IMODE((target if target.is_file() and not special else temporary).stat().st_mode)
         if mode & 0o600 != 0o600 and not target.exists():
-            raise UserError(f"{path} could be read by nobody under this umask: set it, for instance by umask 022.")
+            raise UserError(f"{path} would be unreadable under this umask: set it, for instance by umask 022.")
         write(temporary)
         if special:
             with temporary.open("rb") as source, _open_special(path) as sink:
@@ -192,7 +192,7 @@ def _make_parents(folder: Path) -> None:
     if made and folder.stat().st_mode & 0o700 != 0o700:
         for parent in made:
             parent.rmdir()
-        raise UserError(f"{folder} could be used by nobody under this umask: set it, for instance by umask 022.")
+        raise UserError(f"{folder} would be unusable under this umask: set it, for instance by umask 022.")
 
 
 def clear_temporaries(folder: Path) -> None:

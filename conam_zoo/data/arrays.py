@@ -49,9 +49,6 @@ def npz_sources(path: Path, *, training: bool = True) -> dict[str, LazyImages]:
     known. Images are (N, H, W), grey, or (N, H, W, C) with C of 1, 3 or 4; their values are taken as
     ``conam_zoo.data.images.full_scale`` says, all splits alike. Labels are whole numbers from 0 of any type, or names,
     (N,) or (N, 1).
-
-    Raises:
-        UserError: If it cannot be read, does not fit, or has no training images where ``training`` asks for them.
     """
     check_file(path, ".npz file")
     names = {"images": "train_images", "labels": "train_labels", "classes": "classes"}
@@ -141,7 +138,7 @@ def _texts(values: np.ndarray) -> list[str]:
     try:
         return [_plain(value.decode() if isinstance(value, bytes) else str(value)) for value in values.tolist()]
     except UnicodeDecodeError as error:
-        raise UserError(f"The class name {error.object!r} is no UTF-8: save the names as texts.") from error
+        raise UserError(f"The class name {error.object!r} is not UTF-8: save the names as texts.") from error
 
 
 def _checked_names(names: list[str], what: str) -> tuple[str, ...]:

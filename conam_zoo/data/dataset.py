@@ -67,11 +67,7 @@ class ImageSplit:
         return self.select(torch.arange(count) * len(self) // max(count, 1))
 
     def averaged_down(self, side: int) -> "ImageSplit":
-        """The same images with ``side`` x ``side`` pixels, each the rounded mean of a square of pixels.
-
-        Raises:
-            UserError: If the images are not square, or ``side`` does not divide theirs.
-        """
+        """The same images with ``side`` x ``side`` pixels, each the rounded mean of a square of pixels."""
         n, height, width, channels = self.images.shape
         if height != width or height % side:
             raise UserError(
@@ -192,7 +188,7 @@ def median_side(source: LazyImages) -> float:
     """Median of the shorter side in pixels, of up to 200 images spread evenly over the source."""
     sides = []
     for index in np.unique(np.linspace(0, len(source) - 1, PEEKED).astype(int)):
-        with suppress(UserError):  # told later, with all the others
+        with suppress(UserError):  # reported later, with all the others
             sides.append(min(source.picture(index).size))
     if not sides:
         raise UserError(f"None of the images of {source.source} can be read: check the files.")

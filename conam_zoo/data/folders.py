@@ -36,10 +36,6 @@ def folder_sources(root: Path, *, training: bool = True) -> dict[str, LazyImages
     the folders of the splits, or those of the classes, or a single folder that holds one of these. Left out are files
     that are no pictures by their names' ending, hidden files and folders, and run folders. Every folder is visited
     once and every picture belongs to one class, wherever links lead. Without ``training`` a test split alone will do.
-
-    Raises:
-        UserError: If there are no class folders with images, it cannot be told which folders are classes, a split has
-            a class that ``train`` has not, or a folder may not be read.
     """
     root = _unwrapped(root)
     folders, notes = _split_folders(root)
@@ -217,7 +213,7 @@ class _Walk:
         try:
             identity = _identity(entry)
         except OSError:
-            return True  # a broken link is told as a picture that cannot be read
+            return True  # a broken link is reported as an unreadable picture
         if identity in self._seen:
             self._note(reason, entry)
             return False
@@ -260,7 +256,7 @@ def _source(
     classes = known or names
     if unknown := sorted(set(names) - set(classes)):
         raise UserError(
-            f"{folder} has the class {unknown[0]}, which the training images have not: rename or remove that folder."
+            f"{folder} has the class {unknown[0]}, which the training images lack: rename or remove that folder."
         )
     paths = [path for name in names for path in sorted(found[name])]
     notes = [f"{folder}: {len(others)} other files left out, such as {others[0].name}"] if others else []

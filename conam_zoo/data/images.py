@@ -43,11 +43,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read a picture as 8-bit RGB: turned upright by its EXIF tag, transparency over white, other depths scaled.
-
-    Raises:
-        UserError: If the file is missing, is no picture, or is damaged.
-    """
+    """Read a picture as 8-bit RGB: turned upright by its EXIF tag, transparency over white, other depths scaled."""
     path = expand_path(path)
     check_file(path, "image file")
     return decode_image(path, str(path))
@@ -119,9 +115,6 @@ def full_scale(dtype: np.dtype, limits: tuple[float, float] | None, what: str) -
     8 and 16 bits without sign are taken over their whole range. Other integers lie in 0..255 or 0..65535, floats in
     0..1, 0..255 or 0..65535: the first range that holds them, of which floats have to use a quarter or more.
     ``limits`` is what ``value_range`` gave, ``what`` the name of the image or the array for messages.
-
-    Raises:
-        UserError: If the values fit no range.
     """
     if dtype in (np.bool_, np.uint8):
         return (1.0 if dtype == np.bool_ else 255.0), ""

@@ -78,9 +78,6 @@ class Shards:
     The order is cut into global batches, and each rank takes its own run of each, so that all ranks make the same
     number of steps. The last, smaller global batch is shared out as evenly as it goes; it is left out if a rank would
     get fewer than two images of it, because batch norm cannot train on a single one.
-
-    Raises:
-        UserError: If the images are too few for a single step.
     """
 
     def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -127,11 +124,7 @@ class Batches(ABC):
 
 
 class _AugmentedBatches(Batches):
-    """What the two loaders share: order, shards, augmentation, normalisation; ``size`` is (H, W) of the images.
-
-    Raises:
-        UserError: If the settings do not fit the images.
-    """
+    """What the two loaders share: order, shards, augmentation, normalisation; ``size`` is (H, W) of the images."""
 
     def __init__(
         self,
@@ -254,9 +247,6 @@ def create_loader(
 
     The line beside them says which kind and why. ``size`` is the side of the images in pixels; ``free`` are the
     device's free bytes, None to ask it.
-
-    Raises:
-        UserError: If the settings do not fit the images.
     """
     device = torch.device(device)
     free = free_bytes(device) if free is None else free

@@ -67,9 +67,6 @@ class StagedClassifier(nn.Module):
         attn_args: Arguments of the attention's factory, such as ConAM's ``hidden_channels``.
         attn_site: ``"before_first_conv"`` or ``"after_last_norm"``: where on the residual branch the attention stands.
 
-    Raises:
-        ValueError: If an argument is none of those, or does not fit the stages.
-
     A family calls ``super().__init__()``, makes a stem, and says with ``add_level`` what leads to each feature level,
     beginning with the stem; last comes ``init_head``.
     """
@@ -219,7 +216,7 @@ class StagedClassifier(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of all parameters of attention layers; timm's optimiser factories exempt them from weight decay.
 
-        Decay puts ConAM to sleep: its agreement is of degree four in the weights, so that near zero the gradient is
+        Decay makes ConAM uniform: its agreement is of degree four in the weights, so that near zero the gradient is
         weaker than any decay.
         """
         return {name for name, _ in self.named_parameters() if "attn" in name.split(".")[:-1]}
@@ -253,13 +250,8 @@ class StagedClassifier(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The final map of images (N, C, H, W), and a list of the maps at the wanted feature levels.
 
-        Args:
-            x: Images.
-            indices: The last n levels if an int, all if None, else those listed.
-            norm: Without effect: a level that ends in a norm is always normalised.
-            stop_early: Do not run what lies behind the last wanted level.
-            output_fmt: Only ``"NCHW"``.
-            intermediates_only: Return the list alone.
+        ``indices`` are the last n levels if an int, all if None, else those listed. ``stop_early`` does not run what
+        lies behind the last of them. ``norm`` has no effect: a level that ends in a norm is always normalised.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}, but only 'NCHW' is possible.")

@@ -97,11 +97,6 @@ def build(
     """Make a model as timm's ``build_model_with_cfg`` does, with weights from a verified source.
 
     ``kwargs`` are ``features_only``, ``out_indices`` and the arguments of ``model_cls``, the class of the family.
-
-    Raises:
-        TypeError: On an argument that ``model_cls`` does not know.
-        ValueError: On an argument value that does not fit.
-        WeightsError: If no verified weights can be had.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     _check_config(cfg, pretrained, kwargs.get("pretrained_model_args") or {}, pretrained_cfg_overlay or {}, cache_dir)
@@ -158,10 +153,6 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg:
 
     timm drops the head of another class count and then loads without strictness; this keeps a file of another net from
     passing as one of this.
-
-    Raises:
-        WeightsError: If a tensor is missing, is too many, or has another shape, or if stem and head have not the
-            channels and classes that the configuration states.
     """
 
     def misfit(what: str) -> WeightsError:

@@ -1,4 +1,4 @@
-"""Folders of weights and their manifest, changed together: by one process at a time, and mended after a kill."""
+"""Folders of weights and their manifest, changed together: by one process at a time, and repaired after a kill."""
 
 import hashlib
 import logging
@@ -26,17 +26,12 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def packing(checkout: Path) -> Iterator[None]:
-    """Let no other process change the weights of a checkout; what a killed one left half done is undone first.
-
-    Raises:
-        UserError: If another process goes on with it for ten minutes.
-        ManifestError: If the manifest cannot be read.
-    """
+    """Let no other process change the weights of a checkout; what a killed one left half done is undone first."""
     # The lock of the folder itself needs no file, which a checkout would keep, and ends with the process.
     folder = os.open(checkout, os.O_RDONLY)
     try:
         _lock(folder, checkout)
-        _mend(checkout)
+        _repair(checkout)
         yield
     finally:
         os.close(folder)
@@ -84,7 +79,7 @@ def exchange(new: Path, destination: Path, scratch: Path, confirm: Callable[[], 
         raise
 
 
-def _mend(checkout: Path) -> None:
+def _repair(checkout: Path) -> None:
     """Bring folders and manifest together again where a kill parted them, and clear what it left."""
     for leaving in checkout.iterdir():
         if _MANIFEST.fullmatch(leaving.name):

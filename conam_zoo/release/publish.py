@@ -80,28 +80,18 @@ def publish(
 ) -> list[Publication]:
     """Publish entries of a manifest from the ``weights/`` folder beside it.
 
-    For each entry: create the repository if need be, upload the weights, their config.json, the card, what else lies
-    beside them and the ONNX files in one commit, read everything back and compare it, tag the commit. When all are
-    done, the commits, the ONNX files and the namespace are written to the manifest, in one atomic step. ONNX files of
-    which the manifest does not know are removed.
+    For each entry: create the repository if need be, upload weights, config.json, card, ONNX files and what else lies
+    beside them in one commit, read everything back and compare it, tag the commit. Commits, ONNX files and namespace
+    are written to the manifest at the end, in one step; if anything fails (``WeightsError``), it stays as it was.
 
-    Args:
-        names: Names of entries.
-        namespace: The Hub account; it has to be the manifest's if that has one.
-        card: Writes the model card of an entry.
-        tag: Name of the release.
-        manifest_path: The manifest to read and to write.
-        onnx: Makes the ONNX files of an entry from its folder. ``"published"``: the repository keeps those that the
-            manifest knows, and all entries need to have some. ``"none"``: it has none.
-        private: Whether repositories that are created are seen by the account's members alone.
-        dry_run: Whether to check all files and send nothing.
-
-    Raises:
-        WeightsError: Something is wrong with the files, or a step failed; the manifest is as it was.
+    ``namespace`` is the Hub account, and has to be the manifest's if that has one; ``tag`` names the release. ``onnx``
+    makes the ONNX files of an entry from its folder; with ``"published"`` the repository keeps those that the manifest
+    knows, which all entries need to have, and with ``"none"`` it has none. ONNX files that the manifest does not know
+    are removed. ``dry_run`` checks all files and sends nothing.
     """
     manifest = load_manifest(manifest_path)
     if re.fullmatch(HUB_NAME_PATTERN, namespace) is None:
-        raise WeightsError(f"The namespace {namespace!r} is no name of a Hub account: give the account alone.")
+        raise WeightsError(f"The namespace {namespace!r} is not the name of a Hub account: give the account alone.")
     if manifest.hub_namespace not in (None, namespace):
         raise WeightsError(
             f"The manifest says that the weights are published by {manifest.hub_namespace}, not by {namespace}: "
@@ -254,7 +244,7 @@ def _step(doing: str, upload: _Upload, up: list[str]) -> Iterator[None]:
         state = f"already up are {', '.join(up)}" if up else "nothing is up yet"
         raise WeightsError(
             f"Publishing {upload.entry.name} stopped at {doing} ({reason.rstrip('.')}), {state}, and the manifest is "
-            "as it was: run the command again when that is mended."
+            "as it was: fix that and run the command again."
         ) from (None if tells_secrets(error) else error)
 
 
@@ -277,11 +267,8 @@ def make_onnx(entry: WeightEntry, weights: Path, data: str | Path) -> dict[str, 
     """Export the weights of a folder to ``ONNX_FILES``, and measure each file on the whole test split.
 
     ``data`` is their data set, or a folder of data sets by name: training images calibrate int8, test images measure.
-    Returns for each file what the manifest is to say of it, and its content.
-
-    Raises:
-        UserError: If the packages of the extra ``onnx`` are missing, the images are others than those of the entry's
-            figures, or a file does not compute what the net does.
+    For each file there is what the manifest is to say of it, and its content. A ``UserError`` says if the images are
+    not those of the entry's figures, or a file does not compute what the net does.
     """
     from conam_zoo.datasets import DATASETS
     from conam_zoo.deploy.runtime import open_classifier

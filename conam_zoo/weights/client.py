@@ -61,13 +61,9 @@ class _AbandonedError(Exception):
 
 
 def call_with_timeout(call: Callable[[Callable[[], None]], T], quiet_s: float) -> T:
-    """Run a call in a thread of its own, and give it up when nothing is heard of it for ``quiet_s`` seconds.
+    """Run a call in a thread of its own; ``TimeoutError`` when nothing is heard of it for ``quiet_s`` seconds.
 
-    It is given a function to call at every sign of life.
-
-    Raises:
-        TimeoutError: It was given up.
-        Exception: Whatever ``call`` raises.
+    It is given a function to call at every sign of life, and what it raises is raised here.
     """
     signs: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()  # the last one is the end
     abandoned = threading.Event()
@@ -124,7 +120,7 @@ def ask_hub(hub_id: str, file: str, revision: str | None) -> Announced:
 
     check_endpoint()
     if revision is not None and not _BRANCH.fullmatch(revision):
-        raise HubError(f"{revision!r} is no name of a revision")
+        raise HubError(f"{revision!r} is not the name of a revision")
     try:
         return call_with_timeout(ask, CONTACT_DEADLINE_S)
     except HubError:
@@ -138,11 +134,8 @@ def download(
 ) -> Path:
     """Bring an announced file into the Hub cache, unless it is there whole.
 
-    It may have ``limit_bytes`` at most; ``sha256`` is its SHA-256, where it is known.
-
-    Raises:
-        WrongWeightsError: Another file was delivered, twice.
-        HubError: It cannot be had.
+    It may have ``limit_bytes`` at most; ``sha256`` is its SHA-256, where it is known. A ``HubError`` says why it
+    cannot be had, a ``WrongWeightsError`` that another file was delivered, twice.
     """
     if (announced.size_bytes or 0) > limit_bytes:
         raise HubError(
@@ -287,7 +280,7 @@ def _repository_folder(hub_id: str, cache_dir: str | Path | None) -> Path:
 
 def _place(repository: Path, commit: str, file: str) -> Path:
     if {"", ".", ".."}.intersection(file.split("/")) or "\\" in file:
-        raise ValueError(f"{file!r} is no name of a file")
+        raise ValueError(f"{file!r} is not the name of a file")
     return repository / "snapshots" / commit / file
 
 

@@ -19,7 +19,7 @@ _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
 def token_in_use() -> str | None:
     """The user's token, if there is one and it can be read.
 
-    A token file that cannot be read, or would be waited for, as a named pipe would, is told of and left out.
+    A token file that cannot be read, or would be waited for, as a named pipe would, is reported and ignored.
     """
     from huggingface_hub import constants, get_token
 

@@ -40,7 +40,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_file(path, LARGEST_TEXT_BYTES).decode("utf-8"), parse_constant=no_constant)
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is no readable config.json ({in_brief(error)}): check the path.") from error
+        raise WeightsError(f"{path} is not a readable config.json ({in_brief(error)}): check the path.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} holds no JSON object: copy the folder again.")
     return config
@@ -49,9 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_folder(folder: Path) -> dict[str, "Tensor"]:
     """Read the weights of a local folder: ``model.safetensors``, or the file or index that its config.json names.
 
-    Raises:
-        WrongWeightsError: The weights are not those whose hash the folder's config.json states.
-        WeightsError: A file is absent, unreadable, or not what its name says.
+    They have to be those whose hash the config.json states; else it is a ``WrongWeightsError``.
     """
     folder = expand_home(folder)
     config = read_config(folder / "config.json")
@@ -85,10 +83,6 @@ def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[st
     """Read the weights of a Hub repository that the caller names, ``owner/name`` or ``owner/name@revision``.
 
     A copy in the cache that is not what the Hub announced, or not what its config.json says, is fetched once more.
-
-    Raises:
-        WrongWeightsError: The weights are not those whose hash the repository's config.json states.
-        WeightsError: The repository or a file of it cannot be had.
     """
     config = fetch_config(hub_id, cache_dir)
     # The commit that the config came from: a branch may have moved on since.

@@ -80,8 +80,8 @@ def read_verified(path: Path, entry: WeightEntry) -> dict[str, "Tensor"]:
     """Read a weight file, or an index and the files beside it, provided that they are those ``entry`` describes.
 
     Raises:
-        WrongWeightsError: Its size or SHA-256 differ from the manifest; nothing of it was parsed.
-        WeightsError: It is absent, unreadable, or no safetensors file.
+        WrongWeightsError: Size or SHA-256 differ from the manifest; nothing was parsed.
+        WeightsError: It is absent, unreadable, or not a safetensors file.
     """
     return parse_parts(read_parts(path, entry))
 
@@ -97,11 +97,7 @@ def read_parts(path: Path, entry: WeightEntry) -> tuple[Part, ...]:
 
 
 def read_safetensors(path: Path) -> dict[str, "Tensor"]:
-    """Read a safetensors file of the caller's own, of which no manifest knows.
-
-    Raises:
-        WeightsError: It is absent, unreadable, or anything else than a safetensors file.
-    """
+    """Read a safetensors file of the caller's own, of which no manifest knows; ``WeightsError`` if it is none."""
     if path.suffix.lower() != ".safetensors":
         raise WeightsError(
             f"{path} is not read because its name does not end in .safetensors; "
@@ -115,10 +111,9 @@ def read_safetensors(path: Path) -> dict[str, "Tensor"]:
 
 
 def examine_copy(place: Source, path: Path, described: Described) -> CopyStatus:
-    """Compare a file, or an index and then the files beside it, with its description; the first that is not good tells.
+    """Compare a file, or an index and then the files beside it, with its description: the first that is not good.
 
-    Raises:
-        WeightsError: The index is the one described, and is none.
+    An index that is the one described, and is none, is a ``WeightsError``.
     """
     found = examine(place, path, described)
     return with_shards(found) if found.parts else found
@@ -181,11 +176,7 @@ def parse_parts(parts: Sequence[Part]) -> dict[str, "Tensor"]:
 
 
 def parse_safetensors(data: bytes, path: Path) -> dict[str, "Tensor"]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        WeightsError: It is none, or holds what no trained weights are: NaN, infinity, or a type other than a float.
-    """
+    """The tensors of a safetensors file; ``WeightsError`` if it is none, or ``check_values`` refuses them."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -194,15 +185,15 @@ def parse_safetensors(data: bytes, path: Path) -> dict[str, "Tensor"]:
     header_bytes = int.from_bytes(data[:8], "little")
     if header_bytes > min(len(data) - 8, _LARGEST_HEADER_BYTES) or data[8:9] != b"{":
         raise WeightsError(
-            f"{path} is not a safetensors file, whatever its name says; it is not read as anything else, so "
-            "write one with safetensors.torch.save_file."
+            f"{path} is not a safetensors file despite its name, and other formats are not read: write one with "
+            "safetensors.torch.save_file."
         )
     try:
         header = json.loads(data[8 : 8 + header_bytes], object_pairs_hook=_without_duplicates)
         for name, facts in header.items():
             count = name.endswith("num_batches_tracked")
             if name != "__metadata__" and facts["dtype"] not in (*_FLOATS, *(("I64",) if count else ())):
-                raise ValueError(f"its tensor {name} is of type {facts['dtype']}, which no weights have")
+                raise ValueError(f"its tensor {name} has type {facts['dtype']}, and weights are floating point")
         tensors = load(data)
         check_values(tensors)
     except (
@@ -221,7 +212,7 @@ def check_values(tensors: Mapping[str, "Tensor"]) -> None:
         if name.endswith("num_batches_tracked"):
             continue
         if not tensor.is_floating_point():
-            raise ValueError(f"its tensor {name} is of type {tensor.dtype}, which no weights have")
+            raise ValueError(f"its tensor {name} has type {tensor.dtype}, and weights are floating point")
         if not tensor.isfinite().all():
             raise ValueError(f"its tensor {name} holds NaN or infinity")
         if name.endswith("running_var") and (tensor < 0).any():
