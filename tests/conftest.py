@@ -98,7 +98,7 @@ def small_data(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings leave ``curves.png`` out, which takes as long as an epoch on a few small images."""
-    monkeypatch.setattr("conam_zoo.training.train.draw_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr("conam_zoo.training.run_folder.draw_curves", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="session")

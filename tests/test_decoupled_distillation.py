@@ -61,23 +61,23 @@ def test_a_step_adds_the_ramped_loss_to_the_cross_entropy() -> None:
     settings = ["precision=fp32", "distill_loss=dkd", "dkd_alpha=0.5", "dkd_beta=3", "dkd_warmup_epochs=2"]
     recipe = load_recipe(RECIPE, [*settings, "distill_temperature=2", "batch_size=8", "lr=1e-9"])
     torch.manual_seed(0)
-    learner = TrainState(timm.create_model("resnet20_conam"), recipe, 2)
+    state = TrainState(timm.create_model("resnet20_conam"), recipe, 2)
     images, labels, guide = torch.randn(8, 3, 32, 32), torch.arange(8), 3 * torch.randn(8, 10)
-    learner.train()
+    state.train()
     losses = {}
     for updates in (1, 2, 3, 4, 5):
-        loss, _ = learner.accumulate([(images, labels, guide.half())], 8)
+        loss, _ = state.accumulate([(images, labels, guide.half())], 8)
         losses[updates - 1] = loss.item() / 8
-        learner.step(updates)
+        state.step(updates)
     with torch.no_grad():
-        student = learner.model.train()(images)
+        student = state.model.train()(images)
     own = torch.nn.functional.cross_entropy(student, labels).item()
     learnt = oracle.dkd(student.double().numpy(), guide.half().double().numpy(), np.eye(10)[:8], 2.0, 0.5, 3.0)
     for done, ramp in {0: 0.0, 1: 0.25, 2: 0.5, 4: 1.0}.items():
         assert losses[done] == pytest.approx(own + ramp * learnt, rel=1e-3)
     # A resumed training goes on where the ramp was.
-    again = TrainState(learner.model, replace(recipe, ema_decay=0.0, final_weights="raw"), 2)
-    again.load({"model": learner.model.state_dict(), "optimizer": learner.optimizer.state_dict(), "ema": None}, 2)
+    again = TrainState(state.model, replace(recipe, ema_decay=0.0, final_weights="raw"), 2)
+    again.load({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(), "ema": None}, 2)
     again.train()
     assert again.accumulate([(images, labels, guide.half())], 8)[0].item() / 8 == pytest.approx(losses[2], rel=1e-3)
 

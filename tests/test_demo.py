@@ -279,7 +279,7 @@ def test_the_space_has_the_header_and_the_packages_that_the_hub_needs() -> None:
 def test_without_gradio_it_is_one_sentence(conam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     code, out, err = conam("demo")
-    assert (code, out, err) == (2, "", "conam: The page needs gradio: pip install 'conam-zoo[demo]'.\n")
+    assert (code, out, err) == (2, "", "conam: The page needs gradio: pip install gradio.\n")
 
 
 def test_an_address_that_cannot_be_served_is_one_sentence(conam: Any) -> None:

@@ -65,10 +65,10 @@ def test_the_loss_is_that_of_its_definition() -> None:
 def test_a_step_weighs_labels_and_teacher(weight: float, recipe: Recipe, data: Path) -> None:
     recipe = replace(recipe, distill_weight=weight, distill_temperature=2.0)
     parts = assemble(recipe, data, ranks())
-    learner = TrainState(parts.model, recipe, parts.batches.steps, teacher=parts.teacher)
+    state = TrainState(parts.model, recipe, parts.batches.steps, teacher=parts.teacher)
     images, labels = next(parts.batches.epoch(0))
-    learner.train()
-    loss, _ = learner.accumulate([(images, labels)], len(labels))
+    state.train()
+    loss, _ = state.accumulate([(images, labels)], len(labels))
     parts.model.train()
     with torch.no_grad():
         student, guide = parts.model(images), parts.teacher(images)
@@ -98,9 +98,9 @@ def test_the_teacher_is_named_in_the_record_and_stays_as_it_was(
 def test_a_teacher_is_in_evaluation_mode_and_without_gradients(recipe: Recipe, data: Path) -> None:
     parts = assemble(recipe, data, ranks())
     before = {name: tensor.clone() for name, tensor in parts.teacher.state_dict().items()}
-    learner = TrainState(parts.model, recipe, parts.batches.steps, teacher=parts.teacher)
-    learner.train()
-    learner.accumulate([next(parts.batches.epoch(0))], 16)
+    state = TrainState(parts.model, recipe, parts.batches.steps, teacher=parts.teacher)
+    state.train()
+    state.accumulate([next(parts.batches.epoch(0))], 16)
     assert not any(module.training for module in parts.teacher.modules())
     assert all(parameter.grad is None for parameter in parts.teacher.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in parts.teacher.state_dict().items())

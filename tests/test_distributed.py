@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file
 
 import conam_zoo.training.evaluate as evaluate_module
-import conam_zoo.training.train_state as learner_module
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.checkpoint import CHECKPOINT, TrainingStopped, load_checkpoint
 from conam_zoo.training.distributed import ranks
@@ -98,7 +97,7 @@ def test_two_ranks_see_every_image_once_and_measure_what_one_process_measures(
             seen.append([value for inputs, _ in group for value in inputs.double().sum((1, 2, 3)).tolist()])
             return accumulate(self, group, images)
 
-        learner_module.TrainState.accumulate = recording
+        TrainState.accumulate = recording
         train(recipe, data, tmp_path / "run")
         (tmp_path / f"seen{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
@@ -128,7 +127,15 @@ def test_two_ranks_learn_what_one_process_learns(
     recipe: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The learning rate is that of the whole batch. Batch norms are in evaluation mode: they see one rank's images."""
-    monkeypatch.setattr(learner_module, "_is_frozen", lambda module: isinstance(module, torch.nn.BatchNorm2d))
+    into_training_mode = TrainState.train
+
+    def but_for_batch_norms(state: TrainState) -> None:
+        into_training_mode(state)
+        for module in state.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+
+    monkeypatch.setattr(TrainState, "train", but_for_batch_norms)
     recipe = replace(recipe, lr=0.001)  # at larger steps the last digits of the sums grow from step to step
     assert fork_ranks(lambda: train(recipe, data, tmp_path / "two"), tmp_path) == [(0, ""), (0, "")]
     threads = torch.get_num_threads()
@@ -154,7 +161,7 @@ def test_two_ranks_stop_together_and_resume_to_the_same_weights(recipe: Recipe, 
                 os.kill(os.getpid(), signal.SIGTERM)
             return accumulate(self, *args)
 
-        learner_module.TrainState.accumulate = asks_one_rank_to_stop
+        TrainState.accumulate = asks_one_rank_to_stop
         with pytest.raises(TrainingStopped, match="SIGTERM stopped the training in epoch 2 after step 2"):
             train(recipe, data, tmp_path / "cut")
 
@@ -177,7 +184,7 @@ def test_what_is_wrong_on_one_rank_ends_both_with_a_sentence(recipe: Recipe, dat
             loss, hits = accumulate(self, *args)
             return (loss * float("nan") if len(calls) == 2 and ranks().rank == 1 else loss), hits
 
-        learner_module.TrainState.accumulate = once
+        TrainState.accumulate = once
         train(recipe, data, tmp_path / "run")
 
     outcomes = fork_ranks(diverges, tmp_path)

@@ -128,7 +128,7 @@ def test_without_the_extra_that_is_said_at_once(conam, monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "onnx" in name else real(name, *rest))
     code, _, err = conam("publish", NAME, "--namespace", "some-lab", "--dry-run", "--data", ".")
     assert code == 2
-    assert "pip install 'conam-zoo[onnx]'" in err
+    assert "pip install onnx onnxruntime onnxscript" in err
     assert "--no-onnx" in err
 
 

@@ -76,10 +76,10 @@ def put_final_of(run: Path, other: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "run.json cut short": (
         lambda run: (run / "run.json").write_text('{"recipe": '),
-        r"run\.json is no record of a run",
+        r"run\.json is not a run record",
     ),
-    "run.json a list": (lambda run: (run / "run.json").write_text("[]"), r"run\.json is no record of a run"),
-    "run.json not UTF-8": (lambda run: (run / "run.json").write_bytes(b"\xff{}"), r"run\.json is no record of a run"),
+    "run.json a list": (lambda run: (run / "run.json").write_text("[]"), r"run\.json is not a run record"),
+    "run.json not UTF-8": (lambda run: (run / "run.json").write_bytes(b"\xff{}"), r"run\.json is not a run record"),
     "no sha256": (lambda run: edit(run, sha256=None), "its 'sha256' is None"),
     "a recipe of text": (lambda run: edit(run, recipe="resnet20"), "its 'recipe' is 'resnet20'"),
     "endless training": (lambda run: edit(run, train_minutes=float("inf")), "states inf"),

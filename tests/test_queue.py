@@ -122,7 +122,7 @@ def test_compilation_is_handed_on(tmp_path: Path) -> None:
 def test_teachers_of_each_other_are_told_instead_of_waited_for(tmp_path: Path, acted: Callable[..., None]) -> None:
     acted({})
     results = run_queue(_jobs(tmp_path, resnet32="resnet44", resnet44="resnet32"), "data")
-    assert all("waits for it in turn" in result for result in results.values())
+    assert all("wait for each other" in result for result in results.values())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -197,7 +197,7 @@ def test_a_damaged_record_fails_its_own_training_alone(tmp_path: Path, acted: Ca
     jobs[0].folder.mkdir()
     (jobs[0].folder / "run.json").write_text("{")
     results = run_queue(jobs, "data", parallel=2)
-    assert "run.json is no record of a run" in results[jobs[0].name]
+    assert "run.json is not a run record" in results[jobs[0].name]
     assert results[jobs[1].name] == "done"
 
 

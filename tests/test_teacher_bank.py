@@ -190,7 +190,7 @@ def test_other_images_and_other_weights_are_refused(recipe: Recipe, data: Path, 
     )
     with pytest.raises(UserError, match="recorded with other weights of local-dir"):
         assemble(recipe, data, ranks(), bank)
-    with pytest.raises(UserError, match="is no bank"):
+    with pytest.raises(UserError, match="holds no recorded teacher logits"):
         assemble(recipe, data, ranks(), tmp_path)
 
 

@@ -127,8 +127,8 @@ def test_a_choosing_run_never_opens_the_test_split(recipe: Recipe, small_data: P
 def test_images_can_be_averaged_down_for_a_cheap_comparison(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:
     small = replace(recipe, image_size=16, model_args={"patch_sizes": [4, 4, 2]}, holdout=40)
     assert assemble(small, small_data, ranks()).holdout.images.shape == (40, 16, 16, 3)
-    told = dry_run(small, small_data, tmp_path / "run")
-    assert 4 * told.macs == pytest.approx(count_params_and_macs("resnet20_conam.cifar10")[1], rel=0.01)
+    plan = dry_run(small, small_data, tmp_path / "run")
+    assert 4 * plan["macs"] == pytest.approx(count_params_and_macs("resnet20_conam.cifar10")[1], rel=0.01)
     for holdout, on in ((40, "held-out training images"), (0, "test images")):
         run = train(replace(small, holdout=holdout), small_data, tmp_path / f"run{holdout}")
         assert run["evaluated_on"] == on
@@ -168,10 +168,10 @@ def test_bf16_is_for_devices_that_multiply_in_it(
         return forward(conv, x)
 
     asked = replace(recipe, precision="bf16", epochs=1, warmup_epochs=0.0)
-    assert dry_run(asked, small_data, tmp_path / "run").device.endswith("bf16" if supported else "fp32")
+    assert dry_run(asked, small_data, tmp_path / "run")["device"].endswith("bf16" if supported else "fp32")
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
-    learner = TrainState(timm.create_model("resnet20_conam"), asked, 1)
-    learner.accumulate([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))], 2)
+    state = TrainState(timm.create_model("resnet20_conam"), asked, 1)
+    state.accumulate([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))], 2)
     assert set(seen) == {bool(supported)}
     monkeypatch.undo()
     monkeypatch.setattr(distributed, "has_bf16", lambda device: supported)
@@ -347,11 +347,11 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(recipe: Recipe, sm
         changed = replace(recipe, grad_accumulation=accumulation, opt="sgd")
         parts = assemble(changed, small_data, ranks())
         parts.model.requires_grad_(True).eval()
-        learner = TrainState(parts.model, changed, parts.batches.steps)
+        state = TrainState(parts.model, changed, parts.batches.steps)
         stream = parts.batches.epoch(0)
         group = [next(stream) for _ in range(accumulation)]
-        loss, _ = learner.accumulate(group, sum(len(targets) for _, targets in group))
-        learner.step(1)
+        loss, _ = state.accumulate(group, sum(len(targets) for _, targets in group))
+        state.step(1)
         weights.append((loss, parts.model.fc.weight.detach(), parts.model.conv1.weight.detach()))
     for one, two in zip(*weights, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
@@ -359,11 +359,11 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(recipe: Recipe, sm
 
 def test_a_long_gradient_is_clipped(recipe: Recipe, small_data: Path) -> None:
     parts = assemble(replace(recipe, clip_grad=1e-3), small_data, ranks())
-    learner = TrainState(parts.model, replace(recipe, clip_grad=1e-3), parts.batches.steps)
-    learner.train()
+    state = TrainState(parts.model, replace(recipe, clip_grad=1e-3), parts.batches.steps)
+    state.train()
     batch = next(parts.batches.epoch(0))
-    learner.accumulate([batch], len(batch[1]))
-    learner.step(1)
+    state.accumulate([batch], len(batch[1]))
+    state.step(1)
     norm = torch.stack([p.grad.norm() for p in parts.model.parameters()]).norm()
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -391,16 +391,16 @@ def test_a_fused_optimiser_does_what_the_plain_one_does(opt: str, recipe: Recipe
         changed = replace(recipe, opt=opt, lr=1e-3, warmup_epochs=0.0)
         parts = assemble(changed, small_data, ranks())
         model = parts.model.to(memory_format=torch.channels_last if fused else torch.contiguous_format)
-        learner = TrainState(model, changed, parts.batches.steps)
+        state = TrainState(model, changed, parts.batches.steps)
         if not fused:
-            learner.optimizer = create_optimizer_v2(
+            state.optimizer = create_optimizer_v2(
                 model, opt=opt, lr=1e-3, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=False
             )
         for parameter in model.parameters():
             position = torch.arange(parameter.numel()).reshape(parameter.shape)
             parameter.grad = torch.empty_like(parameter).copy_(0.1 * torch.cos(0.37 * position))
         for _ in range(3):
-            learner.optimizer.step()
+            state.optimizer.step()
         weights.append(dict(model.named_parameters()))
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-5, atol=1e-6)
@@ -448,20 +448,20 @@ def test_a_plan_says_what_a_training_then_does_and_writes_nothing(
 ) -> None:
     output = tmp_path / "run"
     before = sorted(tmp_path.rglob("*"))
-    told = dry_run(replace(recipe, holdout=30), small_data, output)
+    plan = dry_run(replace(recipe, holdout=30), small_data, output)
     assert sorted(tmp_path.rglob("*")) == before
-    assert (told.images, told.held_out, told.classes) == (130, 30, 10)
-    assert (told.steps_per_epoch, told.total_steps) == (5, 10)  # the last step has 2 images
+    assert (plan["images"], plan["held_out"], plan["classes"]) == (130, 30, 10)
+    assert (plan["steps_per_epoch"], plan["total_steps"]) == (5, 10)  # the last step has 2 images
     facts = count_params_and_macs(
         "resnet20_conam.cifar10", pretrained_cfg_overlay=recipe.cfg_overlay, **recipe.model_args
     )
-    assert (told.parameters, told.macs) == facts
-    assert told.estimated_minutes == pytest.approx(10 * told.seconds_per_step / 60)
-    assert told.peak_memory_bytes > 2**24
-    assert told.compile_seconds is None
+    assert (plan["parameters"], plan["macs"]) == facts
+    assert plan["estimated_minutes"] == pytest.approx(10 * plan["seconds_per_step"] / 60)
+    assert plan["peak_memory_bytes"] > 2**24
+    assert plan["compile_seconds"] is None
     train(replace(recipe, holdout=30), small_data, output)
     made = {f"{path.name}/" if path.is_dir() else path.name for path in output.iterdir()} - LOCK_FILES
-    assert made == set(told.files)
+    assert made == set(plan["files"])
     with pytest.raises(UserError, match="holds a training already"):
         dry_run(recipe, small_data, output)
 

@@ -82,13 +82,13 @@ def _with_json_place(arguments: list[str]) -> list[str]:
 
 
 def _flush_output() -> None:
-    """Write out what is left, so that a full disk is told here and not by the interpreter at its end."""
+    """Write out what is left, so that a full disk is reported here and not by the interpreter at its end."""
     if not sys.stdout.closed:
         sys.stdout.flush()
 
 
 def _give_up_output() -> None:
-    """Let what cannot be written be lost, once that is told, instead of tried again at the interpreter's end."""
+    """Let what cannot be written be lost, once that is reported, instead of tried again at the end."""
     try:
         _flush_output()
     except OSError:
@@ -104,7 +104,7 @@ class _PlainFormatter(logging.Formatter):
 
 def _silence_libraries() -> None:
     """Keep off the terminal what is of no use to somebody who trains or measures."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of PyTorch's profiler, which tells that there is no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of PyTorch's profiler, which reports that there is no GPU
     logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)  # that a training has a single step
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # the same of torch.compile
 

@@ -21,6 +21,7 @@ __all__ = [
     "app",
     "console",
     "json_only",
+    "model_files",
     "warn",
 ]
 
@@ -82,6 +83,14 @@ def console(*, wide: bool = False) -> PlainConsole:
 def warn(note: object) -> None:
     """A sentence on standard error, beside the result."""
     sys.stderr.write(f"conam: {for_terminal(note)}\n")
+
+
+def model_files(name: str) -> list[Path]:
+    """The files that a model is read from, as far as its name says: that of a model of the zoo is no file."""
+    from conam_zoo.files import expand_path
+
+    place = expand_path(name.removeprefix("local-dir:"))
+    return [place, place / "config.json", *place.glob("*.safetensors*")]
 
 
 def json_only(result: Any, json_file: Path | None) -> bool:

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Data, Json, Model, Settings, app, console, json_only, warn
+from conam_zoo.cli._shared import (
+    DATA_HELP,
+    MODEL_HELP,
+    Data,
+    Json,
+    Model,
+    Settings,
+    app,
+    console,
+    json_only,
+    model_files,
+    warn,
+)
 from conam_zoo.escape import for_shell
 
 
@@ -48,9 +60,8 @@ def evaluate(
 
     if logits is not None:
         check_suffix(logits, ".npz")
-    read = expand_path(data), expand_path(model.removeprefix("local-dir:"))
     refuse_replacing(json_file)
-    refuse_overwriting([logits, json_file], [*read, read[1] / "config.json", read[1] / "model.safetensors"])
+    refuse_overwriting([logits, json_file], [expand_path(data), *model_files(model)])
     net = open_classifier(model).to("cuda" if torch.cuda.is_available() else "cpu")
     cfg = net.pretrained_cfg
     done = run(net, data, dataset_of(net), part=split, corrupt=corrupt, run=run_folder_of(model))
@@ -86,6 +97,7 @@ def evaluate(
     epilog="Example: conam finetune my_pictures --model resnet20_conam.cifar10 --output runs/my_pictures --epochs 20"
 )
 def finetune(
+    context: typer.Context,
     data: Annotated[
         str,
         typer.Argument(
@@ -130,26 +142,7 @@ def finetune(
     from conam_zoo.training.distributed import process_group
 
     with process_group():
-        run(
-            data,
-            model=model,
-            output=output,
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            image_size=image_size,
-            freeze=freeze,
-            layer_decay=layer_decay,
-            balance=balance,
-            flip=flip,
-            val_share=val_share,
-            seed=seed,
-            corrupt=corrupt,
-            from_scratch=from_scratch,
-            resume=resume,
-            settings=settings,
-            command=for_shell("conam", *sys.argv[1:]),
-        )
+        run(**context.params, command=for_shell("conam", *sys.argv[1:]))
 
 
 @app.command(epilog="Example: conam export resnet20_conam.cifar10 --output net.onnx --int8 --data cifar10")
@@ -170,7 +163,9 @@ def export(
 ) -> None:
     """Write a net as an ONNX or torch.export file, checked against PyTorch; the outputs are logits."""
     from conam_zoo.deploy.export import export_named
+    from conam_zoo.files import expand_path, refuse_overwriting
 
+    refuse_overwriting([expand_path(output)], [*model_files(model), *([expand_path(data)] if data else [])])
     lines = export_named(model, output, data=data, int8=int8, pixels=pixels, confidence=confidence, opset=opset)
     for line in lines:
         console().print(line)

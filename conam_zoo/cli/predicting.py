@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from conam_zoo.cli._shared import MODEL_HELP, Json, Model, app, console, json_only, warn
+from conam_zoo.cli._shared import MODEL_HELP, Json, Model, app, console, json_only, model_files, warn
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_rich
 
@@ -23,7 +23,7 @@ SEVERAL = "More than 20 pictures take several files: sheet.png, sheet-2.png, …
 
 
 class _Failures:
-    """Pictures that cannot be read: each told when it is met, and in the exit code when all others are done."""
+    """Pictures that cannot be read: each reported when it is met, and in the exit code when all others are done."""
 
     def __init__(self, pictures: int) -> None:
         self.pictures, self.count = pictures, 0
@@ -67,14 +67,12 @@ def _sheets(output: Path, pictures: int) -> list[Path]:
 
 
 def _check_outputs(model: str, paths: list[Path], output: Path | None, json_file: Path | None) -> None:
-    from conam_zoo.files import check_suffix, expand_path, refuse_overwriting
+    from conam_zoo.files import check_suffix, refuse_overwriting
 
     if output is not None:
         check_suffix(output, ".png")
-    place = expand_path(model.removeprefix("local-dir:"))  # a name of the zoo is no file, and harmless here
-    read = [place, *(place / name for name in ("config.json", "model.safetensors"))]
     sheets = _sheets(output, len(paths)) if output is not None else []
-    refuse_overwriting([*sheets, json_file], [*(path for path in paths if str(path) != "-"), *read])
+    refuse_overwriting([*sheets, json_file], [*(path for path in paths if str(path) != "-"), *model_files(model)])
 
 
 @app.command(epilog="Example: conam predict resnet20_conam.cifar10 cat.jpg dog.png --output sheet.png")
@@ -97,7 +95,7 @@ def predict(
 ) -> None:
     """Classify pictures: the five most probable classes of each.
 
-    A picture that cannot be read is told and left out; the exit code is 1 then.
+    Unreadable pictures are reported and skipped; the exit code is 1 then.
     """
     from conam_zoo.deploy.runtime import open_classifier
     from conam_zoo.visualize.plots import THUMBNAIL, draw_sheet
@@ -151,8 +149,8 @@ def explain(
 ) -> None:
     """Draw where each ConAM is confident, and what changes when its most confident patch is blurred.
 
-    The least confident patch is blurred too, for comparison. A picture that cannot be read is told and left out; the
-    exit code is 1 then.
+    The least confident patch is blurred too, for comparison. Unreadable pictures are reported and skipped; the exit
+    code is 1 then.
     """
     from conam_zoo.models.registry import open_model
     from conam_zoo.visualize.explain import explain_each
@@ -217,7 +215,7 @@ def features(
 ) -> None:
     """Write the pooled features of pictures: the vectors that the classifier sees.
 
-    A picture that cannot be read is told and left out; the exit code is 1 then.
+    Unreadable pictures are reported and skipped; the exit code is 1 then.
     """
     import numpy as np
 

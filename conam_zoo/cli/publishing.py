@@ -81,7 +81,7 @@ def publish(
     if data is not None and no_onnx:
         raise UserError("--data is for the ONNX files that --no-onnx leaves out: give one of the two.")
     if data is not None:
-        need_onnx("or leave these files out with --no-onnx")
+        need_onnx(", or leave these files out with --no-onnx")
     manifest_path = checkout / "weights_manifest.json"
     manifest = load_manifest(manifest_path)
     tag = "v" + tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

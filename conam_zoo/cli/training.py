@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
@@ -19,7 +19,6 @@ from conam_zoo.files import expand_path
 
 if TYPE_CHECKING:
     from conam_zoo.training.queue import Job, Progress
-    from conam_zoo.training.train import DryRun
 
 RecipeName = Annotated[
     str, typer.Argument(help="A recipe of the package, such as resnet20_conam.cifar10, or a .toml file.")
@@ -62,45 +61,35 @@ def train(
     from conam_zoo.training.recipe import load_recipe
 
     chosen = load_recipe(recipe, settings)
-    if dry_run:
-        told = training.dry_run(chosen, data, output, teacher_bank=teacher_bank, resume=resume, compile=compile)
-        table = Table(box=None, show_header=False)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for row in _rows(told):
-            table.add_row(*row)
-        console().print(table)
+    options: dict[str, Any] = {"teacher_bank": teacher_bank, "resume": resume, "compile": compile}
+    if not dry_run:
+        command = for_shell("conam", *sys.argv[1:])
+        training.train(chosen, data, output, **options, checkpoint_minutes=checkpoint_minutes, command=command)
         return
-    training.train(
-        chosen,
-        data,
-        output,
-        teacher_bank=teacher_bank,
-        resume=resume,
-        compile=compile,
-        checkpoint_minutes=checkpoint_minutes,
-        command=for_shell("conam", *sys.argv[1:]),
-    )
-
-
-def _rows(told: "DryRun") -> list[tuple[str, str]]:
-    held_out = f", and {told.held_out:,} held out" if told.held_out else ""
-    compiling = f", and {told.compile_seconds:.0f} s for torch.compile" if told.compile_seconds is not None else ""
-    milliseconds = 1000 * told.seconds_per_step
-    return [
-        ("net", f"{told.model}, {told.parameters:,} parameters, {told.macs:,} multiply-accumulates an image"),
-        ("images", f"{told.images:,} of {told.classes} classes from {told.source}{held_out}"),
-        (
-            "steps",
-            f"{told.epochs} epochs x {told.steps_per_epoch:,} = {told.total_steps:,}, of {told.batch_size} images",
-        ),
-        ("loading", told.loading),
-        ("device", told.device),
-        ("time", f"{milliseconds:.0f} ms a step, about {told.estimated_minutes:.1f} minutes in all{compiling}"),
-        ("memory", f"{told.peak_memory_bytes / 2**20:,.0f} MiB at its peak"),
-        ("output", f"{told.output}: {', '.join(told.files)}"),
+    plan = training.dry_run(chosen, data, output, **options)
+    held_out = ", and {held_out:,} held out" if plan["held_out"] else ""
+    compiling = ", and {compile_seconds:.0f} s for torch.compile" if compile else ""
+    values = plan | {
+        "milliseconds": 1000 * plan["seconds_per_step"],
+        "mebibytes": plan["peak_memory_bytes"] / 2**20,
+        "made": ", ".join(plan["files"]),
+    }
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in (
+        ("net", "{model}, {parameters:,} parameters, {macs:,} multiply-accumulates an image"),
+        ("images", "{images:,} of {classes} classes from {source}" + held_out),
+        ("steps", "{epochs} epochs x {steps_per_epoch:,} = {total_steps:,}, of {batch_size} images"),
+        ("loading", "{loading}"),
+        ("device", "{device}"),
+        ("time", "{milliseconds:.0f} ms a step, about {estimated_minutes:.1f} minutes in all" + compiling),
+        ("memory", "{mebibytes:,.0f} MiB at its peak"),
+        ("output", "{output}: {made}"),
         ("written", "nothing yet: leave --dry-run out to start"),
-    ]
+    ):
+        table.add_row(label, text.format_map(values))
+    console().print(table)
 
 
 @app.command(
@@ -227,7 +216,7 @@ def queue(
             marker.write_text(run["sha256"], encoding="utf-8")
 
     live = Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else None
-    told: dict[str, int] = {}
+    reported: dict[str, int] = {}
     with live or nullcontext():
         results = run_queue(
             jobs,
@@ -236,7 +225,7 @@ def queue(
             compile=compile,
             on_event=lambda job, event: out.print(f"{job.name}: {event}"),
             on_done=keep,
-            on_poll=lambda running: _show(running, out, live, told),
+            on_poll=lambda running: _show(running, out, live, reported),
         )
     failed = [result for result in results.values() if result != "done"]
     out.print(f"{len(results) - len(failed)} done, {len(there)} in the manifest, {len(failed)} not done")
@@ -244,14 +233,14 @@ def queue(
         raise typer.Exit(1)
 
 
-def _show(running: "Sequence[Job]", out: PlainConsole, live: Live | None, told: dict[str, int]) -> None:
+def _show(running: "Sequence[Job]", out: PlainConsole, live: Live | None, reported: dict[str, int]) -> None:
     """One line for each training that runs: on a terminal they stay in place, else one is printed for each epoch."""
     grid = Table.grid(padding=(0, 2))
     for job in running:
         progress = job.progress()
         grid.add_row(job.name, *(_cells(progress) if progress else (f"epoch 0/{job.recipe.epochs}",)))
-        if live is None and progress is not None and told.get(job.name) != progress.epoch:
-            told[job.name] = progress.epoch
+        if live is None and progress is not None and reported.get(job.name) != progress.epoch:
+            reported[job.name] = progress.epoch
             out.print(f"{job.name}: {', '.join(_cells(progress))}")
     if live is not None:
         live.update(grid, refresh=True)

@@ -48,13 +48,9 @@ def build_page(model: str | None = None, photographs: Path | None = None) -> Any
 
     ``model`` is chosen first, what ``open_classifier`` opens or the most accurate net; ``photographs`` is a folder of
     pictures to begin with.
-
-    Raises:
-        UserError: If Gradio is not installed, or there is no such model or picture.
-        WeightsError: If no verified weights of ``model`` can be had.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("The page needs gradio: pip install 'conam-zoo[demo]'.")
+        raise UserError("The page needs gradio: pip install gradio.")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while it is imported
     import gradio as gr
 
@@ -135,12 +131,7 @@ def look() -> dict[str, Any]:
 
 
 def serve(model: str | None, host: str, port: int | None, say: Callable[[str], object]) -> None:
-    """Serve the page until Ctrl-C; pictures are kept in a folder that goes with it.
-
-    Raises:
-        UserError: If it cannot be built, or not be served there.
-        WeightsError: If no verified weights of ``model`` can be had.
-    """
+    """Serve the page until Ctrl-C; pictures are kept in a folder that goes with it."""
     _check_address(host, port or 0)
     checkout = find_checkout()
     with tempfile.TemporaryDirectory(prefix="conam-demo-") as folder:

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +24,9 @@ from conam_zoo.data import read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.deploy.runtime import FORMAT, need_onnx, open_classifier, open_session
 from conam_zoo.errors import UserError
-from conam_zoo.files import expand_path, refuse_overwriting, write_atomically
+from conam_zoo.files import write_atomically
 from conam_zoo.layers.conam import ConAM
+from conam_zoo.layers.confidence import recorded_confidences
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model, weights_sha256
 from conam_zoo.training.evaluate import evaluate
@@ -68,18 +68,9 @@ class _Graph(nn.Module):
         self.register_buffer("offset", (-mean / std).float().view(-1, 1, 1))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        maps: dict[str, Tensor] = {}
-
-        def keep(site: str, module: ConAM, inputs: tuple[Tensor]) -> None:
-            maps[site] = module.confidence(inputs[0])
-
-        hooks = [self.net.get_submodule(s).register_forward_pre_hook(partial(keep, s)) for s in self.sites]
-        try:
-            x = image.permute(0, 3, 1, 2).float() * self.scale + self.offset if self.pixels else image
+        x = image.permute(0, 3, 1, 2).float() * self.scale + self.offset if self.pixels else image
+        with recorded_confidences(self.net, self.sites) as maps:
             logits = self.net(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return (logits, *(maps[site] for site in self.sites))
 
     def inputs_of(self, images: Tensor) -> Tensor:
@@ -110,9 +101,6 @@ def export(
     execution, ``confidence.SITE`` (N, rows, columns). An ONNX file says in its metadata what it is, with ``facts`` such
     as ``name``, ``sha256`` or ``top1_percent``. With ``calibration``, training images as uint8 (N, H, W, 3), it is
     quantised to int8. The file appears only once it has been run and compared with ``model``.
-
-    Raises:
-        UserError: If the suffix is neither, a package is missing, or the file does not compute what the model does.
     """
     output = Path(output)
     kind = output.suffix.lower()
@@ -134,10 +122,22 @@ def export(
             torch.export.save(_traced(graph), temporary)
             difference = _compare(graph, torch.export.load(temporary).module(), names, output)
             return
-        _write_onnx(graph, temporary, names, opset, _metadata(model, pixels, calibration is not None, facts or {}))
+        torch.onnx.export(
+            _traced(graph),
+            (),
+            temporary,
+            dynamo=True,
+            opset_version=opset,
+            input_names=["image"],
+            output_names=list(names),
+            external_data=False,
+            verbose=False,
+        )
         difference = _compare(graph, _runner(temporary), names, output)
         if calibration is not None:
             _quantize(temporary, graph.inputs_of(calibration))
+        _write_metadata(temporary, _metadata(model, pixels, calibration is not None, facts or {}))
+        if calibration is not None:
             difference = _difference_int8(graph, _runner(temporary), calibration, output)
 
     write_atomically(output, write)
@@ -152,23 +152,11 @@ def _traced(graph: _Graph) -> torch.export.ExportedProgram:
         return torch.export.export(graph, (graph.example(2),), dynamic_shapes={"image": {0: batch}})
 
 
-def _write_onnx(graph: _Graph, path: Path, names: Sequence[str], opset: int, metadata: Mapping[str, str]) -> None:
+def _write_metadata(path: Path, metadata: dict[str, str]) -> None:
     import onnx
 
-    program = torch.onnx.export(
-        _traced(graph),
-        (),
-        dynamo=True,
-        opset_version=opset,
-        input_names=["image"],
-        output_names=list(names),
-        external_data=False,
-        verbose=False,
-    )
-    assert program is not None
-    proto = program.model_proto
-    for key, value in metadata.items():
-        proto.metadata_props.add(key=key, value=value)
+    proto = onnx.load(str(path))
+    onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, str(path))
 
 
@@ -243,7 +231,7 @@ def _difference_int8(graph: _Graph, run: Any, calibration: Tensor, output: Path)
 
 
 def _quantize(path: Path, images: Tensor) -> None:
-    """Replace a float32 ONNX file by its int8 form, calibrated on images as the file takes them; metadata stays."""
+    """Replace a float32 ONNX file by its int8 form, calibrated on images as the file takes them."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -256,7 +244,6 @@ def _quantize(path: Path, images: Tensor) -> None:
             batch = next(self.batches, None)
             return None if batch is None else {"image": batch.numpy()}
 
-    metadata = list(onnx.load(str(path), load_external_data=False).metadata_props)
     with TemporaryDirectory() as scratch:
         fused = Path(scratch) / "fused.onnx"
         logging.disable(logging.WARNING)
@@ -275,10 +262,6 @@ def _quantize(path: Path, images: Tensor) -> None:
             )
         finally:
             logging.disable(logging.NOTSET)
-    proto = onnx.load(str(path))
-    del proto.metadata_props[:]
-    proto.metadata_props.extend(metadata)
-    onnx.save(proto, str(path))
 
 
 def _sums_with_constants(graph: Any) -> list[str]:
@@ -304,19 +287,11 @@ def export_named(
 
     With ``int8``, training images of ``data`` calibrate it, and its test images give top-1 before and after. What it
     yields are lines for a person.
-
-    Raises:
-        UserError: If something does not fit; nothing is written then.
-        WeightsError: If no verified weights can be had.
     """
     if int8 and data is None:
         raise UserError("--int8 is calibrated on training images: say where they are with --data.")
     if data is not None and not int8:
         raise UserError("--data is for the calibration of --int8: add --int8, or leave --data out.")
-    kind, _, place = name.partition(":")
-    folder = expand_path(place if kind == "local-dir" else "")
-    weights = [folder / "config.json", *folder.glob("*.safetensors*")] if kind == "local-dir" else []
-    refuse_overwriting([expand_path(output)], [*weights, *([expand_path(data)] if data else [])])
     model = open_model(name)
     dataset = dataset_of(model)
     calibration = calibration_images(model, data, dataset) if data is not None else None

@@ -20,20 +20,15 @@ FACTS = ("architecture", "classes", "num_classes", "input_size", "mean", "std", 
 
 
 def need_onnx(otherwise: str = "") -> None:
-    """Refuse to go on without the packages of the extra ``onnx``; ``otherwise`` is another way out."""
+    """Refuse to go on without the packages of the extra ``onnx``; ``otherwise``, after a comma, is another way out."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        remedies = ", ".join(filter(None, ("pip install 'conam-zoo[onnx]'", otherwise)))
-        raise UserError(f"ONNX files need {', '.join(missing)}: {remedies}.")
+        raise UserError(f"ONNX files need {', '.join(missing)}: pip install {' '.join(missing)}{otherwise}.")
 
 
 def open_classifier(name: str) -> StagedClassifier:
     """A model by name, ``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``, or path of an exported ``.onnx`` file.
 
     Such a file stands in for a net where logits and configuration are all that is asked for.
-
-    Raises:
-        UserError: If there is no such model, or the file is not one.
-        WeightsError: If no verified weights can be had.
     """
     if ":" not in name and name.lower().endswith(".onnx"):
         return cast(StagedClassifier, OnnxClassifier(name).eval())
@@ -57,11 +52,7 @@ def open_session(path: Path) -> Any:
 
 
 class OnnxClassifier(nn.Module):
-    """A file that ``export`` wrote as a classifier: normalised images (N, 3, H, W) to logits (N, classes), on the CPU.
-
-    Raises:
-        UserError: If it is no such file.
-    """
+    """A file that ``export`` wrote as a net: normalised images (N, 3, H, W) to logits (N, classes), on the CPU."""
 
     mean: Tensor
     std: Tensor

@@ -1,7 +1,4 @@
-"""Fine-tuning: a net with a new head, trained on images of any kind, and its logits on the images of the report.
-
-``conam_zoo.finetuning.run.finetune`` is the whole of it, with the report; this file is the part that trains.
-"""
+"""The part of fine-tuning that trains: a net with a new head, images of any kind, its logits for the report."""
 
 import io
 from collections.abc import Callable
@@ -128,12 +125,7 @@ def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bo
     """Make a net for a data set: new head, image size, ConAM's patches, statistics, class names.
 
     The patch sides grow with the images, so that there are as many patches as before. Mean and deviation are those that
-    the weights were trained with, because the first layer knows them; from scratch, those of the training images. The
-    recipe gives ``model_args`` and the seed of the new head.
-
-    Raises:
-        UserError: If the name is unknown or the image size does not fit the net.
-        WeightsError: If no verified weights can be had.
+    the weights were trained with, because the first layer knows them; from scratch, those of the training images.
     """
     plain = open_model(name, pretrained=False, **({} if ":" in name else {"device": "meta"}))
     cfg = dict(plain.pretrained_cfg)
@@ -141,8 +133,6 @@ def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bo
     if any(side * size % old for side in plain.patch_sizes):
         raise UserError(f"The image size is {size}, but ConAM's patches of this net need a multiple of {old // 4}.")
     arguments = {"patch_sizes": tuple(side * size // old for side in plain.patch_sizes), **recipe.model_args}
-    if "num_classes" in arguments:
-        raise UserError("The setting model_args holds num_classes, but the classes are those of the data set.")
     torch.manual_seed(recipe.seed)
     try:
         model = open_model(name, pretrained=not from_scratch, num_classes=len(data.classes), **arguments)
@@ -175,14 +165,10 @@ def _some(train: ImageSplit | LazyImages, indices: Tensor, size: int) -> ImageSp
 
 
 def freeze_layers(model: StagedClassifier, freeze: str) -> int:
-    """Take layers out of the training, and say how many parameters are left to train.
+    """Take layers out of the training, with the statistics of their batch norms; how many parameters are left to train.
 
-    Frozen parameters stay as they are, and frozen batch norms keep their statistics. ``freeze`` is ``"none"``;
-    ``"stem"``; the name of a stage, such as ``"layer2"``, for everything up to its end; or ``"backbone"`` for
-    everything but the head.
-
-    Raises:
-        UserError: If there is no such layer.
+    ``freeze`` is ``"none"``; ``"stem"``; the name of a stage, such as ``"layer2"``, for everything up to its end; or
+    ``"backbone"`` for everything but the head.
     """
     order = [name for level in model.levels for name in level]
     ends = {"none": 0, "stem": len(model.levels[0])}
@@ -218,22 +204,8 @@ def train_on(
 ) -> FineTuned:
     """Train a net on a data set and write ``final/``; the last epoch's weights are taken, none is chosen.
 
-    Args:
-        net: Perhaps with frozen layers.
-        data: The images.
-        recipe: How to train.
-        output: The run folder.
-        layer_decay: Each layer further from the head learns this much slower (timm's ``param_groups_layer_decay``).
-        balance: Show every class equally often in each epoch.
-        resume: Continue from the run folder's checkpoint.
-        record: Plain facts that a resumed run must share.
-        workers: Processes that decode where the set does not fit into memory.
-        say: Prints a line.
-        quiet: Print no progress.
-
-    Raises:
-        UserError: If something does not fit.
-        NonFiniteLossError: If the training diverges.
+    ``layer_decay`` is timm's (``param_groups_layer_decay``), ``balance`` shows every class equally often, ``record``
+    are plain facts that a resumed run must share, ``workers`` processes decode a set that does not fit into memory.
     """
     check_layer_decay(layer_decay)
     report_on = data.test if data.test is not None else data.val

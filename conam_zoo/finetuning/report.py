@@ -1,7 +1,4 @@
-"""The report on a classifier: accuracy, a table of classes, the confusion matrix, the most confident mistakes.
-
-It is counted from the logits of one set of images with labels, and written as a page with pictures.
-"""
+"""The report on a classifier, a page with pictures: accuracy, table of classes, confusion matrix, worst mistakes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from conam_zoo.escape import for_markdown
 from conam_zoo.files import write_figure
+from conam_zoo.training.engine import score
 from conam_zoo.training.run_folder import draw_curves
 from conam_zoo.visualize.plots import class_label
 from conam_zoo.visualize.predict import percent
@@ -33,7 +31,7 @@ COLUMNS = 6
 
 @dataclass(frozen=True)
 class ClassScores:
-    """How well one class is told from the others; None where that is undefined."""
+    """How well one class is recognised; None where that is undefined."""
 
     name: str
     precision_percent: float | None  # of the images given this name, how many are right
@@ -75,7 +73,8 @@ def build_report(
     """Count a report of logits (N, classes), those of the mirrored images, labels (N,) and the images' names."""
     count = len(classes)
     probabilities = logits.double().softmax(1)
-    both = (probabilities + flipped_logits.double().softmax(1)) / 2
+    plain = score(logits, labels)
+    both = score(((probabilities + flipped_logits.double().softmax(1)) / 2).log(), labels)
     confidence, predicted = probabilities.max(1)
     support, named, right = (
         torch.bincount(of, minlength=count) for of in (labels, predicted, labels[predicted == labels])
@@ -98,12 +97,12 @@ def build_report(
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     return Report(
         images=len(labels),
-        top1_percent=_top(probabilities, labels, 1),
-        top5_percent=_top(probabilities, labels, 5) if count > 5 else None,
+        top1_percent=plain.top1_percent,
+        top5_percent=plain.top5_percent if count > 5 else None,
         balanced_percent=sum(recalls) / len(recalls),
         chance_percent=100 * float(support.max()) / len(labels),
-        flip_top1_percent=_top(both, labels, 1),
-        flip_top5_percent=_top(both, labels, 5) if count > 5 else None,
+        flip_top1_percent=both.top1_percent,
+        flip_top5_percent=both.top5_percent if count > 5 else None,
         classes=rows,
         confusion=confusion,
         mistakes=[
@@ -123,17 +122,8 @@ def _percent(part: Tensor, whole: Tensor) -> float | None:
     return 100 * int(part) / int(whole) if whole else None
 
 
-def _top(scores: Tensor, labels: Tensor, k: int) -> float:
-    hits = (scores.topk(k, dim=1).indices == labels[:, None]).any(1)
-    return 100 * float(hits.double().mean())
-
-
 def report_markdown(report: Report, *, title: str, about: str, choices: list[tuple[str, str]], usage: str) -> str:
-    """The report as a page that shows ``curves.png``, ``confusion.png`` and ``mistakes.png`` beside it.
-
-    ``about`` is one sentence that says which images these are, ``choices`` are pairs for a table, and ``usage`` is
-    Markdown on how to use the weights; all other texts are plain.
-    """
+    """The report as a page that shows the pictures of ``draw_report``; texts are plain, but ``usage`` is Markdown."""
 
     def percentage(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f} %"
@@ -204,7 +194,7 @@ The second column averages the probabilities of each image and its mirror image.
 def draw_report(report: Report, images: Tensor, log: list[dict[str, Any]], folder: Path, title: str) -> list[str]:
     """Draw ``curves.png``, ``confusion.png`` and ``mistakes.png``; a sentence for each that could not be drawn.
 
-    ``images`` are those that the report is about, uint8 (N, H, W, 3).
+    ``images`` of the report are uint8 (N, H, W, 3).
     """
     pictures = {
         "curves.png": lambda path: draw_curves(log, path, title),
@@ -224,7 +214,7 @@ def draw_report(report: Report, images: Tensor, log: list[dict[str, Any]], folde
 def _draw_confusion(report: Report, path: Path) -> None:
     """Draw the confusion matrix: a row is a class, its colours are shares of that class, its numbers are images.
 
-    The picture has at most 100 names a side, and 400 cells: of more classes, a cell shows the largest share in it.
+    Of more than 400 classes, several share a cell, which shows the largest share among them.
     """
     if report.confusion is None:
         return

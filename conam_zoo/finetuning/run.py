@@ -1,4 +1,4 @@
-"""Fine-tuning from a data set to a report: what ``conam finetune`` does, as a function with the same words."""
+"""Fine-tuning from a data set to a report: what ``conam finetune`` does, as a function with the same arguments."""
 
 import json
 from dataclasses import asdict
@@ -17,6 +17,7 @@ from conam_zoo.escape import PlainConsole, for_shell
 from conam_zoo.files import expand_path, write_atomically, write_text
 from conam_zoo.finetuning.net import (
     FineTuned,
+    NetForData,
     check_layer_decay,
     finetune_recipe,
     freeze_layers,
@@ -41,7 +42,7 @@ def finetune(
     data: str | Path,
     *,
     model: str,
-    output: Path,
+    output: str | Path,
     epochs: int | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
@@ -61,17 +62,10 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a net on images of any kind, and report on the test split, or without one on the validation split.
 
-    The run folder gets what a training leaves (log, checkpoint, curves), ``final/`` in timm's layout, ``run.json``,
-    ``report.json``, ``report.md``, ``confusion.png`` and ``mistakes.png``. The weights are those of the last epoch: the
-    validation split chooses nothing, so a report on it is as honest as one on a test split.
-
-    The arguments are the options of ``conam finetune``, which says what each is; ``command`` is the command line, for
-    the record, and ``quiet`` prints neither choices nor results. It gives what ``report.json`` holds.
-
-    Raises:
-        UserError: If something given does not fit.
-        WeightsError: If no verified weights can be had.
-        NonFiniteLossError: If the training diverges.
+    The weights are those of the last epoch: the validation split chooses nothing, so a report on it is as honest as one
+    on a test split. The arguments are the options of ``conam finetune``, with its command line for the record, and
+    ``quiet`` to print neither choices nor results; docs/finetuning.md lists what is written. Returns what
+    ``report.json`` holds.
     """
     here, output = ranks(), expand_path(output)
     console = PlainConsole(quiet=quiet or not here.first, soft_wrap=True)
@@ -80,8 +74,8 @@ def finetune(
 
     given: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "flip": flip, "seed": seed}
     recipe_for = partial(finetune_recipe, model, str(data), settings=settings, from_scratch=from_scratch, **given)
-    check_image_size(image_size)
     # What is refused is refused before any image is read.
+    check_image_size(image_size)
     check_optimizer(recipe_for(image_size=image_size or 32, images=1_000))
     check_layer_decay(layer_decay)
     freeze_layers(open_model(model, pretrained=False), freeze)
@@ -91,13 +85,8 @@ def finetune(
     recipe = recipe_for(image_size=images.image_size, images=len(images.train))
     net = net_for_data(model, images, recipe, from_scratch=from_scratch)
     trained = freeze_layers(net.model, freeze)
-    cfg = net.model.pretrained_cfg
     options: dict[str, Any] = {"freeze": freeze, "layer_decay": layer_decay, "balance": balance}
-    choices = _choices(images, recipe, trained=trained, **options)
-    choices[1:1] = [
-        ("weights to start from", net.started_from),
-        ("mean and deviation", f"{_row(cfg['mean'])} and {_row(cfg['std'])}, of {net.statistics_from}"),
-    ]
+    choices = _choices(images, recipe, net, trained=trained, **options)
     table = Table(box=None, show_header=False, title=f"Fine-tuning on {images.source}", title_justify="left")
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -138,14 +127,11 @@ def _check_apart(data: str | Path, output: Path) -> None:
         raise UserError(f"The run folder {output} lies in the data {data}: choose an --output elsewhere.")
 
 
-def _row(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{value:.3f}" for value in values) + ")"
-
-
 def _choices(
-    images: ImageData, recipe: Recipe, *, freeze: str, layer_decay: float, balance: bool, trained: int
+    images: ImageData, recipe: Recipe, net: NetForData, *, freeze: str, layer_decay: float, balance: bool, trained: int
 ) -> list[tuple[str, str]]:
     low, high = min(images.counts), max(images.counts)
+    mean, deviation = (", ".join(f"{value:.3f}" for value in net.model.pretrained_cfg[key]) for key in ("mean", "std"))
     steps = (
         (f"crop after {recipe.crop_padding} px of padding", recipe.crop_padding),
         ("flip", recipe.flip),
@@ -156,6 +142,8 @@ def _choices(
     names = ", ".join(images.classes[:6]) + (", …" if len(images.classes) > 6 else "")
     rows = [
         ("net", f"{recipe.model} with a new head; {trained:,} parameters learn"),
+        ("weights to start from", net.started_from),
+        ("mean and deviation", f"({mean}) and ({deviation}), of {net.statistics_from}"),
         ("classes", f"{len(images.classes)}: {names}"),
         ("training images", f"{sum(images.counts):,}; of a class {low:,}" + (f" to {high:,}" if high > low else "")),
         ("validation images", f"{len(images.val):,} ({images.val.source})" if images.val is not None else "none"),

@@ -1,16 +1,34 @@
 """The confidence maps of a net, site by site, and how much they differ between patches."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["confidence_maps", "has_confidence", "liveness"]
+__all__ = ["confidence_maps", "has_confidence", "liveness", "recorded_confidences"]
 
 
 def has_confidence(module: nn.Module) -> bool:
     """Whether it is ConAM, or another attention that has a confidence for every patch."""
     return callable(getattr(module, "confidence", None))
+
+
+@contextmanager
+def recorded_confidences(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """The confidences (N, rows, columns) at ``sites``, by module name, in every pass of the net while it is entered."""
+    maps: dict[str, Tensor] = {}
+
+    def keep(site: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        maps[site] = module.confidence(inputs[0])  # type: ignore[operator]
+
+    hooks = [model.get_submodule(site).register_forward_pre_hook(partial(keep, site)) for site in sites]
+    try:
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.inference_mode()
@@ -20,22 +38,9 @@ def confidence_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str,
     Shape: normalised images (N, C, H, W) -> logits (N, classes), and for each site's module name, in order of
     execution, a map (N, rows, columns); ConAM's sum to 1 for each image.
     """
-    maps: dict[str, Tensor] = {}
-
-    def keep(site: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
-        maps[site] = module.confidence(inputs[0])  # type: ignore[operator]
-
-    hooks = [
-        module.register_forward_pre_hook(partial(keep, name))
-        for name, module in model.named_modules()
-        if has_confidence(module)
-    ]
-    try:
-        logits = model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, maps
+    sites = [name for name, module in model.named_modules() if has_confidence(module)]
+    with recorded_confidences(model, sites) as maps:
+        return model(images), maps
 
 
 def liveness(model: nn.Module, images: Tensor) -> dict[str, float]:

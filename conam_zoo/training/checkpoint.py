@@ -40,6 +40,7 @@ __all__ = [
     "has_checkpoint",
     "load_checkpoint",
     "save_checkpoint",
+    "stop_for",
 ]
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -53,14 +54,17 @@ LATER_FACTS = {"data_sha256"}  # runs that were begun before they were recorded 
 
 
 class TrainingStopped(Exception):  # noqa: N818 (it was asked for, so it is no error)
-    """The training was asked to stop, and its state is saved. Its message is one sentence that says how to go on.
-
-    ``exit_code`` is what the process should end with, 128 plus the signal's number: 143 for SIGTERM, 130 for SIGINT.
-    """
+    """A signal stopped the training, whose state is saved; the message is one sentence that says how to go on."""
 
     def __init__(self, sentence: str, signal_number: int) -> None:
         super().__init__(sentence)
-        self.exit_code = 128 + signal_number
+        self.exit_code = 128 + signal_number  # as shells have it
+
+
+def stop_for(signal_number: int, what: str) -> None:
+    """End if a signal, whose number is not 0, asked for it; ``what`` is stopped, and says how to go on."""
+    if signal_number:
+        raise TrainingStopped(f"{signal.Signals(signal_number).name} stopped {what}", signal_number)
 
 
 class OtherTrainingError(UserError):
@@ -80,8 +84,7 @@ class EpochSums:
 class StopRequest:
     """While it is entered, the first SIGTERM or SIGINT is noted in ``signal_number`` and does nothing else.
 
-    A second one acts as it would have before, for the impatient. Outside of the main thread, where Python has no signal
-    handlers, nothing is ever noted.
+    A second one acts as it would have before. Outside of the main thread, where Python has no handlers, none is noted.
     """
 
     def __init__(self) -> None:
@@ -105,10 +108,9 @@ class StopRequest:
 
 @dataclass
 class Checkpointer(StopRequest):
-    """Saves the state of a training in its run folder, and takes it up again.
+    """Saves the state of a training in its run folder, and takes it up again, if recipe and ``record`` are the same.
 
-    Entered, it notes a signal, for the loop to save and stop at its next step. In a process group every rank has one,
-    and rank 0 writes. A resumed training must have the same recipe and ``record``.
+    Entered, it notes a signal, for the loop to save and stop at its next step. Every rank has one, and rank 0 writes.
     """
 
     folder: Path
@@ -151,20 +153,11 @@ class Checkpointer(StopRequest):
 
     def stop(self, signal_number: int) -> None:
         """End the training if a signal, whose number is not 0, asked for it; the state has been saved."""
-        if signal_number:
-            place = f"in epoch {self.epoch + 1} after step {self.step}" if self.step else f"after epoch {self.epoch}"
-            raise TrainingStopped(
-                f"{signal.Signals(signal_number).name} stopped the training {place}: "
-                "its state is saved, so the same command with --resume goes on.",
-                signal_number,
-            )
+        place = f"in epoch {self.epoch + 1} after step {self.step}" if self.step else f"after epoch {self.epoch}"
+        stop_for(signal_number, f"the training {place}: its state is saved, so the same command with --resume goes on.")
 
     def resume(self, tell: Callable[[str], object]) -> None:
-        """Take up the newest good state of the run folder; every rank gets what rank 0 reads.
-
-        ``tell`` gets a sentence if the newest is damaged or missing and the one before is taken. It is an error if
-        there is no good state, or if it is one of another training.
-        """
+        """Take up the newest good state of the run folder, which rank 0 reads; ``tell`` gets a warning."""
         saved = run_on_primary(lambda: self._newest_good(tell))
         if not ranks().first:
             self._take_up(saved)
@@ -204,7 +197,7 @@ class Checkpointer(StopRequest):
         totals = EpochSums(**sums)
         good = math.isfinite(totals.loss + totals.seconds) and 0 <= totals.correct <= totals.seen
         if not good or (totals.seen == 0) != (step == 0):
-            raise ValueError("the sums of its epoch are no sums of its steps")
+            raise ValueError("its epoch totals do not match its steps")
         self.state.load(saved, epoch * steps + step)
         self.epoch, self.step, self.sums, self.rows = epoch, step, totals, rows
 
@@ -223,12 +216,9 @@ def has_checkpoint(folder: Path) -> bool:
 def save_checkpoint(
     path: Path, *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
 ) -> None:
-    """Write the state of a training; the state before it is kept beside it as ``PREVIOUS``.
+    """Write the state of a training, and keep the one before as ``PREVIOUS``; after a ``UserError`` all is as it was.
 
     ``facts`` are plain values that JSON can hold: recipe, epoch, step, log.
-
-    Raises:
-        UserError: If it cannot be written, as on a full disk; the checkpoints that there were are still there.
     """
     tensors: dict[str, Tensor] = {}
     state = {
@@ -263,12 +253,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lambda state: None) -> dict[str, Any]:
-    """Read a state that ``save_checkpoint`` wrote: ``model``, ``ema``, ``optimizer`` and ``facts``.
+    """Read a state that ``save_checkpoint`` wrote, ``model``, ``ema``, ``optimizer`` and ``facts``, or refuse the file.
 
     ``check`` raises an exception if the state is not what it should be.
-
-    Raises:
-        UserError: If the file is missing, unreadable, damaged or no checkpoint.
     """
     try:
         data = path.read_bytes()

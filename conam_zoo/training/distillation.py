@@ -88,11 +88,8 @@ class Renormalized(nn.Module):
 def open_teacher(name: str, student: nn.Module, classes: tuple[str, ...]) -> tuple[nn.Module, dict[str, Any]]:
     """Load a teacher for a student, in evaluation mode and without gradients; with ``name`` and ``sha256`` of it.
 
-    The student's configuration says how the images will be normalised; ``classes`` are those of the data.
-
-    Raises:
-        UserError: If there is no such model, or it was trained for other classes or another image size.
-        WeightsError: If its weights cannot be had.
+    It takes images as the student's configuration normalises them; one for other ``classes``, or another image size, is
+    refused.
     """
     net = open_model(name)
     own, given = net.pretrained_cfg, student.pretrained_cfg

@@ -1,7 +1,7 @@
-"""The processes of one training, on what they compute, and the few things that they tell each other.
+"""The processes of one training, what they compute on, and the few things that they exchange.
 
-A training of one process is one of world size 1, in which the exchanges do nothing. ``torchrun`` starts several; they
-talk over NCCL on GPUs and over gloo on CPUs.
+A training of one process has world size 1, and its exchanges do nothing. ``torchrun`` starts several, which are
+connected by NCCL on GPUs and by gloo on CPUs.
 """
 
 import os
@@ -18,6 +18,7 @@ from torch import nn
 
 from conam_zoo.errors import UserError
 from conam_zoo.layers._torch_private import has_bf16_convolutions
+from conam_zoo.weights.errors import in_brief
 
 __all__ = [
     "Ranks",
@@ -60,8 +61,7 @@ def ranks() -> Ranks:
 def precision_on(device: torch.device, wanted: str = "bf16") -> str:
     """What a recipe's ``precision``, ``"bf16"`` or ``"fp32"``, comes to on a device.
 
-    Without instructions for bfloat16 a processor takes every number apart, and PyTorch's convolutions take several
-    times as long as in float32: there it is ``"fp32"`` in any case.
+    Without instructions for bfloat16 PyTorch's convolutions take several times as long as in float32: it is ``"fp32"``.
     """
     return "bf16" if wanted == "bf16" and has_bf16(device) else "fp32"
 
@@ -82,8 +82,7 @@ def why_fp32(device: torch.device) -> str:
 def process_group() -> Iterator[Ranks]:
     """Join the processes that ``torchrun`` started, for as long as the block lasts; inside another block do nothing.
 
-    Raises:
-        UserError: If the others cannot be reached, or one of them goes away during the block.
+    It is a ``UserError`` if the others cannot be reached, or one of them goes away during the block.
     """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ranks()
@@ -100,7 +99,7 @@ def process_group() -> Iterator[Ranks]:
     try:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{here} does not reach the others ({_brief(error)}): start it with torchrun.") from error
+        raise UserError(f"{here} does not reach the others ({in_brief(error)}): start it with torchrun.") from error
     try:
         yield ranks()
         dist.barrier()  # rank 0 has written everything before any process ends
@@ -108,23 +107,19 @@ def process_group() -> Iterator[Ranks]:
         if not (isinstance(error, dist.DistError) or LOST_PEER.search(str(error))):
             raise
         raise UserError(
-            f"{here} lost another one ({_brief(error)}), so the training ends: start all of them again with --resume."
+            f"{here} lost another one ({in_brief(error)}), so the training ends: start all of them again with --resume."
         ) from error
     finally:
         dist.destroy_process_group()
 
 
-def _brief(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")[:160]
-
-
 def all_reduce_max(values: list[float]) -> list[float]:
-    """For each of the values the largest that any rank has. Exact for whole numbers up to 2**53."""
+    """The largest of each value over the ranks; exact for whole numbers up to 2**53."""
     return _reduced(values, dist.ReduceOp.MAX)
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
-    """For each of the values its sum over the ranks."""
+    """The sum of each value over the ranks."""
     return _reduced(values, dist.ReduceOp.SUM)
 
 
@@ -138,11 +133,7 @@ def _reduced(values: list[float], operation: dist.ReduceOp.RedOpType) -> list[fl
 
 
 def run_on_primary(function: Callable[[], Result]) -> Result:
-    """Run a function on rank 0 and give its result, which must be picklable, to all.
-
-    Raises:
-        UserError: On every rank, if the function raises it on rank 0.
-    """
+    """Run a function on rank 0, and give its result, which must be picklable, or its ``UserError`` to all."""
     here = ranks()
     if here.world_size == 1:
         return function()

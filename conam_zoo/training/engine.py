@@ -39,11 +39,9 @@ def train_one_epoch(
 
     A step is one update, of ``grad_accumulation`` batches. What it draws, dropout included, is a function of seed,
     epoch (from 0), step and rank alone, so that a resumed run draws what an uninterrupted one would have drawn.
-    ``on_step`` is told the number of steps done, now and then. The checkpointer has the sums of the steps before, and
-    saves or stops; what one rank asks for, all do.
-
-    Raises:
-        NonFiniteLossError: On all ranks, if a loss is not finite on any; nothing is saved after the step it was in.
+    ``on_step`` gets the number of steps done, now and then. The checkpointer has the sums of the steps before, and
+    saves or stops; what one rank asks for, all do. A loss that is not finite on any rank is a ``NonFiniteLossError`` on
+    all, and nothing is saved after its step.
     """
     here = ranks()
     every = steps_between_checks(state.device)
@@ -136,9 +134,8 @@ def predict_logits(
 ) -> Tensor:
     """float32 logits (N, classes) of uint8 images (N, H, W, 3), in evaluation mode, without augmentation.
 
-    With ``sharded`` the ranks of the training, which have the same weights and all images, take turns at the batches,
-    and every rank gets all logits. The batches are those of a single process, so the logits are the same to the last
-    bit.
+    With ``sharded`` the ranks of the training, which have the same weights and all images, take turns at the batches of
+    a single process, and all get its logits, to the last bit.
     """
     model.eval()
     rank, world_size = (ranks().rank, ranks().world_size) if sharded else (0, 1)

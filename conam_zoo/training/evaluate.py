@@ -53,19 +53,12 @@ def evaluate(
     corrupt: str | None = None,
     run: Path | None = None,
 ) -> Evaluation:
-    """Evaluate a net on images of any kind, resized and normalised as the net's configuration says.
+    """Evaluate a net on ``data`` (see ``find_sources``), resized and normalised as the net's configuration says.
 
-    Where ``data`` is what the net was fine-tuned on, its split is that of the run: same share, same seed, same images
-    as in the report.
-
-    Args:
-        model: The net.
-        data: See ``conam_zoo.data.load.find_sources``.
-        dataset: Name of a published data set, whose folder ``data`` may hold under that name.
-        part: ``"test"``, ``"val"`` or ``"train"``; None for the first of them that there is, which is all images where
-            there are no splits.
-        corrupt: ``"stop"`` or ``"skip"``: what to do about images that cannot be read; None for what the run did.
-        run: The run folder, see ``run_folder_of``.
+    ``data`` may also be a folder that holds the published ``dataset`` under its name. ``part`` is a key of ``PARTS``;
+    None for the first that there is, which is all images where there are no splits. With the net's ``run`` folder
+    (``run_folder_of``), data that the net was fine-tuned on are split as they were there. ``corrupt`` says whether to
+    ``"stop"`` at images that cannot be read or to ``"skip"`` them; None for what the run did.
     """
     if part is not None and part not in PARTS:
         raise UserError(f"The split is {part!r}, but it must be one of {', '.join(PARTS)}.")
@@ -203,13 +196,12 @@ def evaluate_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = F
 
 
 def logits_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = False) -> Tensor:
-    """float32 logits (N, classes) of a split that is already read, on the net's device.
+    """float32 logits (N, classes), on the net's device, of a split with the net's classes and image size.
 
-    Classes and size of the images have to be those that the net was trained for. With ``sharded`` the ranks of a
-    training share the work; all of them have to call this, with the same weights.
+    With ``sharded`` the ranks of a training share the work; all have to call this, with the same weights.
     """
     cfg = model.pretrained_cfg
-    names = cfg.get("label_names")
+    names, size = cfg.get("label_names"), tuple(cfg["input_size"][1:])
     if len(split.classes) != model.num_classes:
         raise UserError(
             f"{split.source} has {len(split.classes)} classes, but the model has {model.num_classes}: "
@@ -217,7 +209,6 @@ def logits_on(model: StagedClassifier, split: ImageSplit, *, sharded: bool = Fal
         )
     if names and tuple(names) != split.classes:
         raise UserError(f"The classes of {split.source} are not those of the model, or in another order.")
-    size = tuple(cfg["input_size"][1:])
     if tuple(split.images.shape[1:3]) != size:
         raise UserError(
             f"The images of {split.source} have {split.images.shape[1]} x {split.images.shape[2]} pixels, but the "

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,10 @@ from conam_zoo.training.distributed import all_reduce_max, broadcast_weights, ra
 from conam_zoo.training.engine import train_one_epoch
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.training.run_folder import LIVENESS, RunLog
+from conam_zoo.training.run_folder import LIVENESS, FitResult, RunLog
 from conam_zoo.training.train_state import TrainState
 
-__all__ = ["FitResult", "fit"]
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a training ends in."""
-
-    final: StagedClassifier  # the net whose weights the recipe ships, raw or ema
-    raw: StagedClassifier  # as the optimiser left it
-    ema: StagedClassifier | None  # the moving average over the steps
-    log: list[dict[str, Any]]  # one row for each epoch, as run_folder.RunLog takes it
-    train_minutes: float  # that the epochs took, over all interruptions
-    compile_seconds: float | None  # of the first step, most of it compilation; None without compile
+__all__ = ["fit"]
 
 
 def fit(
@@ -56,27 +43,14 @@ def fit(
 ) -> FitResult:
     """Train a net, and keep its state in the run folder so that the training can go on after any interruption.
 
-    The folder gets ``log.csv``, TensorBoard events, ``checkpoint.safetensors`` and the one before it. On the same CPU a
-    resumed training ends in the bits that an uninterrupted one ends in. In a process group all ranks call this, and
-    rank 0 writes. The caller has taken the folder; see ``run_folder.hold``.
-
-    Args:
-        model: The net. It is moved to the training device and trained in place; parameters that need no gradient, and
-            batch norms all of whose parameters are so, stay as they are.
-        recipe: How to train; model, data set, ``holdout`` and augmentation are those of the arguments.
-        batches: Augmented images and targets.
-        output: The run folder.
-        holdout: Images to evaluate on after every epoch; nothing is chosen by them.
-        monitor: Images that the liveness of each ConAM is measured on after every epoch.
-        teacher: A net on the training device; see ``open_teacher``.
-        param_groups: See ``TrainState``.
-        resume: Continue from the newest checkpoint in the folder.
-        record: Plain facts that a resumed training must share, such as where the data came from.
-        compile: Run the net through ``torch.compile``.
-        checkpoint_minutes: See ``train``.
+    The folder, which the caller holds (``run_folder.hold``), gets ``log.csv``, TensorBoard events and the last two
+    checkpoints. On the same CPU a resumed training ends in the bits that an uninterrupted one ends in. In a process
+    group all ranks call this. ``model`` is moved to the training device, where ``teacher`` is, and trained in place; of
+    ``recipe`` its model, data, ``holdout`` and augmentation do not count here. After every epoch the accuracy on
+    ``holdout`` and the liveness of each ConAM on ``monitor`` are logged; nothing is chosen by them. ``record`` holds
+    plain facts that a resumed training must share. For the other arguments see ``TrainState`` and ``train``.
 
     Raises:
-        UserError: If the checkpoint is not what it should be.
         NonFiniteLossError: If the training diverges; the last good checkpoint is kept.
         TrainingStopped: On SIGTERM or SIGINT, once the state is saved.
     """

@@ -1,7 +1,6 @@
-"""Training many recipes with one call: resumable, several at a time, packing what comes out.
+"""Training many recipes with one call, several at a time, each in a process, a run folder and a log file of its own.
 
-Each job is a process of its own, ``python -m conam_zoo train``, with a run folder and a log file: one that fails does
-not stop the others, and a queue that is called again goes on where the last one ended.
+A job that fails does not stop the others, and a queue that is called again goes on where the last one ended.
 """
 
 import fnmatch
@@ -111,17 +110,14 @@ def plan_queue(
 
     No pattern means all recipes, no seed the recipe's own. ``output`` is the folder of the run folders.
     ``teacher_bank`` has logits of a teacher, for the recipes that learn from it, or is a folder of banks, each named
-    after its teacher. Recipes of other teachers run these.
-
-    Raises:
-        UserError: If a pattern names no recipe, a setting is not what it should be, or no recipe learns from the bank.
+    after its teacher; recipes of other teachers run these.
     """
     names: dict[str, None] = {}
     for pattern in patterns or ["*"]:
-        hits = fnmatch.filter(list_recipes(), pattern)
-        if not hits:
+        matching = fnmatch.filter(list_recipes(), pattern)
+        if not matching:
             raise UserError(f"No recipe matches {pattern!r}: there are {', '.join(list_recipes())}.")
-        names |= dict.fromkeys(hits)
+        names |= dict.fromkeys(matching)
     recorded = None  # the teacher whose bank it is, if it is one bank
     if teacher_bank is not None and epoch_file(teacher_bank, 0).exists():
         recorded = read_epoch(teacher_bank, 0)[1]["recipe"]["teacher"]
@@ -144,7 +140,7 @@ def plan_queue(
     if teacher_bank is not None and not any(job.teacher_bank for job in jobs):
         teachers = ", ".join(sorted({job.recipe.teacher for job in jobs} - {""})) or "none"
         raise UserError(
-            f"{teacher_bank} is no bank of a teacher of these recipes, and holds none (teachers: {teachers}): "
+            f"{teacher_bank} is not a bank of a teacher of these recipes, and holds none (teachers: {teachers}): "
             "leave --teacher-bank out, or let conam record-teacher write it."
         )
     return jobs
@@ -160,24 +156,21 @@ def run_queue(
     on_done: Callable[[Job], None] = lambda job: None,
     on_poll: Callable[[Sequence[Job]], None] = lambda running: None,
 ) -> dict[str, str]:
-    """Train all jobs, several at a time; those that are done are not trained again.
+    """Train all jobs, so many at a time; for each job's name it gives ``"done"``, ``"stopped"`` or why it failed.
 
-    A job whose teacher is trained by other jobs of the queue waits for these, but for those that wait for it in turn,
-    if there is another. SIGTERM, SIGINT and SIGHUP are handed on to the trainings, which save their state, and end the
-    queue. The cores are shared out evenly.
+    Those that are done are not trained again. A job whose teacher is trained by other jobs of the queue waits for
+    these, but for those that wait for it in turn, if there is another. SIGTERM, SIGINT and SIGHUP are handed on to the
+    trainings, which save their state, and end the queue. The cores are shared out evenly.
 
     Args:
         jobs: What ``plan_queue`` gave.
         data: Where the data sets are; see ``conam_zoo.data.read_split``.
         parallel: Trainings at a time.
         compile: Train with ``torch.compile``.
-        on_event: Told a job and a word: ``started``, ``resumed``, ``done``, ``stopped``, ``failed: ...``, ``is there``.
+        on_event: Gets a job and ``started``, ``resumed``, ``done``, ``stopped``, ``failed: ...`` or ``is there``.
         on_done: Called once for each job that is done, before those that wait for it are started; its UserError makes
             the job a failed one.
-        on_poll: Told the jobs that run, several times a minute at least.
-
-    Returns:
-        For each job's name ``"done"``, ``"stopped"`` or why it failed.
+        on_poll: Gets the jobs that run, several times a minute at least.
     """
     results: dict[str, str] = {}
     waiting = list(jobs)
@@ -228,7 +221,7 @@ def run_queue(
                 settle(job, "stopped" if stopping else f"failed: {job.last_words()}")
             if waiting and not running and not moved:
                 for job in waiting:
-                    settle(job, f"failed: its teacher {job.recipe.teacher} waits for it in turn")
+                    settle(job, f"failed: it and its teacher {job.recipe.teacher} wait for each other")
                 waiting.clear()
             on_poll(list(running))
             if running:

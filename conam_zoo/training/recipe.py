@@ -159,6 +159,8 @@ def recipe_from_dict(values: dict[str, Any], name: str) -> Recipe:
         if key == "model_args" and not isinstance(value, dict):
             raise UserError(f"The setting model_args is {value!r}, but it must be a table such as {{drop_rate = 0.1}}.")
     check_model_args(values.get("model_args", {}), "The setting model_args")
+    if "num_classes" in values.get("model_args", {}):
+        raise UserError("The setting model_args holds num_classes, but the classes are those of the data set.")
     if (channels := values.get("model_args", {}).get("in_chans", 3)) != 3:
         raise UserError(f"The setting model_args has in_chans = {channels}, but images are read with 3: leave it out.")
     recipe = Recipe(**values)

@@ -1,4 +1,4 @@
-"""The run folder: whose it is, logs as CSV, TensorBoard events and curves, the record of the run."""
+"""The run folder: whose it is, logs as CSV, TensorBoard events and curves, the weights and the record of the run."""
 
 import csv
 import io
@@ -10,6 +10,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +22,11 @@ from filelock import FileLock, Timeout
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_matplotlib
 from conam_zoo.files import clear_temporaries, make_folder, status, write_figure, write_text
+from conam_zoo.models import StagedClassifier
+from conam_zoo.models.registry import export_model
 from conam_zoo.training.checkpoint import CHECKPOINT, has_checkpoint
 from conam_zoo.training.distributed import ranks, run_on_primary
+from conam_zoo.training.recipe import Recipe
 from conam_zoo.weights.manifest import EVEN
 
 __all__ = [
@@ -31,10 +35,12 @@ __all__ = [
     "LOG_FIELDS",
     "RECIPE",
     "RUN",
+    "FitResult",
     "RunLog",
     "check_free",
     "describe_environment",
     "draw_curves",
+    "export_run",
     "hold",
     "read_log",
     "read_run",
@@ -54,12 +60,9 @@ LIBRARIES = ("torch", "torchvision", "timm", "safetensors", "numpy")
 
 
 def check_free(output: Path, resume: bool) -> None:
-    """Refuse a folder in which a training may not write; nothing is written.
-
-    It may hold a training to ``resume``, or nothing, and no other process may be training in it.
-    """
+    """Refuse a folder that another process uses, or that holds no training to ``resume``, or else anything."""
     if status(output) is not None and not output.is_dir():
-        raise UserError(f"{output} is no folder: choose another --output.")
+        raise UserError(f"{output} is not a folder: choose another --output.")
     if (output / LOCK).exists():
         _acquire(output).release()
     if resume:
@@ -99,10 +102,7 @@ def _acquire(folder: Path) -> FileLock:
 
 @contextmanager
 def hold(output: Path, resume: bool) -> Iterator[None]:
-    """Make the run folder, and keep other trainings out of it for as long as the block lasts, or the process lives.
-
-    What ``check_free`` refuses is refused. In a process group rank 0 does so for all.
-    """
+    """Check and make the run folder, and keep other trainings out of it while the block lasts."""
     with ExitStack() as held:
 
         def take() -> None:
@@ -120,10 +120,9 @@ def hold(output: Path, resume: bool) -> Iterator[None]:
 
 
 class RunLog:
-    """The log of a run, one row for each epoch: ``log.csv``, and events for TensorBoard in ``tensorboard/``.
+    """The log of a run: ``log.csv``, and events for TensorBoard, of which those after the last of ``rows`` are dropped.
 
-    The caller appends a row (``LOG_FIELDS``, and the liveness of each ConAM) to ``rows`` and calls ``write``. Where a
-    run is resumed they hold the epochs that are done, and events of later ones are taken back.
+    The caller appends a row (``LOG_FIELDS``, and the liveness of each ConAM) to ``rows`` and calls ``write``.
     """
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -154,7 +153,7 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, str]]:
-    """The rows of ``log.csv``, as they are written; a file that is absent or no table is refused."""
+    """The rows of ``log.csv`` as texts; a file that is absent or no table is refused."""
     path = folder / LOG
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -210,13 +209,42 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / RUN
     if not path.exists():
         return None
-    remedy = "copy the run folder again, or remove the file, then --resume writes it anew"
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(run, dict):
+            raise ValueError("it holds no table")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no record of a run ({error}): {remedy}.") from error
-    if not isinstance(run, dict):
-        raise UserError(f"{path} is no record of a run (it holds no table): {remedy}.")
+        raise UserError(
+            f"{path} is not a run record ({error}): copy the run folder again, or remove the file, then --resume "
+            "writes it anew."
+        ) from error
+    return run
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training ends in."""
+
+    final: StagedClassifier  # the net whose weights the recipe ships, raw or ema
+    raw: StagedClassifier  # as the optimiser left it
+    ema: StagedClassifier | None  # the moving average over the steps
+    log: list[dict[str, Any]]  # one row for each epoch, as RunLog takes it
+    train_minutes: float  # that the epochs took, over all interruptions
+    compile_seconds: float | None  # of the first step, most of it compilation; None without compile
+
+
+def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Write what a finished training leaves: curves, recipe, weights, and ``run.json``, which is returned, at the end.
+
+    It gets ``sha256`` of the weights in ``final/`` and, if there is a moving average, ``other_sha256`` of the others.
+    """
+    draw_curves(result.log, output / "curves.png", title=f"{recipe.model} on {recipe.dataset}")
+    write_text(output / RECIPE, recipe.to_toml())
+    run = {**run, "sha256": export_model(result.final, output / "final", tag=None)}
+    if result.ema is not None:
+        other, name = (result.raw, "raw") if result.final is result.ema else (result.ema, "ema")
+        run["other_sha256"] = export_model(other, output / name, tag=None)
+    write_text(output / RUN, json.dumps(run, indent=2) + "\n")
     return run
 
 

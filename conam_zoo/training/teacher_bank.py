@@ -1,8 +1,7 @@
 """A teacher's logits on the very batches of a recipe, recorded once for any number of students.
 
 A bank is a folder with one safetensors file for each epoch, ``epoch-0000.safetensors`` and so on, of float16 logits
-(N, classes) in the order in which the epoch shows its images. What is drawn for a batch is a function of the seed, the
-epoch and the step, so a student of the same seed, batch size and augmentation sees the images that the teacher saw.
+(N, classes) in the order in which the epoch shows its images, which depends on seed, batch size and augmentation alone.
 Each header holds all that the logits depend on, and a SHA-256 of this and the logits.
 """
 
@@ -64,7 +63,6 @@ def write_epoch(bank: Path, epoch: int, logits: Tensor, facts: dict[str, Any]) -
     """
     header = json.dumps({**facts, "epoch": epoch}, sort_keys=True)
     metadata = {"facts": header, "sha256": _sha256(header, logits)}
-
     write_atomically(epoch_file(bank, epoch), lambda file: save_file({"logits": logits}, file, metadata=metadata))
 
 
@@ -120,7 +118,7 @@ class TeacherBank:
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe, split: ImageSplit, cfg: dict[str, Any]) -> "TeacherBank":
-        """Check a bank, each of its logits included; one of other batches, damaged or unfinished, is refused."""
+        """Check a bank, each of its logits included."""
         if not recipe.teacher:
             raise UserError(f"The recipe has no teacher, so it cannot learn from {folder}: add --set teacher=NAME.")
         if (processes := ranks().world_size) > 1:
@@ -129,7 +127,7 @@ class TeacherBank:
         while epoch_file(folder, held).is_file():
             held += 1
         if not held:
-            raise UserError(f"{folder} is no bank of a teacher's logits: record one with conam record-teacher.")
+            raise UserError(f"{folder} holds no recorded teacher logits: record one with conam record-teacher.")
         planned = read_epoch(folder, held - 1)[1]["epochs"]
         if held < planned and held < recipe.epochs:
             raise UserError(f"{folder} holds {held} of {planned} epochs: let conam record-teacher finish it first.")
@@ -137,7 +135,8 @@ class TeacherBank:
         for epoch in range(used):
             _, recorded, digest = read_epoch(folder, epoch)
             for key, value in facts.items():
-                _check_setting(folder, key, recorded["recipe"].get(key), value)
+                if recorded["recipe"].get(key) != value:
+                    raise UserError(f"{folder} was recorded {_difference(key, recorded['recipe'].get(key), value)}")
             hashes.append(digest)
         teacher, today = recorded["teacher"], known_sha256(recipe.teacher)
         if None not in (today, teacher["sha256"]) and today != teacher["sha256"]:
@@ -159,14 +158,11 @@ class TeacherBank:
         return cls(folder, used, {"teacher": teacher, "teacher_bank": {"sha256": together, "epochs": used}})
 
 
-def _check_setting(folder: Path, key: str, recorded: Any, value: Any) -> None:
-    if recorded == value:
-        return
+def _difference(key: str, recorded: Any, value: Any) -> str:
     if key == "images":
-        raise UserError(f"{folder} was recorded on other training images: record a bank of these.")
-    raise UserError(
-        f"{folder} was recorded with {key} = {recorded!r}, but the recipe has {value!r}: "
-        f"set {key} to that, or record a bank of this recipe."
+        return "on other training images: record a bank of these."
+    return (
+        f"with {key} = {recorded!r}, but the recipe has {value!r}: set {key} to that, or record a bank of this recipe."
     )
 
 

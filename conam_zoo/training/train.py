@@ -1,9 +1,7 @@
 """A whole training: from a recipe and a data folder to a run folder; its dry run, and its teacher's outputs alone."""
 
 import itertools
-import json
 import resource
-import signal
 import statistics
 import sys
 import time
@@ -21,20 +19,20 @@ from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole
-from conam_zoo.files import clear_temporaries, expand_path, make_folder, write_text
+from conam_zoo.files import clear_temporaries, expand_path, make_folder
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.registry import check_model_name, count_params_and_macs, export_model
-from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, StopRequest, TrainingStopped
+from conam_zoo.models.registry import check_model_name, count_params_and_macs
+from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, StopRequest, stop_for
 from conam_zoo.training.distillation import open_teacher
 from conam_zoo.training.distributed import Ranks, precision_on, process_group, ranks, run_on_primary, why_fp32
 from conam_zoo.training.evaluate import evaluate_on
-from conam_zoo.training.fit import FitResult, fit
+from conam_zoo.training.fit import fit
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.training.run_folder import RECIPE, RUN, check_free, describe_environment, draw_curves, hold
+from conam_zoo.training.run_folder import LOG, RECIPE, RUN, check_free, describe_environment, export_run, hold
 from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, bank_facts, holds_epoch, to_float16, write_epoch
 from conam_zoo.training.train_state import TrainState, batch_settings, check_optimizer
 
-__all__ = ["MONITORED_IMAGES", "Assembly", "DryRun", "assemble", "dry_run", "export_run", "record_teacher", "train"]
+__all__ = ["MONITORED_IMAGES", "Assembly", "assemble", "dry_run", "record_teacher", "train"]
 
 MONITORED_IMAGES = 256  # whose patches' confidences are watched
 WARM_UP_STEPS, TIMED_STEPS = 2, 5  # of a dry run
@@ -53,26 +51,10 @@ def train(
 ) -> dict[str, Any]:
     """Train, then evaluate once on the test split, and fill the run folder.
 
-    The folder gets what ``fit`` writes, ``recipe.toml`` with every setting spelt out, ``curves.png``, ``final/`` with
-    the weights in timm's Hub layout, beside it ``raw/`` or ``ema/`` with the other weights if there is a moving
-    average, and last of all ``run.json``, which is returned: recipe, command, versions, hardware, results. With
-    ``holdout`` in the recipe the kept-out training images are evaluated instead, and the test split is never opened.
-    Under ``torchrun`` all processes call this, and all get the result.
-
-    Args:
-        recipe: What to train and how.
-        data: Where the data set is; see ``conam_zoo.data.read_split``.
-        output: The run folder.
-        teacher_bank: Logits of the recipe's teacher that ``record_teacher`` kept; None to run the teacher.
-        resume: Continue from the checkpoint in the run folder.
-        compile: Run the net through ``torch.compile``.
-        checkpoint_minutes: Time after which the state is saved within an epoch, too; 0 for every step.
-        command: The command line, for the record.
-
-    Raises:
-        UserError: If the data or the run folder is not what it should be.
-        NonFiniteLossError: If the training diverges.
-        TrainingStopped: On SIGTERM or SIGINT, once the state is saved.
+    The arguments are those of ``conam train``, with its command line for the record; docs/training.md lists what is
+    written. The content of ``run.json`` is returned. With ``holdout`` in the recipe the kept-out training images are
+    evaluated instead, and the test split is never opened. Under ``torchrun`` all processes call this, and all get the
+    result. Raises what ``fit`` raises.
     """
     output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
     with process_group() as here:
@@ -134,21 +116,6 @@ def train(
         return run
 
 
-def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Write what a finished training leaves: curves, recipe, weights, and ``run.json``, which is returned, at the end.
-
-    It gets ``sha256`` of the weights in ``final/`` and, if there is a moving average, ``other_sha256`` of the others.
-    """
-    draw_curves(result.log, output / "curves.png", title=f"{recipe.model} on {recipe.dataset}")
-    write_text(output / RECIPE, recipe.to_toml())
-    run = {**run, "sha256": export_model(result.final, output / "final", tag=None)}
-    if result.ema is not None:
-        other, name = (result.raw, "raw") if result.final is result.ema else (result.ema, "ema")
-        run["other_sha256"] = export_model(other, output / name, tag=None)
-    write_text(output / RUN, json.dumps(run, indent=2) + "\n")
-    return run
-
-
 @dataclass(frozen=True)
 class Assembly:
     """The parts of a training that a recipe names."""
@@ -167,8 +134,6 @@ def assemble(recipe: Recipe, data: str | Path, here: Ranks, teacher_bank: Path |
     # What can be refused is refused before anything is read.
     check_model_name(f"{recipe.model}.{recipe.dataset}")
     check_optimizer(recipe)
-    if "num_classes" in recipe.model_args:
-        raise UserError("The setting model_args holds num_classes, but the classes are those of the data set.")
     with torch.device("meta"):
         cfg = _model(recipe).pretrained_cfg
     settings = batch_settings(recipe, cfg["mean"], cfg["std"], here)
@@ -220,31 +185,6 @@ def _of_size(split: ImageSplit, recipe: Recipe) -> ImageSplit:
     return split.averaged_down(recipe.image_size) if recipe.image_size else split
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """What ``train`` would do."""
-
-    model: str  # builder and data set
-    source: str  # where the training images are
-    loading: str  # how they were read, whether they stay on the device as a whole, and why
-    images: int  # of one epoch
-    held_out: int  # training images kept out of it
-    classes: int
-    epochs: int
-    steps_per_epoch: int  # changes of the weights
-    total_steps: int
-    batch_size: int  # images of a step
-    parameters: int
-    macs: int  # multiply-accumulates of one image in the forward pass
-    device: str  # with the precision
-    seconds_per_step: float  # median of a few real steps on whole images
-    estimated_minutes: float  # of all steps; evaluations and compilation come on top
-    compile_seconds: float | None  # of the first compiled step; None without compile
-    peak_memory_bytes: int  # of the device on a GPU; of the whole process on a CPU, libraries and data included
-    output: str  # the run folder
-    files: tuple[str, ...]  # what would be in it
-
-
 def dry_run(
     recipe: Recipe,
     data: str | Path,
@@ -253,11 +193,11 @@ def dry_run(
     teacher_bank: Path | None = None,
     resume: bool = False,
     compile: bool = False,
-) -> DryRun:
+) -> dict[str, Any]:
     """Find out what ``train`` with the same arguments would do, and try a few steps on a net that is thrown away.
 
-    Nothing is written and the test split is not opened. ``cifar10`` and ``cifar100`` as ``data`` are downloaded if they
-    are not there yet. What ``train`` would refuse before its first step is refused.
+    Nothing is written and the test split is not opened, but ``cifar10`` and ``cifar100`` as ``data`` are downloaded if
+    they are not there yet. What ``train`` would refuse before its first step is refused.
     """
     output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
     with process_group() as here:
@@ -274,27 +214,27 @@ def dry_run(
         weights = ["final/"]
         if recipe.ema_decay:
             weights.append("raw/" if recipe.final_weights == "ema" else "ema/")
-        return DryRun(
-            model=name,
-            source=parts.batches.source,
-            loading=parts.note,
-            images=parts.batches.num_images,
-            held_out=len(parts.holdout) if parts.holdout else 0,
-            classes=len(parts.batches.classes),
-            epochs=recipe.epochs,
-            steps_per_epoch=steps,
-            total_steps=recipe.epochs * steps,
-            batch_size=recipe.batch_size,
-            parameters=params,
-            macs=macs,
-            device=f"{here.world_size} x {here.device.type}, {precision_on(here.device, recipe.precision)}",
-            seconds_per_step=seconds,
-            estimated_minutes=total_seconds / 60,
-            compile_seconds=state.compile_seconds,
-            peak_memory_bytes=_peak_memory_bytes(here.device),
-            output=str(output),
-            files=(*weights, CHECKPOINT, PREVIOUS, "curves.png", "log.csv", "recipe.toml", "run.json", "tensorboard/"),
-        )
+        return {
+            "model": name,
+            "source": parts.batches.source,
+            "loading": parts.note,
+            "images": parts.batches.num_images,  # of one epoch
+            "held_out": len(parts.holdout) if parts.holdout else 0,
+            "classes": len(parts.batches.classes),
+            "epochs": recipe.epochs,
+            "steps_per_epoch": steps,
+            "total_steps": recipe.epochs * steps,
+            "batch_size": recipe.batch_size,
+            "parameters": params,
+            "macs": macs,  # of one image
+            "device": f"{here.world_size} x {here.device.type}, {precision_on(here.device, recipe.precision)}",
+            "seconds_per_step": seconds,  # on whole images
+            "estimated_minutes": total_seconds / 60,  # of all steps; evaluations and compilation come on top
+            "compile_seconds": state.compile_seconds,
+            "peak_memory_bytes": _peak_memory_bytes(here.device),
+            "output": str(output),
+            "files": [*weights, CHECKPOINT, PREVIOUS, "curves.png", LOG, RECIPE, RUN, "tensorboard/"],
+        }
 
 
 def _time_steps(state: TrainState, batches: Batches, first_epoch: int) -> float:
@@ -313,6 +253,7 @@ def _time_steps(state: TrainState, batches: Batches, first_epoch: int) -> float:
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
+    """Of the device on a GPU; of the whole process on a CPU, libraries and data included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -322,12 +263,8 @@ def _peak_memory_bytes(device: torch.device) -> int:
 def record_teacher(recipe: Recipe, data: str | Path, bank: Path, *, epochs: int | None = None) -> int:
     """Record the teacher of a recipe, in its precision, on the batches of its epochs, or of so many epochs.
 
-    Epochs that the bank holds already are kept, so the same call goes on after an interruption, mends what is damaged,
-    and with more epochs makes the bank longer. It gives the number of epochs that were recorded now.
-
-    Raises:
-        UserError: If the recipe has no teacher, the folder holds another bank, or a logit overflows float16.
-        TrainingStopped: On SIGTERM or SIGINT; whole epochs are kept.
+    Epochs that the bank holds already are kept, so the same call goes on after an interruption (``TrainingStopped``),
+    replaces what is damaged, and with more epochs makes the bank longer. Returns how many were recorded now.
     """
     if not recipe.teacher:
         raise UserError("The recipe has no teacher to record: add --set teacher=NAME.")
@@ -350,12 +287,10 @@ def record_teacher(recipe: Recipe, data: str | Path, bank: Path, *, epochs: int 
         for epoch in missing:
             started, kept = time.perf_counter(), []
             for images, *_ in parts.batches.epoch(epoch):
-                if request.signal_number:
-                    raise TrainingStopped(
-                        f"{signal.Signals(request.signal_number).name} stopped the recording in epoch {epoch + 1}: "
-                        "the epochs before it are kept, so the same command goes on.",
-                        request.signal_number,
-                    )
+                stop_for(
+                    request.signal_number,
+                    f"the recording in epoch {epoch + 1}: the epochs before it are kept, so the same command goes on.",
+                )
                 with torch.no_grad(), torch.autocast(here.device.type, dtype=torch.bfloat16, enabled=bf16):
                     kept.append(to_float16(teacher(images), recipe.teacher))
             write_epoch(bank, epoch, torch.cat(kept).cpu(), facts)

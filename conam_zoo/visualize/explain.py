@@ -16,7 +16,7 @@ from conam_zoo.visualize.predict import Prediction, Skip, class_names, predict_e
 
 __all__ = ["Explanation", "PatchEffect", "SiteExplanation", "explain", "explain_each"]
 
-EVEN = 0.01  # a map whose confidences differ by less than this share of their mean has no most confident patch
+FLAT = 0.01  # a map whose confidences differ by less than this share of their mean has no most confident patch
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float32]
@@ -71,9 +71,6 @@ def explain(model: StagedClassifier, paths: Iterable[str | Path], sites: list[st
     A patch is blurred by a Gaussian with half its side as standard deviation, in the picture that the net is shown.
     The net is in evaluation mode and has ConAM, or a form of it, at ``sites`` (module names with or without ``.attn``;
     all if None). The file ``-`` is standard input.
-
-    Raises:
-        UserError: If a file cannot be read, the net has no ConAM, or a site does not exist.
     """
     return list(explain_each(model, paths, sites))
 
@@ -104,7 +101,7 @@ def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) 
     maps = {site: prediction.maps[site].numpy() for site in sites}
     places: dict[tuple[str, str], tuple[int, int]] = {}  # of the patches to blur, by site and kind
     for site, map_ in maps.items():
-        if np.ptp(map_) > EVEN * abs(map_.mean()):
+        if np.ptp(map_) > FLAT * abs(map_.mean()):
             for kind, index in (("most", map_.argmax()), ("least", map_.argmin())):
                 row, column = np.unravel_index(index, map_.shape)
                 places[site, kind] = int(row), int(column)

@@ -110,9 +110,6 @@ def predict_each(
     The model is in evaluation mode; its configuration says how pictures, of any size and mode, are resized. ``side`` is
     the longer side, in pixels, to which ``Prediction.image`` is scaled down; None for its own size. ``say`` is called
     with what a person should know about a picture, such as that it is dark.
-
-    Raises:
-        UserError: If a file cannot be read and there is no ``skip``.
     """
     resize, normalize = split_transform(model)
 
