@@ -158,7 +158,7 @@ def test_frozen_layers_stay_as_they_are(tmp_path: Path, freeze: str, moved: str)
     before = {name: tensor.clone() for name, tensor in net.model.state_dict().items()}
     left = freeze_layers(net.model, freeze)
     assert left == sum(p.numel() for p in net.model.parameters() if p.requires_grad)
-    after = train_on(net, data, recipe, tmp_path / "run", say=str, quiet=True).model.state_dict()
+    after = train_on(net, data, recipe, tmp_path / "run", quiet=True).model.state_dict()
     order = ("conv1", "bn1", "layer1", "layer2", "layer3", "fc")
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name].cpu())}
     assert changed == set(order[order.index(moved) :])
@@ -177,7 +177,7 @@ def test_layer_decay_moves_early_layers_less(tmp_path: Path) -> None:
     for decay in (1.0, 0.3):
         net = net_for_data(PRETRAINED, data, recipe)
         before = net.model.conv1.weight.detach().clone()
-        tuned = train_on(net, data, recipe, tmp_path / str(decay), layer_decay=decay, say=str, quiet=True)
+        tuned = train_on(net, data, recipe, tmp_path / str(decay), layer_decay=decay, quiet=True)
         shifts.append(float((tuned.model.conv1.weight.detach().cpu() - before).norm()))
     assert shifts[1] < 0.01 * shifts[0]
     with pytest.raises(UserError, match="layer decay is 2"):
@@ -191,7 +191,7 @@ def test_weight_decay_spares_attention_with_and_without_layer_decay(tmp_path: Pa
     for decay in (1.0, 0.9):
         net = net_for_data(PRETRAINED, data, recipe)
         before = {name: tensor.norm().item() for name, tensor in net.model.named_parameters()}
-        tuned = train_on(net, data, recipe, tmp_path / str(decay), layer_decay=decay, say=str, quiet=True)
+        tuned = train_on(net, data, recipe, tmp_path / str(decay), layer_decay=decay, quiet=True)
         left = {name: tensor.norm().item() / before[name] for name, tensor in tuned.model.named_parameters()}
         assert left["layer3.2.conv2.weight"] < 0.9
         attention = {name: share for name, share in left.items() if ".attn." in name}
@@ -227,7 +227,6 @@ def test_mixed_targets_and_balance_train(tmp_path: Path) -> None:
         recipe,
         tmp_path / "run",
         balance=True,
-        say=lambda x: None,
         quiet=True,
     )
     assert torch.isfinite(tuned.logits).all()
@@ -290,7 +289,7 @@ def test_few_images_are_learnt_from_our_weights(cifar_root: Path, tmp_path: Path
     data = few_of_cifar100(cifar_root, per_class=20).draw(0)
     data = replace(data, test=data.test.select(torch.arange(0, 1000, 5)))
     recipe = recipe_for(data, epochs=8, batch_size=16, lr=0.02)
-    tuned = train_on(net_for_data(PRETRAINED, data, recipe), data, recipe, tmp_path / "run", say=str, quiet=True)
+    tuned = train_on(net_for_data(PRETRAINED, data, recipe), data, recipe, tmp_path / "run", quiet=True)
     assert 100 * (tuned.logits.argmax(1) == tuned.report_on.labels).double().mean() > 30  # chance is 10
 
 
@@ -299,7 +298,7 @@ def test_faces_are_told_from_other_patches(tmp_path: Path) -> None:
     assert (data.classes, len(data.train), len(data.test)) == (("face", "other"), 20, 180)
     data = replace(data, test=data.test.select(torch.arange(0, 180, 3)))
     recipe = recipe_for(data, epochs=8, batch_size=8, lr=0.02)
-    tuned = train_on(net_for_data(PRETRAINED, data, recipe), data, recipe, tmp_path / "run", say=str, quiet=True)
+    tuned = train_on(net_for_data(PRETRAINED, data, recipe), data, recipe, tmp_path / "run", quiet=True)
     assert 100 * (tuned.logits.argmax(1) == tuned.report_on.labels).double().mean() > 75  # chance is 50
 
 
@@ -341,5 +340,5 @@ def test_a_set_that_does_not_fit_into_memory_trains_the_same_bits(tmp_path: Path
         assert isinstance(images.train, ImageSplit) == (free is None)
         recipe = recipe_for(images)
         net = net_for_data(PRETRAINED, images, recipe)
-        hashes.append(train_on(net, images, recipe, tmp_path / name, workers=0, say=str, quiet=True).sha256)
+        hashes.append(train_on(net, images, recipe, tmp_path / name, workers=0, quiet=True).sha256)
     assert hashes[0] == hashes[1]

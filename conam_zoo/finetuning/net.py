@@ -1,7 +1,6 @@
 """The part of fine-tuning that trains: a net with a new head, images of any kind, its logits for the report."""
 
 import io
-from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from conam_zoo.data import ImageData, ImageSplit, create_loader, pixel_statistics
 from conam_zoo.data.dataset import LazyImages, read_source
 from conam_zoo.errors import UserError
+from conam_zoo.escape import PlainConsole
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import export_model, open_model
 from conam_zoo.training.distributed import ranks
@@ -199,13 +199,13 @@ def train_on(
     resume: bool = False,
     record: dict[str, Any] | None = None,
     workers: int | None = None,
-    say: Callable[[str], object] = print,
     quiet: bool = False,
 ) -> FineTuned:
     """Train a net on a data set and write ``final/``; the last epoch's weights are taken, none is chosen.
 
     ``layer_decay`` is timm's (``param_groups_layer_decay``), ``balance`` shows every class equally often, ``record``
-    are plain facts that a resumed run must share, ``workers`` processes decode a set that does not fit into memory.
+    are plain facts that a resumed run must share, ``workers`` processes decode a set that does not fit into memory, and
+    ``quiet`` prints nothing.
     """
     check_layer_decay(layer_decay)
     report_on = data.test if data.test is not None else data.val
@@ -220,7 +220,7 @@ def train_on(
         device=here.device,
         workers=workers,
     )
-    say(line)
+    PlainConsole(quiet=quiet or not here.first, soft_wrap=True).print(line)
     groups = None
     if layer_decay < 1:
         groups = param_groups_layer_decay(

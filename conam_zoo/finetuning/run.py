@@ -64,8 +64,7 @@ def finetune(
 
     The weights are those of the last epoch: the validation split chooses nothing, so a report on it is as honest as one
     on a test split. The arguments are the options of ``conam finetune``, with its command line for the record, and
-    ``quiet`` to print neither choices nor results; docs/finetuning.md lists what is written. Returns what
-    ``report.json`` holds.
+    ``quiet`` to print nothing; docs/finetuning.md lists what is written. Returns what ``report.json`` holds.
     """
     here, output = ranks(), expand_path(output)
     console = PlainConsole(quiet=quiet or not here.first, soft_wrap=True)
@@ -111,7 +110,7 @@ def finetune(
                 "from_scratch": from_scratch,
                 "data_sha256": data_sha256(hashes, np.asarray(images.train.labels)),
             },
-            say=console.print,
+            quiet=quiet,
         )
         if not here.first:
             return {}

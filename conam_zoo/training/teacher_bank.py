@@ -1,8 +1,8 @@
 """A teacher's logits on the very batches of a recipe, recorded once for any number of students.
 
 A bank is a folder with one safetensors file for each epoch, ``epoch-0000.safetensors`` and so on, of float16 logits
-(N, classes) in the order in which the epoch shows its images, which depends on seed, batch size and augmentation alone.
-Each header holds all that the logits depend on, and a SHA-256 of this and the logits.
+(N, classes) in the order in which the epoch shows its images; a student of the same seed, batch size and augmentation
+sees the same ones. Each header holds all that the logits depend on, and a SHA-256 of this and the logits.
 """
 
 import hashlib

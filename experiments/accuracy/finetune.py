@@ -211,7 +211,7 @@ def _measure(
     )
     net = net_for_data(model, data, recipe, from_scratch=from_scratch)
     with tempfile.TemporaryDirectory() as folder:
-        tuned = train_on(net, data, recipe, Path(folder) / "run", say=lambda line: None, quiet=True)
+        tuned = train_on(net, data, recipe, Path(folder) / "run", quiet=True)
     labels = tuned.report_on.labels.cpu()
     top1 = 100 * float((tuned.logits.argmax(1) == labels).double().mean())
     return top1, {"train_images": len(data.train), "test_images": len(labels)}
