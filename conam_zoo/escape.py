@@ -1,7 +1,7 @@
 r"""Text from outside (names of files, folders, classes and models, messages of libraries), made safe for where it goes.
 
 A file name may hold anything but a slash and a zero byte: terminal escape sequences, Rich's markup, TeX, HTML, shell
-syntax, and bytes that are no UTF-8, which Python keeps as lone surrogates. There is one function for each target; each
+syntax, and bytes that are not UTF-8, which Python keeps as lone surrogates. There is one function for each target; each
 shows what cannot be seen or encoded as an escape such as ``\x1b``.
 """
 
@@ -32,7 +32,7 @@ def for_terminal(text: object, *, lines: bool = False) -> str:
 
 
 def _visible(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":  # a byte of a name that is no UTF-8
+    if "\udc80" <= char <= "\udcff":  # a byte of a name that is not UTF-8
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape").decode("ascii")
 

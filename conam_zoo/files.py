@@ -69,7 +69,7 @@ def status(path: Path) -> os.stat_result | None:
 
 
 def check_file(path: Path, kind: str = "file") -> None:
-    """Refuse (``UserError``) what is no regular file that can be read; nothing is opened that could wait for ever."""
+    """Refuse (``UserError``) what is not a readable regular file; nothing is opened that could wait for ever."""
     found = status(path)
     a_kind = f"{'an' if kind[0] in 'aeiou' or kind.startswith('.n') else 'a'} {kind}"
     if found is None:
@@ -91,7 +91,7 @@ def check_suffix(path: Path, suffix: str) -> None:
 def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -> None:
     """Refuse (``UserError``) to write onto what is read, or twice onto one file; links and hard links are followed.
 
-    The outputs None and ``-`` are no files.
+    The outputs None and ``-`` are not files.
     """
     read: dict[object, Path] = {}
     for path in inputs:

@@ -83,8 +83,8 @@ def test_normalize_has_the_layout_and_values_of_the_usual_transform() -> None:
 
 def test_every_augmented_image_is_a_shifted_and_perhaps_mirrored_window_of_its_own_source() -> None:
     images = torch.randint(256, (64, 8, 10, 3), dtype=torch.uint8)
-    draws = ImageDraws.draw(random_stream(IMAGES, 1), 64, (8, 10), AugmentationSettings(crop_padding=2))
-    augmented = crop_and_flip(images, torch.arange(64), draws, 2)
+    draws = ImageDraws.draw(random_stream(IMAGES, 1), 64, (8, 10), AugmentationSettings(crop_padding=2), (8, 10))
+    augmented = crop_and_flip(images, torch.arange(64), draws, 2, (8, 10))
     padded = torch.from_numpy(np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect"))
     found = set()
     for source, result in zip(padded, augmented, strict=True):
@@ -116,8 +116,10 @@ def test_a_smaller_crop_is_a_window_of_the_padded_image() -> None:
 def test_without_crop_and_flip_images_are_untouched() -> None:
     images = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8)
     order = torch.tensor([3, 1, 5])
-    draws = ImageDraws.draw(random_stream(IMAGES, 0), 3, (8, 8), AugmentationSettings(crop_padding=0, flip=False))
-    assert torch.equal(crop_and_flip(images, order, draws, 0), images[order])
+    draws = ImageDraws.draw(
+        random_stream(IMAGES, 0), 3, (8, 8), AugmentationSettings(crop_padding=0, flip=False), (8, 8)
+    )
+    assert torch.equal(crop_and_flip(images, order, draws, 0, (8, 8)), images[order])
 
 
 def test_the_stated_statistics_are_those_of_the_real_training_pixels(cifar_root: Path) -> None:

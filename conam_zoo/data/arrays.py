@@ -18,7 +18,7 @@ __all__ = ["array_source", "has_arrays", "npy_sources", "npz_sources"]
 
 SPLITS = ("train", "val", "test")
 LARGEST_TEXT = 1 << 22  # letters of a classes.txt
-MOST_CLASSES = 100_000  # without names: a label beyond is no class
+MOST_CLASSES = 100_000  # without names: a label beyond is refused
 
 
 def has_arrays(root: Path) -> bool:
@@ -26,7 +26,7 @@ def has_arrays(root: Path) -> bool:
     return any(status(root / f"{split}_images.npy") is not None for split in SPLITS)
 
 
-def npy_sources(root: Path, *, training: bool = True, train_only: bool = False) -> dict[str, LazyImages]:
+def npy_sources(root: Path, *, training: bool, train_only: bool) -> dict[str, LazyImages]:
     """The splits in a folder with ``<split>_images.npy``, ``<split>_labels.npy`` and perhaps ``classes.txt``.
 
     With ``train_only`` no file of another split is opened, if there are training images. Else as ``npz_sources``.
@@ -41,7 +41,7 @@ def npy_sources(root: Path, *, training: bool = True, train_only: bool = False) 
     return _sources(arrays, _read_classes(names) if status(names) is not None else None, str(root), training)
 
 
-def npz_sources(path: Path, *, training: bool = True) -> dict[str, LazyImages]:
+def npz_sources(path: Path, *, training: bool) -> dict[str, LazyImages]:
     """The splits in an ``.npz`` file.
 
     Its arrays are ``images`` and ``labels``, or ``{train,val,test}_images`` and ``{train,val,test}_labels`` (as in

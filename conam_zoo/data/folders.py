@@ -29,12 +29,12 @@ FOREIGN = frozenset(("__macosx", "__pycache__", "@eadir", "$recycle.bin", "syste
 RUN_FILES = ("run.json", "log.csv", "checkpoint.safetensors")
 
 
-def folder_sources(root: Path, *, training: bool = True) -> dict[str, LazyImages]:
+def folder_sources(root: Path, *, training: bool) -> dict[str, LazyImages]:
     """The splits of an image-folder tree: ``train`` always, ``val`` and ``test`` where there are such folders.
 
     A class is a folder, and its images may lie at any depth below it; class names are sorted. ``root`` holds either
     the folders of the splits, or those of the classes, or a single folder that holds one of these. Left out are files
-    that are no pictures by their names' ending, hidden files and folders, and run folders. Every folder is visited
+    that are not pictures by their suffix, hidden files and folders, and run folders. Every folder is visited
     once and every picture belongs to one class, wherever links lead. Without ``training`` a test split alone will do.
     """
     root = _unwrapped(root)
@@ -85,7 +85,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _reason_to_leave_out(entry: os.DirEntry[str]) -> str:
-    """Why a folder is no part of the set; an empty string if it is."""
+    """Why a folder is not part of the set; an empty string if it is."""
     if entry.name.startswith(".") or entry.name.lower() in FOREIGN:
         return "folders of the system"
     if any(os.path.lexists(os.path.join(entry.path, name)) for name in RUN_FILES):

@@ -138,7 +138,7 @@ def full_scale(dtype: np.dtype, limits: tuple[float, float] | None, what: str) -
 
 
 def to_uint8(values: np.ndarray, top: float) -> np.ndarray:
-    """Values of 0..``top`` as 8 bits, rounded; what is no number becomes 0."""
+    """Values of 0..``top`` as 8 bits, rounded; what is not a number becomes 0."""
     if values.dtype == np.uint8:
         return values
     result = np.empty(values.shape, np.uint8)

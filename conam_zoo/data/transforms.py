@@ -88,10 +88,10 @@ class ImageDraws:
         count: int,
         size: tuple[int, int],
         settings: AugmentationSettings,
-        crop: tuple[int, int] | None = None,
+        crop: tuple[int, int],
         mirrored: Tensor | None = None,
     ) -> "ImageDraws":
-        """Draw for images of the size (H, W), of which ``crop`` (h, w) is shown; None for all of it.
+        """Draw for images of the size (H, W), of which ``crop`` (h, w) is shown.
 
         ``mirrored`` (N,) says which are to be flipped if that is decided already.
         """
@@ -99,7 +99,6 @@ class ImageDraws:
         def integers(high: int) -> Tensor:
             return torch.from_numpy(stream.integers(high, size=count))
 
-        crop = crop or size
         offsets = [2 * settings.crop_padding + whole - shown + 1 for whole, shown in zip(size, crop, strict=True)]
         drawn = integers(2) == 1  # whether it is used or not, so that the draws behind it stay the same
         if mirrored is None:
@@ -125,17 +124,15 @@ def alternating_flips(count: int, seed: int, epoch: int) -> Tensor:
     return first ^ (epoch % 2 == 1)
 
 
-def crop_and_flip(
-    images: Tensor, indices: Tensor, draws: ImageDraws, padding: int, crop: tuple[int, int] | None = None
-) -> Tensor:
+def crop_and_flip(images: Tensor, indices: Tensor, draws: ImageDraws, padding: int, crop: tuple[int, int]) -> Tensor:
     """Random windows of reflection-padded images, some mirrored, in one gather: uint8 (B, h, w, 3).
 
     The padded images are never made: the reflection is in the positions that are read. ``images`` are uint8
     (N, H, W, 3), contiguous; ``indices`` and ``draws`` are (B,); ``padding`` is smaller than H and W; ``crop`` is
-    (h, w), at most (H, W), or None for that.
+    (h, w), at most (H, W).
     """
     height, width, channels = images.shape[1:]
-    shown_height, shown_width = crop or (height, width)
+    shown_height, shown_width = crop
     rows = _reflected(draws.top[:, None] - padding + torch.arange(shown_height, device=images.device), height)
     columns = torch.arange(shown_width, device=images.device)
     columns = torch.where(draws.mirrored[:, None], shown_width - 1 - columns, columns)

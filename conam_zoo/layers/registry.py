@@ -62,7 +62,7 @@ def check_attention(name: str, attn_args: Mapping[str, Any] | None = None) -> No
         if name == "conam_variant":  # the forms of the ablation, which a checkout alone has
             remedy = "register the forms of the ablation with 'import experiments', in a checkout"
         raise ValueError(f"attn_layer is {name!r}, but it must be one of {', '.join(attention_names())}: {remedy}.")
-    if attn_args and not {"name", *GIVEN}.isdisjoint(attn_args):
+    if attn_args and (name == "none" or not {"name", *GIVEN}.isdisjoint(attn_args)):
         _refuse_arguments(name, dict(attn_args))
 
 
@@ -76,9 +76,8 @@ def create_attention(
     **attn_args: Any,
 ) -> nn.Module:
     """The attention of that name for a map of ``channels`` channels."""
-    check_attention(name)
+    check_attention(name, attn_args)
     if name == "none":
-        _refuse_arguments(name, attn_args)
         return nn.Identity()
     factory = FACTORIES[name]
     arguments: dict[str, Any] = {"device": device, "dtype": dtype, **attn_args}

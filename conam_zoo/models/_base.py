@@ -114,8 +114,6 @@ class StagedClassifier(nn.Module):
         self.in_chans = int(in_chans)
         self.grad_checkpointing = False
         self.levels, self.feature_info = [], []
-        if attn_layer == "none":
-            create_attention("none", 1, 1, **self.attn_args)  # refuses arguments
 
     def add_level(self, names: list[str], channels: int, reduction: int) -> None:
         """A feature level, with the child modules that lead to it from the one before, by name."""
@@ -205,7 +203,7 @@ class StagedClassifier(nn.Module):
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As PyTorch's; a file that timm reads itself, for ``checkpoint_path``, is checked like those that we read."""
-        caller = sys._getframe(1)  # timm hands over the tensors alone
+        caller = sys._getframe(1)  # timm hands over the tensors alone; a test holds it to these two names
         path = caller.f_locals.get("checkpoint_path")
         if path and caller.f_globals.get("__name__") == "timm.models._helpers" and str(path).endswith(".safetensors"):
             read_safetensors(Path(path))

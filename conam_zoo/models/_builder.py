@@ -44,7 +44,7 @@ def dataset_cfgs(architectures: Mapping[str, Mapping[str, Any]]) -> dict[str, De
     """
     try:
         manifest = load_manifest()
-    except ManifestError:  # importing is no place to complain: whoever asks for weights is told
+    except ManifestError:  # importing is no place to complain: loading weights reports it
         manifest = Manifest({})
     cfgs = {}
     for architecture, own in architectures.items():
@@ -129,7 +129,7 @@ def _check_config(
     overlay: Mapping[str, Any],
     cache_dir: str | Path | None,
 ) -> None:
-    """Refuse the config.json that timm has read if it is no good.
+    """Refuse the config.json that timm has read if anything is wrong with it.
 
     timm takes the one in the Hub cache as it is. Here a damaged one is fetched anew, and what was read from it is not
     used.

@@ -1,7 +1,7 @@
 """``config.json`` of a model folder, which is input from outside: checked as a whole before anything is built.
 
 The layout is timm's (``timm.models.save_for_hf``), with ``sha256`` and ``weights_file`` beside it. What would read
-other files, choose a device or change what is built is no part of it.
+other files, choose a device or change what is built is not part of it.
 """
 
 from collections.abc import Mapping, Sequence

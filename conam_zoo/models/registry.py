@@ -43,7 +43,7 @@ def model_names() -> list[str]:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse, by a UserError with what is near, a name that is no model of this package, with or without tag."""
+    """Refuse, by a UserError with what is near, a name that is not a model of this package, with or without tag."""
     builder, tag = split_model_name_tag(name)
     names = model_names()
     if builder not in names:

@@ -111,7 +111,7 @@ def ask_hub(hub_id: str, file: str, revision: str | None) -> Announced:
         pinned = revision is not None and re.fullmatch(REVISION_PATTERN, revision)
         wrong = None
         if not _DIGEST.fullmatch(digest):
-            wrong = "its ETag is no hash" if digest else "no ETag"
+            wrong = "its ETag is not a hash" if digest else "no ETag"
         elif not re.fullmatch(REVISION_PATTERN, commit) or (pinned and commit != revision):
             wrong = "it names no such commit"
         if wrong:

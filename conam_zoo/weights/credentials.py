@@ -70,7 +70,7 @@ def tells_secrets(error: BaseException | None) -> bool:
 
 
 def check_endpoint() -> None:
-    """Refuse (``HubError``) an endpoint that is no address, or to which the token would travel unencrypted."""
+    """Refuse (``HubError``) an endpoint that is not an address, or to which the token would travel unencrypted."""
     from huggingface_hub import constants
 
     try:

@@ -198,7 +198,7 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def no_constant(name: str) -> NoReturn:
-    """Refuse ``NaN`` and ``Infinity``, which Python's JSON has and JSON has not."""
+    """Refuse ``NaN`` and ``Infinity``, which Python reads and JSON does not have."""
     raise ManifestError(f"{name} is not a JSON number; write a finite one.")
 
 

@@ -207,7 +207,7 @@ def parse_safetensors(data: bytes, path: Path) -> dict[str, "Tensor"]:
 
 
 def check_values(tensors: Mapping[str, "Tensor"]) -> None:
-    """Refuse (``ValueError``) what no training ends in: NaN, infinity, a variance below zero, and what is no float."""
+    """Refuse (``ValueError``) what no training ends in: NaN, infinity, a variance below zero, a type not a float."""
     for name, tensor in tensors.items():
         if name.endswith("num_batches_tracked"):
             continue
