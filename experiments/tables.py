@@ -1,11 +1,14 @@
-"""The tables of README.md, docs/ and LOG.md that are written from the measurements in ``experiments/results``."""
+"""The tables of docs/ and LOG.md that are written from the measurements in ``experiments/results``."""
 
+import csv
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from conam_zoo.release.documents import fill_table
-from conam_zoo.weights import load_manifest
+from conam_zoo.weights import Manifest, Metrics, load_manifest
 from experiments.accuracy.compare import comparison_tables
 from experiments.accuracy.finetune import finetune_table
 from experiments.accuracy.knockout import knockout_table
@@ -14,7 +17,7 @@ from experiments.accuracy.starts import read_starts, start_table
 from experiments.speed.onnx_files import onnx_table
 from experiments.speed.record import benchmark_tables, command_today, read_record
 
-__all__ = ["RESULTS", "WRITTEN_BY", "generated_tables"]
+__all__ = ["RESULTS", "WRITTEN_BY", "generated_tables", "results_csv"]
 
 RESULTS = Path("experiments/results")
 WRITTEN_BY = "python -m experiments tables"
@@ -63,6 +66,29 @@ def _onnx(results: Path) -> str:
     return onnx_table(manifest, results / "onnx_accuracy.json", results / "onnx_speed.json")
 
 
+def results_csv(manifest: Manifest, images_per_second: Mapping[str, float]) -> str:
+    """All weights as CSV, one a line; what is not known is empty."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    described = ("params", "macs", "size_bytes", "epochs", "teacher")
+    pinned = ("sha256", "revision")
+    metrics = [field.name for field in fields(Metrics)]
+    writer.writerow(["name", "dataset", *metrics, *described, "images_per_second", *pinned])
+    for name, entry in sorted(manifest.entries.items()):
+        facts = asdict(entry)
+        speed = images_per_second.get(name)
+        values = [*facts["metrics"].values(), *(facts[key] for key in described), speed and round(speed)]
+        writer.writerow([name, entry.dataset, *values, *(facts[key] for key in pinned)])
+    return table.getvalue()
+
+
+def _images_per_second(record: Path) -> dict[str, float]:
+    """Of eager PyTorch at batch 64, as far as the record of ``onnx-speed`` has it."""
+    rows = read_record(record).rows if record.is_file() else ()
+    timed = [row for row in rows if (row.name, row.group["batch"]) == ("eager fp32", 64)]
+    return {row.group["weights"]: row.facts["images_per_second"] for row in timed}
+
+
 def _knockout(results: Path) -> str:
     paths = sorted(results.glob("knockout*.json"))
     return "\n\n".join(knockout_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths) or NOT_MEASURED
@@ -72,30 +98,30 @@ def _benchmark(name: str) -> Callable[[Path], str]:
     return lambda results: benchmark_tables(results)[name]
 
 
-def _evidence(name: str) -> Callable[[Path], str]:
+def _comparison(name: str) -> Callable[[Path], str]:
     return lambda results: comparison_tables(results)[name]
 
 
 # Document, name between its markers, what stands there.
 PLACES: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
-    ("README.md", "speed", _speed),
-    ("README.md", "onnx", _onnx),
     ("docs/recipes.md", "seeds", _seeds),
     ("docs/finetuning.md", "finetune", _finetune),
+    ("docs/benchmarks.md", "speed", _speed),
     ("docs/benchmarks.md", "benchmark train", _benchmark("train")),
     ("docs/benchmarks.md", "benchmark step", _benchmark("step")),
     ("docs/benchmarks.md", "benchmark inference", _benchmark("inference")),
+    ("docs/benchmarks.md", "onnx", _onnx),
     ("experiments/LOG.md", "benchmark cost", _benchmark("cost")),
     ("docs/benchmarks.md", "benchmark densenet", _benchmark("densenet")),
     ("docs/conam.md", "starts", _starts),
     ("docs/conam.md", "benchmark knockout", _knockout),
-    ("docs/conam.md", "benchmark compare", _evidence("compare")),
-    ("experiments/LOG.md", "benchmark ablation", _evidence("ablation")),
+    ("docs/conam.md", "benchmark compare", _comparison("compare")),
+    ("experiments/LOG.md", "benchmark ablation", _comparison("ablation")),
 )
 
 
 def generated_tables(checkout: Path) -> dict[Path, str]:
-    """What each document with tables of measurements has to hold.
+    """What each document with tables of measurements has to hold, and ``docs/results.csv``.
 
     Raises:
         UserError: If a document has no place for its table, or a file of measurements is damaged.
@@ -105,4 +131,7 @@ def generated_tables(checkout: Path) -> dict[Path, str]:
         path = checkout / document
         text = files.get(path) or path.read_text(encoding="utf-8")
         files[path] = fill_table(text, name, table(checkout / RESULTS), path, WRITTEN_BY)
+    manifest = load_manifest(checkout / "weights_manifest.json")
+    speeds = _images_per_second(checkout / RESULTS / "onnx_speed.json")
+    files[checkout / "docs" / "results.csv"] = results_csv(manifest, speeds)
     return files

@@ -1,11 +1,7 @@
 """Documents that are written from the manifest: model cards, tables of results, the recipes' heads."""
 
-import csv
-import io
-import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +13,7 @@ from conam_zoo.errors import UserError
 from conam_zoo.escape import for_markdown
 from conam_zoo.files import write_text
 from conam_zoo.training.recipe import list_recipes, load_recipe
-from conam_zoo.weights import Manifest, Metrics, WeightEntry, find_checkout, load_manifest
+from conam_zoo.weights import Manifest, WeightEntry, find_checkout, load_manifest
 from conam_zoo.weights.manifest import EVEN
 
 __all__ = [
@@ -29,7 +25,6 @@ __all__ = [
     "our_checkout",
     "recipe_head",
     "result_table",
-    "results_csv",
     "rewrite",
     "rewrite_tables",
 ]
@@ -132,7 +127,6 @@ def generated_files(checkout: Path) -> dict[Path, str]:
     readme = checkout / "README.md"
     text = readme.read_text(encoding="utf-8")
     written = {readme: fill_table(text, "results", result_table(manifest), readme)}
-    written[checkout / "docs" / "results.csv"] = results_csv(manifest, _images_per_second(checkout))
     for name, entry in manifest.entries.items():
         written[checkout / "weights" / name / "README.md"] = model_card(entry, manifest)
     for path in sorted((checkout / "conam_zoo" / "training" / "recipes").glob("*.toml")):
@@ -164,30 +158,6 @@ def result_table(manifest: Manifest) -> str:
             f"| {even} |"
         )
     return "\n".join(rows) + "\n"
-
-
-def results_csv(manifest: Manifest, images_per_second: Mapping[str, float]) -> str:
-    """All weights as CSV, one a line; what is not known is empty."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    described = ("params", "macs", "size_bytes", "epochs", "teacher")
-    pinned = ("sha256", "revision")
-    metrics = [field.name for field in fields(Metrics)]
-    writer.writerow(["name", "dataset", *metrics, *described, "images_per_second", *pinned])
-    for name, entry in sorted(manifest.entries.items()):
-        facts = asdict(entry)
-        speed = images_per_second.get(name)
-        values = [*facts["metrics"].values(), *(facts[key] for key in described), speed and round(speed)]
-        writer.writerow([name, entry.dataset, *values, *(facts[key] for key in pinned)])
-    return table.getvalue()
-
-
-def _images_per_second(checkout: Path) -> dict[str, float]:
-    """Of eager PyTorch at batch 64, as far as a checkout's record of ``experiments onnx-speed`` has it."""
-    record = checkout / "experiments" / "results" / "onnx_speed.json"
-    rows = json.loads(record.read_text(encoding="utf-8"))["rows"] if record.is_file() else ()
-    timed = [row for row in rows if (row["name"], row["group"]["batch"]) == ("eager fp32", 64)]
-    return {row["group"]["weights"]: row["facts"]["images_per_second"] for row in timed}
 
 
 def recipe_head(name: str, manifest: Manifest) -> str:
