@@ -11,13 +11,13 @@ RIGHT_WEIGHTS = ""
 
 INTRODUCTION = """# What every fault ends in
 
-Each row is a test against a server of the Hub's protocol: the load ends in the right weights or in one sentence, of
-which a part is quoted, within ten seconds (a lock that another process holds is waited for a minute). It never ends in
-wrong weights, it leaves nothing behind, and after it the same cache gives the right weights as soon as the fault is
+Each row is a test against a server that speaks the Hub's protocol: the load ends in the right weights or in one sentence,
+quoted in part, within ten seconds (a lock held by another process is waited for up to a minute). It never ends in
+wrong weights, it leaves nothing behind, and the same cache gives the right weights as soon as the fault is
 gone. This page is written by `python tests/faults.py` from the list that the tests run.
 
-Two things lie outside of it: `timm.create_model("hf-hub:...")` asks for `config.json` itself, by huggingface_hub's own
-client, before our code has its turn (the `conam` commands ask first and pin the commit); and the Hub's Xet transport
+Two things are not covered: `timm.create_model("hf-hub:...")` fetches `config.json` itself, with huggingface_hub's own
+client, before our code runs (the `conam` commands fetch it first and pin the commit); and the Hub's Xet transport
 is not used, since files come by plain HTTP.
 """
 
