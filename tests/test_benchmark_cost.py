@@ -64,7 +64,7 @@ def test_patch_sides_grow_with_the_images() -> None:
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_every_contender_keeps_shape_and_type_and_gives_all_gradients(name: str) -> None:
+def test_every_attention_keeps_shape_and_type_and_gives_all_gradients(name: str) -> None:
     for channels, side, patch_size in SITES[32]:
         x = torch.randn(2, channels, side, side, dtype=torch.bfloat16, requires_grad=True)
         calls = attention_calls(make_attention(name, channels, patch_size), x, torch.ones_like(x), "bf16")

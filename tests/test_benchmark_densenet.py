@@ -12,7 +12,7 @@ from conam_zoo.errors import UserError
 from conam_zoo.training.distributed import precision_on
 from experiments.speed import densenet
 from experiments.speed.densenet import (
-    CONTENDERS,
+    COMPARED,
     OPERATORS,
     benchmark_densenet,
     densenet_memory,
@@ -35,11 +35,11 @@ def test_torchvision_s_net_is_our_plain_twin() -> None:
     torch.testing.assert_close(theirs(images), ours(images), atol=1e-4, rtol=1e-4)
 
 
-def test_every_contender_has_a_time_its_parts_and_its_memory(tmp_path: Path) -> None:
+def test_every_net_has_a_time_its_parts_and_its_memory(tmp_path: Path) -> None:
     record = benchmark_densenet(quick=True, command="python -m experiments densenet --quick")
     (tmp_path / "densenet.json").write_text(json.dumps(record.to_dict()))
     rows = {row.name: row for row in read_record(tmp_path / "densenet.json").rows}
-    assert list(rows) == list(CONTENDERS)
+    assert list(rows) == list(COMPARED)
     assert rows["conam_zoo"].ratio == 1
     for row in rows.values():
         assert row.median > 0
@@ -57,7 +57,7 @@ def test_every_contender_has_a_time_its_parts_and_its_memory(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_contenders_are_in_bf16_where_the_device_has_it(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nets_are_in_bf16_where_the_device_has_it(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(densenet, "precision_on", lambda device, wanted: wanted if has_bf16 else "fp32")
     kept = {
         name: densenet_memory(name, 16, 4, 2, torch.get_num_threads())["kept_for_backward_mib"]

@@ -69,7 +69,7 @@ def test_a_quick_run_prints_ratios_to_eager_and_to_the_plain_twin(experiments, t
     for row in rows.values():
         assert row["facts"]["images_per_second"] == pytest.approx(2000 / row["median"], rel=1e-3)
     reasons = {(skip["name"], skip["reason"]) for skip in facts["skipped"]}
-    reason = "onnxruntime not installed: pip install 'conam-zoo[onnx]'"
+    reason = "onnxruntime not installed: pip install onnxruntime"
     assert reasons == {("onnx fp32", reason), ("plain, onnx fp32", reason)}
 
 

@@ -23,10 +23,10 @@ from experiments.tables import WRITTEN_BY
 CPU = torch.device("cpu")
 
 
-def test_contenders_take_turns_after_their_warm_up() -> None:
+def test_calls_take_turns_after_their_warm_up() -> None:
     called: list[str] = []
-    contenders = {name: lambda name=name: called.append(name) for name in "abc"}
-    times = time_in_turns(contenders, repeats=3, device=CPU, warmup=2)
+    calls = {name: lambda name=name: called.append(name) for name in "abc"}
+    times = time_in_turns(calls, repeats=3, device=CPU, warmup=2)
     assert "".join(called[:6]) == "aabbcc"
     rounds = ["".join(called[start : start + 3]) for start in (6, 9, 12)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
@@ -34,10 +34,10 @@ def test_contenders_take_turns_after_their_warm_up() -> None:
     assert all(value >= 0 for values in times.values() for value in values)
 
 
-def test_no_contender_always_follows_the_same_neighbour() -> None:
+def test_no_call_always_follows_the_same_neighbour() -> None:
     called: list[str] = []
-    contenders = {name: lambda name=name: called.append(name) for name in "abcd"}
-    time_in_turns(contenders, repeats=8, device=CPU, warmup=0)
+    calls = {name: lambda name=name: called.append(name) for name in "abcd"}
+    time_in_turns(calls, repeats=8, device=CPU, warmup=0)
     before = {name: {called[i - 1] for i in range(1, len(called)) if called[i] == name} for name in "abcd"}
     assert all(len(names - {name}) == 3 for name, names in before.items())
 
@@ -124,7 +124,7 @@ def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
         read_record(path)
 
 
-def test_the_long_table_has_one_line_for_each_contender() -> None:
+def test_the_long_table_has_one_line_for_each_row() -> None:
     ((sentence, cells),) = record_tables(_train_record())
     assert "relative to conam_zoo" in sentence
     assert cells == [
@@ -134,7 +134,7 @@ def test_the_long_table_has_one_line_for_each_contender() -> None:
     ]
 
 
-def test_the_cost_has_one_line_for_each_group_and_a_column_for_each_contender() -> None:
+def test_the_cost_has_one_line_for_each_group_and_a_column_for_each_attention() -> None:
     ((_, cells),) = record_tables(_cost_record())
     assert cells == [
         ["map", "layout", "conam", "se"],

@@ -1,4 +1,4 @@
-"""The contenders of the ``step`` benchmark compute the same step, and what is measured of them is what it is called."""
+"""The variants of the ``step`` benchmark compute the same step, and their columns hold what they are called."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ import torch
 from conam_zoo.errors import UserError
 from experiments.speed.cost_net import image_batch, training_step
 from experiments.speed.record import read_record
-from experiments.speed.step import CONTENDERS, benchmark_step, step_net
+from experiments.speed.step import VARIANTS, benchmark_step, step_net
 
 CPU = torch.device("cpu")
 
 
 def test_joining_in_place_changes_nothing() -> None:
     images = image_batch(4, 32, "channels_last", CPU)
-    nets = [step_net("resnet20_conam", name, CPU) for name in list(CONTENDERS)[:2]]
+    nets = [step_net("resnet20_conam", name, CPU) for name in list(VARIANTS)[:2]]
     before = {name: tensor.clone() for name, tensor in nets[0].state_dict().items()}
     for net in nets:
         training_step(net, images, "fp32")()
@@ -26,7 +26,7 @@ def test_joining_in_place_changes_nothing() -> None:
         torch.testing.assert_close(other[name], one[name], rtol=0, atol=0)
 
 
-def test_every_contender_has_a_time_and_the_eager_ones_their_parts(tmp_path: Path) -> None:
+def test_every_variant_has_a_time_and_the_eager_ones_their_parts(tmp_path: Path) -> None:
     record = benchmark_step(quick=True, command="python -m experiments step --quick")
     (tmp_path / "step.json").write_text(json.dumps(record.to_dict()))
     rows = read_record(tmp_path / "step.json").rows

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import conam_zoo  # noqa: F401 (registers the models)
+import experiments.accuracy.finetune as finetune_module
 from conam_zoo.data import ImageData, ImageSplit, open_images, read_split
 from conam_zoo.errors import UserError
 from conam_zoo.finetuning.net import finetune_recipe, freeze_layers, net_for_data, train_on
@@ -322,6 +323,24 @@ def test_the_benchmark_records_every_seed_and_the_table_sums_it_up() -> None:
     assert {"hardware", "library_versions", "minutes"} <= set(record)
     row["pretrained"], row["scratch"] = [80.0, 90.0], [70.0, 70.0]
     assert "| 85.0 ± 7.1 % | 70.0 ± 0.0 % | 15.0 ± 7.1 |" in finetune_table(record)
+
+
+def test_the_command_measures_the_sets_of_the_table(
+    experiments, cifar_root: Path, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.loads((checkout / "experiments" / "results" / "finetune.json").read_text())
+    asked: list[list[str]] = []
+
+    def benchmark_finetune(sets, *, say):  # the trainings take half an hour and are tested above
+        asked.append([few.title for few in sets])
+        return record
+
+    monkeypatch.setattr(finetune_module, "benchmark_finetune", benchmark_finetune)
+    code, out, err = experiments("finetune", "--data", cifar_root, "--json", tmp_path / "finetune.json")
+    assert code == 0, err
+    assert asked == [[row["set"] for row in record["rows"]]]
+    assert json.loads((tmp_path / "finetune.json").read_text()) == record
+    assert "from scratch" in out
 
 
 def test_the_table_in_the_docs_is_that_of_the_committed_record(checkout: Path) -> None:

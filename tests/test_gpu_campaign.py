@@ -132,7 +132,7 @@ def test_tasks_wait_for_what_they_need_and_failures_hold_up_no_others(work: Path
         _task(work, "pupil", "", ("broken",)),
         _task(work, "other data", dataset="cifar100"),
     ]
-    state = run_tasks(tasks, work, seconds=60, parallel=2, tell=told.append)
+    state = run_tasks(tasks, work, seconds=60, parallel=2, report=told.append)
     assert state == {
         "student": "done", "teacher": "done", "broken": "failed: conam: no memory", "pupil": "waiting",
         "other data": "waiting",

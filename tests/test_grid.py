@@ -14,6 +14,7 @@ from PIL import Image
 
 import experiments.accuracy.grid as grid_module
 from conam_zoo.errors import UserError
+from conam_zoo.layers import registry
 from conam_zoo.release.documents import fill_table
 from conam_zoo.training.checkpoint import has_checkpoint
 from conam_zoo.training.engine import NonFiniteLossError
@@ -21,11 +22,11 @@ from conam_zoo.training.recipe import load_recipe
 from conam_zoo.training.train import train
 from experiments.accuracy.ablation_axes import AXES, settings_of
 from experiments.accuracy.compare import (
-    LAYERS,
     ablation_cells,
     ablation_panels,
     ablation_table,
     attention_cells,
+    attention_layers,
     attention_panels,
     attention_table,
     comparison_tables,
@@ -156,12 +157,22 @@ def test_the_paper_s_form_is_trained_once_for_all_axes() -> None:
         (lambda: grid_recipe("long"), "There is no recipe 'long' for a grid: choose short or full."),
         (lambda: grid_recipe("short", ["seed=4"]), "The setting seed is not one of the whole grid"),
         (lambda: grid_recipe("short", ["epohcs=4"]), "has no setting 'epohcs'"),
+        (lambda: grid_recipe("short", ["epochs"]), "The setting 'epochs' has no '='"),
     ],
 )
 def test_unknown_names_are_refused(make: Callable[[], object], sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         make()
     assert sentence in str(caught.value)
+
+
+def test_a_registered_attention_can_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.FACTORIES, "gate", lambda channels, patch_size, **_: torch.nn.Identity())
+    assert attention_layers()[-1] == "gate"
+    (cell,) = attention_cells(["resnet20"], ["cifar10"], ["gate"], [0], grid_recipe("short"))
+    assert cell.recipe.model_args == {"attn_layer": "gate"}
+    table = attention_table(asdict(Grid("compare", "", [finished(cell, 90.0)])))
+    assert "| gate | 1 | 90.00 | - |" in table
 
 
 # Training
@@ -242,7 +253,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
-def test_a_failed_cell_is_told_and_tried_again(small_data: Path, tmp_path: Path) -> None:
+def test_a_failed_cell_is_reported_and_tried_again(small_data: Path, tmp_path: Path) -> None:
     cells = attention_cells(["resnet20"], ["cifar10"], ["none"], [0], grid_recipe("short", [*TINY, "lr=1e30"]))
     events: list[str] = []
     for _ in range(2):
@@ -277,7 +288,7 @@ def test_t_quantiles_are_those_of_the_distribution() -> None:
 
 def test_differences_are_paired_by_seed() -> None:
     grid = a_grid({"none": [90.0, 92.0, 94.0], "conam": [91.0, 93.5, 95.0], "se": [93.0]})
-    plain, conam, se = compare(grid.cells, "none", LAYERS)
+    plain, conam, se = compare(grid.cells, "none", attention_layers())
     assert (plain.mean, plain.deviation, plain.difference) == (92.0, 2.0, None)
     assert conam.difference == pytest.approx((1.0 + 1.5 + 1.0) / 3)
     deviation = math.sqrt(2 * (1 / 6) ** 2 + (1 / 3) ** 2) / math.sqrt(2)
@@ -290,7 +301,7 @@ def test_differences_are_paired_by_seed() -> None:
 def test_chance_is_estimated_from_all_variants() -> None:
     # Without the effects of variants and seeds: 0, 0; 1, -1; -1, 1. Six cells, four effects: two degrees of freedom.
     grid = a_grid({"none": [90.0, 92.0], "conam": [92.0, 92.0], "se": [91.0, 95.0]})
-    _, conam, se = compare(grid.cells, "none", LAYERS)
+    _, conam, se = compare(grid.cells, "none", attention_layers())
     deviation = math.sqrt((1 + 1 + 1 + 1) / 2)
     assert (conam.difference, se.difference) == (1.0, 2.0)
     assert conam.half_width == pytest.approx(4.303 * deviation * math.sqrt(2 / 2))
@@ -298,7 +309,7 @@ def test_chance_is_estimated_from_all_variants() -> None:
 
 
 def test_one_seed_says_nothing_about_chance() -> None:
-    rows = compare(a_grid({"none": [90.0], "conam": [91.0], "se": [92.0]}).cells, "none", LAYERS)
+    rows = compare(a_grid({"none": [90.0], "conam": [91.0], "se": [92.0]}).cells, "none", attention_layers())
     assert [row.half_width for row in rows] == [None, None, None]
     assert [row.difference for row in rows] == [None, 1.0, 2.0]
 
@@ -398,8 +409,8 @@ def test_dry_runs_list_the_cells(experiments: Conam, tmp_path: Path) -> None:
     code, out, _ = experiments("compare", "--data", tmp_path, "--seed", 0, "--dry-run")
     assert code == 0
     assert out.splitlines() == [
-        *(f"resnet20_conam.cifar10.{layer}.seed0" for layer in LAYERS),
-        f"{len(LAYERS)} cells of 15 epochs",
+        *(f"resnet20_conam.cifar10.{layer}.seed0" for layer in attention_layers()),
+        f"{len(attention_layers())} cells of 15 epochs",
     ]
     code, out, _ = experiments("ablation", "--data", tmp_path, "--axis", "relu", "--seed", 2, "--dry-run")
     assert code == 0
@@ -433,7 +444,8 @@ def test_the_command_writes_a_file_a_plot_and_a_table(experiments: Conam, small_
 def test_bad_input_gives_one_sentence(experiments: Conam, tmp_path: Path) -> None:
     code, _, err = experiments("compare", "--data", tmp_path, "--layer", "bam", "--output", tmp_path / "a")
     assert code == 2
-    assert err == (
-        "conam: There is no layer 'bam' to compare: choose from none, conam, se, eca, cbam, gc, coord, simam.\n"
+    assert err.startswith(
+        "conam: There is no layer 'bam' to compare: choose from none, conam, se, eca, cbam, gc, coord, simam"
     )
+    assert "conam_variant" not in err
     assert list(tmp_path.iterdir()) == []

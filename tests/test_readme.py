@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand; commands, links and paths that any document names are there."""
+"""The README's Python blocks run as they stand; commands, options, links and paths that a document names are there."""
 
 import re
 import subprocess
@@ -17,7 +17,10 @@ from experiments.speed.commands import app as research
 @pytest.mark.slow
 def test_every_python_block_runs(tmp_path: Path, warm_python: str) -> None:
     blocks = PYTHON_BLOCK.findall((CHECKOUT / "README.md").read_text(encoding="utf-8"))
-    assert len(blocks) == 4
+    assert len(blocks) == 2
+    page = (CHECKOUT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    blocks += PYTHON_BLOCK.findall(page.partition("## A loop of your own")[2])
+    assert len(blocks) == 3
     for name in ("ant", "bee", "cow"):
         folder = tmp_path / "my_pictures" / name
         folder.mkdir(parents=True)
@@ -35,13 +38,23 @@ DOCUMENTS = [
 ]
 
 
+COMMAND = r"(?:torchrun .*-m )?(conam_zoo|conam|python -m experiments)"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_it_names_exists(document: str) -> None:
+def test_every_command_and_option_it_names_exists(document: str) -> None:
     text = (CHECKOUT / document).read_text(encoding="utf-8")
     named = re.findall(r"(?:^|`|\$ )(conam|python -m experiments) ([a-z][a-z-]*)", text, re.MULTILINE)
     commands = {"conam": app, "python -m experiments": research}
     for command, word in named:
         assert word in typer.main.get_group(commands[command]).commands, f"{document} names {command} {word}"
+    for command, word, arguments in re.findall(rf"^{COMMAND} ([a-z][a-z-]*) ([^#\n]*)", text, re.MULTILINE):
+        known = typer.main.get_group(commands.get(command, app)).commands[word]
+        if word == "gpu":
+            known = known.commands[arguments.split()[0]]
+        options = {name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        given = set(re.findall(r"(?<!\S)--[a-z][\w-]*", arguments))
+        assert given <= options, f"{document} gives {command} {word} {given - options}"
     makefile = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
         assert f"\n{target}:" in makefile

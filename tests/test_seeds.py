@@ -1,4 +1,4 @@
-"""Several seeds of one recipe: gathered from run folders, and averaged."""
+"""Several seeds of one recipe: collected from run folders, and averaged."""
 
 import json
 from pathlib import Path

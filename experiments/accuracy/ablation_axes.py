@@ -46,7 +46,7 @@ def _patches(per_side: int, model: str) -> Mapping[str, Any]:
     """Patch sides that give so many patches per side, from the builder's own, which give four.
 
     Raises:
-        UserError: If a map of the model has no so many pixels.
+        UserError: If a map of the model has too few pixels.
     """
     own = timm.create_model(model, device="meta").patch_sizes
     if any(4 * side % per_side for side in own):
@@ -85,7 +85,7 @@ CHANNELS_UNIT_START: dict[str, Any] = {"unit_start": True, **CHANNELS_SIGMOID}
 
 
 def _one_patch(switches: Mapping[str, Any], model: str) -> Mapping[str, Any]:
-    """A gate of channels alone: what is left of a form without its patches."""
+    """A form with a single patch per map: a gate of channels alone."""
     return {"attn_layer": "conam_variant", "attn_args": switches, **_patches(1, model)}
 
 

@@ -1,4 +1,4 @@
-"""Commands that measure what an attention brings: compare, ablation, knockout, seeds, starts, shipped, tables."""
+"""Commands about accuracy: compare, ablation, knockout, finetune, seeds, starts, shipped; and tables."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Compile, Json, Settings, console, json_only
+from conam_zoo.layers.registry import attention_names
+from experiments.accuracy.ablation_axes import AXES
 from experiments.speed.commands import app, progress_line, typed_command
 
 if TYPE_CHECKING:
     from experiments.accuracy.grid import Cell
 
+LAYERS = [name for name in attention_names() if name != "conam_variant"]
 Models = Annotated[list[str] | None, typer.Option("--model", help="Backbone, such as resnet56; repeatable.")]
 Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="cifar10 or cifar100; repeatable.")]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. Default: 0, 1, 2.")]
@@ -19,6 +22,7 @@ Holdout = Annotated[
     int, typer.Option(help="Training images kept out and evaluated instead of the test images, for choosing.")
 ]
 Parallel = Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the cores.")]
+Output = Annotated[Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list the cells.")]
 DataFolder = Annotated[str, typer.Option(help=f"A folder with all the data sets, or one of them: {DATA_HELP}")]
 
@@ -30,29 +34,27 @@ def compare(
     datasets: Datasets = None,
     layers: Annotated[
         list[str] | None,
-        typer.Option("--layer", help="none, conam, se, eca, cbam, gc, coord, simam; repeatable. Default: all."),
+        typer.Option("--layer", help=f"{', '.join(LAYERS)}; repeatable. Default: all."),
     ] = None,
     seeds: Seeds = None,
     recipe: RecipeName = "short",
     holdout: Holdout = 0,
     settings: Settings = None,
-    output: Annotated[
-        Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
-    ] = Path("experiments/results/compare"),
+    output: Output = Path("experiments/results/compare"),
     parallel: Parallel = 1,
     compile: Compile = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train nets with different attentions under one recipe and the same seeds, and compare them.
 
-    A cell that is there is not trained again, one that was interrupted goes on: repeat the command.
+    Finished cells are not trained again, interrupted ones are resumed: repeat the command.
     """
-    from experiments.accuracy.compare import LAYERS, attention_cells
+    from experiments.accuracy.compare import attention_cells, attention_layers
     from experiments.accuracy.grid import grid_recipe
 
     shared = grid_recipe(recipe, [*(settings or []), f"holdout={holdout}"])
     cells = attention_cells(
-        models or ["resnet20"], datasets or ["cifar10"], layers or LAYERS, seeds or [0, 1, 2], shared
+        models or ["resnet20"], datasets or ["cifar10"], layers or attention_layers(), seeds or [0, 1, 2], shared
     )
     _run("compare", cells, data, output, parallel, compile, dry_run)
 
@@ -64,11 +66,7 @@ def ablation(
     datasets: Datasets = None,
     axes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--axis",
-            help="shortcut, relu, patches, context, gate, bottleneck, placement, site, start, form; repeatable. "
-            "Default: all.",
-        ),
+        typer.Option("--axis", help=f"{', '.join(AXES)}; repeatable. Default: all."),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -78,18 +76,15 @@ def ablation(
     recipe: RecipeName = "short",
     holdout: Holdout = 5000,
     settings: Settings = None,
-    output: Annotated[
-        Path, typer.Option(help="Path without ending: OUTPUT.json, OUTPUT.png, and run folders in OUTPUT/.")
-    ] = Path("experiments/results/ablation"),
+    output: Output = Path("experiments/results/ablation"),
     parallel: Parallel = 1,
     compile: Compile = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train forms of ConAM, axis by axis as in the paper's ablation, and candidates for a better one.
 
-    Judged on held-out training images unless --holdout is 0. Repeat the command to go on where it ended.
+    Judged on held-out training images unless --holdout is 0. Repeat the command to go on where it stopped.
     """
-    from experiments.accuracy.ablation_axes import AXES
     from experiments.accuracy.compare import ablation_cells
     from experiments.accuracy.grid import grid_recipe
 
@@ -106,7 +101,7 @@ def knockout(
     data: DataFolder,
     json_file: Json = None,
 ) -> None:
-    """What a trained net uses of its ConAM: its accuracy when the confidences are replaced. Nothing is trained."""
+    """How much a trained net uses its ConAM: its accuracy when the confidences are replaced. Nothing is trained."""
     from rich.markdown import Markdown
 
     from experiments.accuracy.knockout import benchmark_knockout, knockout_table
@@ -117,9 +112,23 @@ def knockout(
         console(wide=True).print(Markdown(knockout_table(document)))
 
 
+@app.command(epilog="Example: python -m experiments finetune --data data --json experiments/results/finetune.json")
+def finetune(data: DataFolder, json_file: Json = None) -> None:
+    """Fine-tune and train from scratch on four small sets, five seeds each; needs scikit-learn and scikit-image."""
+    from rich.markdown import Markdown
+
+    from experiments.accuracy.finetune import benchmark_finetune, digits, faces, few_of_cifar100, finetune_table
+
+    sets = [few_of_cifar100(data), few_of_cifar100(data, image_size=64), digits(), faces()]
+    with progress_line() as progress:
+        record = benchmark_finetune(sets, say=progress)
+    if not json_only(record, json_file):
+        console(wide=True).print(Markdown(finetune_table(record)))
+
+
 @app.command(epilog="Example: python -m experiments seeds runs/resnet20_conam.cifar10.seed*")
 def seeds(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders.")]) -> None:
-    """Add finished runs to experiments/results/seeds.json: what several seeds of a recipe give."""
+    """Add finished runs to experiments/results/seeds.json: mean and deviation over the seeds of each recipe."""
     from experiments.accuracy.seeds import add_run, read_seeds, seed_table
     from experiments.tables import RESULTS
 
@@ -133,7 +142,7 @@ def starts(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders with held-out images.")],
     data: Annotated[Path, typer.Option(help=f"Training images. {DATA_HELP}")],
 ) -> None:
-    """Add finished runs to experiments/results/starts.json: two starts of ConAM compared on held-out images."""
+    """Add finished runs to experiments/results/starts.json: two initialisations of ConAM on held-out images."""
     from experiments.accuracy.starts import add_start, read_starts, start_table
     from experiments.tables import RESULTS
 
@@ -147,7 +156,7 @@ def shipped(
     data: DataFolder,
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Default: all of the manifest.")] = None,
 ) -> None:
-    """Reproduce the published accuracy of shipped weights on all test images; exit code 2 where one is not met."""
+    """Reproduce the published accuracy of shipped weights on all test images; exit code 2 if one differs."""
     from conam_zoo.weights import load_manifest
     from experiments.accuracy.shipped import check_shipped
 
@@ -160,7 +169,7 @@ def shipped(
 
 @app.command()
 def tables() -> None:
-    """Rewrite the tables of README.md and docs/ that come from experiments/results."""
+    """Rewrite the tables of docs/ and LOG.md that come from experiments/results, and docs/results.csv."""
     from conam_zoo.release.documents import rewrite
     from experiments.tables import generated_tables
 

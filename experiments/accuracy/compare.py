@@ -1,4 +1,4 @@
-"""What the grids say: the comparison of attentions and the ablation as functions, with their tables."""
+"""The comparison of attentions and the ablation: their cells, their tables and their plots."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ import timm
 
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
+from conam_zoo.layers.registry import attention_names
 from conam_zoo.training.recipe import Recipe
 from experiments.accuracy.ablation_axes import AXES, PAPER, PLAIN, Arguments, settings_of
 from experiments.accuracy.compare_plot import Panel, draw_panels
@@ -19,16 +20,15 @@ from experiments.accuracy.statistics import Comparison, compare
 from experiments.speed.record import BenchmarkRecord, Row, read_record
 
 __all__ = [
-    "LAYERS",
     "ablation_cells",
     "ablation_table",
     "attention_cells",
+    "attention_layers",
     "attention_table",
     "comparison_tables",
     "run_comparison",
 ]
 
-LAYERS = ("none", "conam", "se", "eca", "cbam", "gc", "coord", "simam")
 TITLES = {
     "none": "plain",
     "conam": "ConAM",
@@ -42,6 +42,11 @@ TITLES = {
 SHORT_EPOCHS = 100  # fewer than this is called short training
 
 
+def attention_layers() -> tuple[str, ...]:
+    """What can be compared: the plain net and every registered attention but the forms, which ``ablation`` compares."""
+    return tuple(name for name in attention_names() if name != "conam_variant")
+
+
 def attention_cells(
     models: Sequence[str], datasets: Sequence[str], layers: Sequence[str], seeds: Sequence[int], recipe: Recipe
 ) -> list[Cell]:
@@ -51,8 +56,8 @@ def attention_cells(
         UserError: If a model, a data set or a layer is unknown.
     """
     for layer in layers:
-        if layer not in LAYERS:
-            raise UserError(f"There is no layer {layer!r} to compare: choose from {', '.join(LAYERS)}.")
+        if layer not in attention_layers():
+            raise UserError(f"There is no layer {layer!r} to compare: choose from {', '.join(attention_layers())}.")
     variants = {layer: _layer_arguments(layer) for layer in layers}
     return plan_grid(models, datasets, _for_size(variants, recipe.image_size), seeds, recipe)
 
@@ -104,7 +109,7 @@ def run_comparison(what: str, cells: Sequence[Cell], data: str | Path, output: P
 
 
 def comparison_tables(folder: Path) -> dict[str, str]:
-    """Markdown for ``attention`` and ``ablation`` from the JSON files in a folder, ratios from its cost records.
+    """Markdown for ``compare`` and ``ablation`` from the JSON files in a folder, ratios from its cost records.
 
     Raises:
         UserError: If a file is not what its name says.
@@ -138,11 +143,11 @@ def attention_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecor
             "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
         ]
         nll = _nll(cells, "none")
-        for row in compare(cells, "none", LAYERS):
+        for row in compare(cells, "none", attention_layers()):
             scores = _scores(row, nll[row.variant])
             counts = f"{row.facts['params']:,} | {row.facts['macs'] / 1e6:.2f} M"
             times = [_ratio(costs, model, row, which) for which in ("training step", "inference")]
-            lines.append(f"| {TITLES[row.variant]} | {scores} | {counts} | {' | '.join(times)} |")
+            lines.append(f"| {TITLES.get(row.variant, row.variant)} | {scores} | {counts} | {' | '.join(times)} |")
         pieces.append("\n".join(lines))
     return "\n\n".join(pieces)
 
@@ -184,7 +189,7 @@ def ablation_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecord
 
 
 def _arguments_of_forms(grid: Grid) -> list[str]:
-    """A line for each setting of the last axis, whose labels do not say all: what its builder was given."""
+    """A line for each setting of the last axis, whose labels are abbreviations: the arguments of its builder."""
     given = {cell["variant"]: cell["recipe"]["model_args"] for cell in grid.cells}
     _, settings = AXES["form"]
     return [
@@ -198,7 +203,8 @@ def attention_panels(grid: Grid) -> list[Panel]:
     """One panel for each model on each data set."""
     panels = []
     for (model, dataset), cells in _groups(grid).items():
-        rows = {TITLES[row.variant]: row for row in compare(cells, "none", LAYERS) if row.values}
+        compared = compare(cells, "none", attention_layers())
+        rows = {TITLES.get(row.variant, row.variant): row for row in compared if row.values}
         panels.append(Panel(f"{_backbone(model)}, {DATASETS[dataset].title}", rows, reference="plain"))
     return [panel for panel in panels if panel.rows]
 
@@ -233,7 +239,7 @@ def _backbone(model: str) -> str:
 
 
 def _conditions(grid: Grid) -> str:
-    """On what and how the cells were trained, in words."""
+    """How and on what the cells were trained, in words."""
     if not grid.cells:
         return "No cell is trained yet."
     epochs = grid.cells[0]["epochs"]

@@ -66,7 +66,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         row = panel.rows[label]
         mean = fmean(row.values)
         if reference is not None and row.difference is not None:
-            mean = reference + row.difference  # the same, unless the reference has seeds that this one has not
+            mean = reference + row.difference  # the same, unless the reference has seeds that this one lacks
         axes.plot(row.values, [position] * len(row.values), "o", color=DOT, markersize=4, alpha=0.8, zorder=2)
         if row.half_width is not None:
             ends = [mean - row.half_width, mean + row.half_width]

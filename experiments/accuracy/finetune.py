@@ -1,7 +1,6 @@
-"""Does starting from our weights beat starting from random numbers on few images? Measured on three real sets.
+"""Does starting from our weights beat starting from random weights on few images? Measured on three real sets.
 
-None of the sets is downloaded: CIFAR-100 is where the caller has it, the other two come inside of scikit-learn and
-scikit-image.
+None of the sets is downloaded: the caller has CIFAR-100, the other two are part of scikit-learn and scikit-image.
 """
 
 import platform
@@ -117,7 +116,7 @@ def _resized(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], s
 
 
 def _drawn(train: ImageSplit, test: ImageSplit | None, per_class: int, seed: int) -> ImageData:
-    """So many random training images of each class; the rest is the test split if there is no other."""
+    """``per_class`` random training images of each class; the rest is the test split if there is no other."""
     stream, labels = random_stream(SPLITTING, seed), train.labels.numpy()
     parts = [stream.permutation(np.flatnonzero(labels == label))[:per_class] for label in range(len(train.classes))]
     chosen = np.sort(np.concatenate(parts))
@@ -156,7 +155,7 @@ def benchmark_finetune(
         epochs: Passes over the training images.
         lr: Peak learning rate of fine-tuning; None for the default.
         lr_from_scratch: That of training from scratch; None for its default.
-        say: Prints a line.
+        say: Called with a line for each training.
 
     Returns:
         A record that JSON can hold: what was run on what, and for each set the test accuracy of every seed, in percent.

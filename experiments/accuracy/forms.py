@@ -9,12 +9,12 @@ contexts ``l_i``, the global context ``g`` and the perceptron ``e`` of ``conam_z
    ``scaled_dot``  z_i = t e(l_i) . e(g) / sqrt(C / heads),   t learned, 1 at the start
    ``cosine``      z_i = t e(l_i) . e(g) / (|e(l_i)| |e(g)|), t learned, 10 at the start
    With ``channel_term`` channel c of patch i has an agreement of its own, z_ic = e(g)_c + z_i - mean_j z_j: the global
-   embedding rescales the channels, as in SE, and what sets a patch's agreement apart from the others' the patch.
+   embedding rescales the channels, as in SE, and a patch's deviation from the mean agreement rescales the patch.
 2. confidence over the P patches:
    ``softmax``     eta_i = exp(z_i) / sum_j exp(z_j)
    ``sigmoid``     eta_i = 1 / (1 + exp(-z_i))
    ``tanh``        eta_i = tanh(z_i - mean_j z_j), between -1 and 1: a gate that can go below one
-   ``tanh_uncentred``  eta_i = tanh(z_i): the same, which can rescale all patches alike, too
+   ``tanh_uncentred``  eta_i = tanh(z_i): the same, but it can also rescale all patches alike
 3. scaling:
    ``none``        a_i = eta_i
    ``mean_one``    a_i = eta_i / mean_j eta_j; behind a softmax this is P eta_i
@@ -24,7 +24,7 @@ contexts ``l_i``, the global context ``g`` and the perceptron ``e`` of ``conam_z
 
 With several heads, the embedding is cut into as many groups of channels, one for each channel at ``heads`` 0; each
 group has its own agreement, t and s, and rescales its own channels of the map. With ``unit_start`` the last layer's
-bias starts at one, so that an agreement of a few channels is no product of two small numbers. A context that is left
+bias starts at one, so that an agreement of a few channels is not a product of two small numbers. A context that is left
 out is replaced by a vector of ones in step 1; with the global one alone all patches agree equally, and behind a softmax
 the map is multiplied by the constant 1 + 1/P.
 
@@ -67,8 +67,8 @@ class ConAMVariantConfig:
         reduction: Bottleneck ratio r: the hidden layer has C / r channels, at least one.
         heads: Groups of channels with confidences of their own; they have to divide C. 0 for one for each channel.
         unit_start: Whether the bias of the perceptron's last layer starts at one, so that embeddings start around one
-            and an agreement is no product of two small numbers.
-        channel_term: Whether the global embedding takes the place of the mean agreement, channel by channel.
+            and an agreement is not a product of two small numbers.
+        channel_term: Whether the global embedding replaces the mean agreement, channel by channel.
         identity_start: Whether a learned factor that starts at 0 stands before ``a``.
 
     Raises:
@@ -108,7 +108,7 @@ class ConAMVariantConfig:
             )
         if self.gate.startswith("tanh") and self.scaling != "none":
             raise ValueError(
-                f"attn_args: scaling is {self.scaling!r}, but the mean of a {self.gate} gate is no scale: use 'none'."
+                f"attn_args: scaling is {self.scaling!r}, but the mean of a {self.gate} gate can be zero: use 'none'."
             )
         if self.channel_term and self.gate not in ("sigmoid", "tanh_uncentred"):
             raise ValueError(

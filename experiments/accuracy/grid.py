@@ -1,7 +1,7 @@
-"""A grid of trainings under one recipe: which cells there are, training those that are missing, keeping the results.
+"""A grid of trainings under one recipe: planning its cells, training the missing ones, recording the results.
 
-A grid is one JSON file, rewritten after every cell, and a folder of the same name with the run folders. A cell that the
-file or the folder has is not trained again; one that was interrupted goes on from its checkpoint.
+A grid is one JSON file, rewritten after every cell, and a folder of the same name with the run folders. A cell in the
+file or the folder is not trained again; an interrupted one is resumed from its checkpoint.
 """
 
 import json
@@ -14,13 +14,13 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder, write_text
 from conam_zoo.models.registry import check_model_name, count_params_and_macs, model_names
 from conam_zoo.training.queue import Job, run_queue
-from conam_zoo.training.recipe import Recipe, load_recipe, recipe_from_dict
+from conam_zoo.training.recipe import Recipe, load_recipe, parse_settings, recipe_from_dict
 
 __all__ = ["RECIPES", "Cell", "Grid", "grid_recipe", "plan_grid", "read_grid", "run_grid"]
 
 RECIPES = ("short", "full")
 FORMER_NAMES = {"attention": "compare"}
-OWN_TO_A_CELL = ("model", "dataset", "model_args", "seed")  # all other settings are those of the whole grid
+OWN_TO_A_CELL = {"model", "dataset", "model_args", "seed"}  # all other settings are those of the whole grid
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,12 @@ def grid_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     """One of ``RECIPES``, with settings such as ``"epochs=5"`` replaced.
 
     Raises:
-        UserError: If the recipe or a setting is unknown, out of range, or one that each cell has of its own.
+        UserError: If the recipe or a setting is unknown, out of range, or one that differs between cells.
     """
     if name not in RECIPES:
         raise UserError(f"There is no recipe {name!r} for a grid: choose {' or '.join(RECIPES)}.")
-    for setting in settings:
-        key = setting.partition("=")[0].strip()
-        if key in OWN_TO_A_CELL:
-            raise UserError(f"The setting {key} is not one of the whole grid: each cell has its own.")
+    if own := parse_settings(list(settings)).keys() & OWN_TO_A_CELL:
+        raise UserError(f"The setting {min(own)} is not one of the whole grid: each cell has its own.")
     return load_recipe(str(Path(__file__).parent / "recipes" / f"{name}.toml"), list(settings))
 
 
@@ -120,7 +118,7 @@ def read_grid(path: Path) -> Grid:
     """Read a grid's JSON file.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is not one.
     """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +142,7 @@ def run_grid(
     command: str = "",
     on_event: Callable[[str, str], None] = lambda name, event: None,
 ) -> Grid:
-    """Train the cells that are missing, and keep ``output`` + ``.json`` up to date after each.
+    """Train the missing cells, and update ``output`` + ``.json`` after each.
 
     Args:
         what: ``"compare"`` or ``"ablation"``.
@@ -152,7 +150,7 @@ def run_grid(
         data: Folder with the data sets; see ``conam_zoo.data.read_split``.
         output: Path without ending: ``results/compare`` makes ``results/compare.json`` and the run folders in
             ``results/compare/``.
-        parallel: Trainings at a time, each a process; the cores are shared out evenly.
+        parallel: Trainings at a time, each in a process; the cores are divided evenly.
         compile: Train with ``torch.compile``.
         command: The command line, for the record.
         on_event: Called with a cell's name and a word: ``is there``, ``started``, ``resumed``, ``done``,
@@ -218,7 +216,7 @@ def _check_recipes(file: Path, earlier: Iterable[dict[str, Any]], cells: Sequenc
         if new is None:
             return
         shared = new.recipe.to_dict()
-        own = () if old["name"] in wanted else OWN_TO_A_CELL
+        own: set[str] = set() if old["name"] in wanted else OWN_TO_A_CELL
         changed = [key for key in recipe if key not in own and recipe[key] != shared[key]]
         if changed:
             raise UserError(

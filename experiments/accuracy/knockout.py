@@ -1,12 +1,12 @@
-"""What a trained net uses of its ConAM modules: its accuracy when their confidences are replaced by others.
+"""How much a trained net uses its ConAM modules: its accuracy when their confidences are replaced.
 
-Nothing is trained. Each change keeps the weights of the net and replaces what one module, or every one, multiplies by:
+Nothing is trained. Each change keeps the weights of the net and replaces the factors of one module, or of every one:
 
-- ``even``: every patch has the confidence 1/P, so nothing of the picture is left in it;
-- ``exchanged``: the confidences of another image of the batch, so what all images share stays, such as a favoured
-  middle, and what is the image's own goes;
-- ``shuffled``: the image's own confidences on its patches in random order;
-- ``removed``: the map passes as it is.
+- ``even``: every patch has the confidence 1/P, which does not depend on the picture;
+- ``exchanged``: the confidences of another image of the batch, which keep what all images share, such as a preference
+  for the centre, but nothing of the image itself;
+- ``shuffled``: the image's own confidences, assigned to its patches in random order;
+- ``removed``: the map passes unchanged.
 """
 
 import json
@@ -36,7 +36,7 @@ EVERY_SITE = "every site"
 
 
 def _replaced(confidence: Tensor, change: str, generator: torch.Generator) -> Tensor:
-    """The confidences that a change puts into the place of a batch's own: (N, rows, columns) -> the same."""
+    """The confidences that replace a batch's own: (N, rows, columns) -> the same."""
     count = confidence[0].numel()
     if change == "even":
         return torch.full_like(confidence, 1 / count)
@@ -56,7 +56,7 @@ def knocked_out(model: nn.Module, sites: Collection[str], change: str, seed: int
         model: A net with ConAM.
         sites: Names of the modules.
         change: One of ``CHANGES``.
-        seed: Of what is random in it.
+        seed: Seed of ``shuffled``.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -84,7 +84,7 @@ def measure_knockout(
     Args:
         model: A net with ConAM.
         split: The images to evaluate on.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
 
     Returns:
         ``images``, ``unchanged`` (``top1_percent`` and ``nll``), and ``sites``: for each one ``site``,
@@ -137,14 +137,14 @@ def benchmark_knockout(
         models: Names of nets with weights, or ``local-dir:FOLDER``.
         data: Where the data sets are.
         command: The command line, for the record.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
 
     Returns:
         What ``results/knockout*.json`` hold: ``what``, ``command``, the environment, and for each of ``models`` its
         ``model`` and what ``measure_knockout`` gives.
 
     Raises:
-        UserError: If a net or its data cannot be had, or it has no ConAM.
+        UserError: If a net or its data cannot be read, or it has no ConAM.
     """
     measured = []
     for name in models:

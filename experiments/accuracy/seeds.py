@@ -1,4 +1,4 @@
-"""What several seeds of one recipe give: mean and deviation, in one JSON file that the tables are written from."""
+"""Several seeds of one recipe: their results in one JSON file, and the table of mean and deviation made from it."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""Are the published accuracies those of the shipped files? Evaluated again on all test images."""
+"""Whether the shipped files reach the published accuracies, evaluated again on all test images."""
 
 from pathlib import Path
 

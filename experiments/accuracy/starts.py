@@ -1,4 +1,4 @@
-"""Two starts of ConAM compared on held-out training images: PyTorch's own, and the second bias at one."""
+"""Two initialisations of ConAM on held-out training images: PyTorch's default, and the second bias at one."""
 
 import json
 import statistics
@@ -52,11 +52,11 @@ def add_start(path: Path, folder: Path, data: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a finished run folder ({error}).") from error
     if not recipe["holdout"]:
-        raise UserError(f"{folder} held no images out, but starts are compared on held-out images.")
-    # The form with every switch at its default is ConAM with PyTorch's own start.
+        raise UserError(f"{folder} held no images out, but initialisations are compared on held-out images.")
+    # The form with every switch at its default is ConAM with PyTorch's default initialisation.
     form = arguments.get("attn_layer", "conam") == "conam_variant" and not arguments.get("attn_args")
     if not form and arguments:
-        raise UserError(f"{folder} has model_args {arguments}, which is neither of the two starts.")
+        raise UserError(f"{folder} has model_args {arguments}, which is neither of the two initialisations.")
     model = open_model(f"local-dir:{folder / 'final'}")
     cfg = model.pretrained_cfg
     watched = read_split(data, "train", recipe["dataset"]).spread(MONITORED_IMAGES).images

@@ -1,8 +1,8 @@
 """Means over seeds, and differences to a baseline seed by seed, with their confidence intervals.
 
-The intervals are those of a two-way layout: a score is taken to be the sum of what its variant and what its seed bring,
-and of chance, whose deviation is the same for all. That deviation is estimated from all variants together, since two or
-three seeds of a single pair say next to nothing about it. With two variants it is the paired t-test.
+The intervals are those of a two-way layout: a score is modelled as the sum of an effect of its variant, an effect of
+its seed, and chance, whose deviation is the same for all. That deviation is estimated from all variants together, since
+two or three seeds of a single pair say little about it. With two variants it is the paired t-test.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class Comparison:
         mean: Their mean.
         deviation: Their standard deviation (n - 1); None for one seed.
         difference: Mean difference to the baseline over the seeds that both have; None without such seeds.
-        half_width: Half of its 95 % confidence interval, see above; None where nothing tells chance from effect.
+        half_width: Half of its 95 % confidence interval, see above; None if chance cannot be estimated.
         pairs: How many seeds both have.
         failed: How many cells failed.
         facts: The cell of the first seed, for what does not depend on it.
@@ -87,7 +87,7 @@ def compare(
         differences = [value - base[seed] for seed, value in scores[name].items() if seed in base]
         if name == baseline:
             differences = []
-        told = bool(differences) and degrees > 0
+        estimated = bool(differences) and degrees > 0
         rows.append(
             Comparison(
                 variant=name,
@@ -95,7 +95,7 @@ def compare(
                 mean=fmean(values) if values else None,
                 deviation=stdev(values) if len(values) > 1 else None,
                 difference=fmean(differences) if differences else None,
-                half_width=t_quantile(degrees) * chance * sqrt(2 / len(differences)) if told else None,
+                half_width=t_quantile(degrees) * chance * sqrt(2 / len(differences)) if estimated else None,
                 pairs=len(differences),
                 failed=failed[name],
                 facts=facts[name],
@@ -105,7 +105,7 @@ def compare(
 
 
 def _chance(scores: Mapping[str, Mapping[int, float]]) -> tuple[float, int]:
-    """Deviation of what variant and seed leave unexplained, by least squares, and its degrees of freedom."""
+    """Standard deviation of the residuals after variant and seed, by least squares, and its degrees of freedom."""
     cells = [(variant, seed, score) for variant, of_seeds in scores.items() for seed, score in of_seeds.items()]
     variants, seeds = sorted({cell[0] for cell in cells}), sorted({cell[1] for cell in cells})
     design = np.zeros((len(cells), len(variants) + len(seeds)))

@@ -1,7 +1,7 @@
 """The trainings of the plan, several at a time, until they are done or the time is up; and what is handed back.
 
 The folder of the campaign holds all state: ``code``, a copy of the checkout in which the teachers are packed; ``data``;
-``runs``; ``banks``; ``logs``; ``delivered.json``. The same call on the same folder goes on where the last one ended.
+``runs``; ``banks``; ``logs``; ``delivered.json``. The same call on the same folder goes on where the last one stopped.
 """
 
 import io
@@ -65,20 +65,20 @@ def run_tasks(
     *,
     seconds: float,
     parallel: int,
-    tell: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
     each_while: Callable[[], object] = lambda: None,
 ) -> dict[str, str]:
-    """Run tasks, the first ones first, until all are done or the time is up; then SIGTERM, upon which each saves.
+    """Run tasks in order until all are done or the time is up; then SIGTERM, so that each saves its state.
 
-    A task is begun once its data set is there and what it needs is done. One that fails is not tried again in this
-    call, and holds up only those that need it.
+    A task starts once its data set is there and the tasks it needs are done. One that fails is not tried again in this
+    call, and blocks only those that need it.
 
     Args:
-        tasks: In order; those that are done already are passed over.
+        tasks: In order; those already done are skipped.
         work: The folder of the campaign.
         seconds: Time after which everything is stopped.
         parallel: Processes at a time.
-        tell: Told what happens.
+        report: Called with a line for each event.
         each_while: Called every half minute.
 
     Returns:
@@ -95,12 +95,12 @@ def run_tasks(
                 if state[task.name] == "waiting" and ready and len(running) < parallel:
                     running[task.name] = _start(task, work, parallel)
                     state[task.name] = "running"
-                    tell(f"{task.name}: started")
+                    report(f"{task.name}: started")
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
                     state[name] = _ended(by_name[name], process.returncode, work)
-                    tell(f"{name}: {state[name]}")
+                    report(f"{name}: {state[name]}")
             if not running and not any(_can_start(task, state, work) for task in tasks):
                 break
             if time.monotonic() > next_while:
@@ -119,7 +119,7 @@ def run_tasks(
                 process.wait()
             ended = _ended(by_name[name], process.returncode, work)
             state[name] = ended if ended == "done" else "stopped"
-            tell(f"{name}: {state[name]}")
+            report(f"{name}: {state[name]}")
     return state
 
 
@@ -158,7 +158,7 @@ def _ended(task: Task, code: int, work: Path) -> str:
 
 
 def deliver_logs(work: Path, output: Path) -> Path:
-    """Write ``logs.tar``: every process's log, and log, recipe and result of every training."""
+    """Write ``logs.tar``: the log of every process, and log, recipe and result of every training."""
     files = sorted((work / "logs").glob("*.log")) + [
         run / name for run in sorted((work / "runs").glob("*")) for name in RECORDS if (run / name).is_file()
     ]
@@ -176,8 +176,8 @@ def deliver(
 ) -> tuple[list[str], list[str]]:
     """Write the logs, then the finished trainings that were not handed back yet, then states of unfinished ones.
 
-    What is handed back lets a campaign go on upon a fresh machine; there banks are recorded anew, and unfinished
-    students begin again.
+    With what is handed back, a campaign can continue on a fresh machine; banks are recorded again there, and unfinished
+    students start over.
 
     Args:
         tasks: In the order in which they are handed back.
@@ -187,7 +187,7 @@ def deliver(
         again: Hand back what was handed back before as well.
 
     Returns:
-        Names of the trainings that were handed back, finished and unfinished, and of the finished that found no room.
+        Names of the trainings that were handed back, finished and unfinished, and of finished ones that did not fit.
     """
     room = min(limit_bytes - deliver_logs(work, output).stat().st_size, (MAX_FILES - 1) * PART_BYTES) - MIB // 8
     record = work / "delivered.json"

@@ -1,4 +1,4 @@
-"""Commands for a GPU that is lent for a limited time: gpu split, gpu take, gpu train."""
+"""Commands for a GPU that is available for a limited time: gpu split, gpu take, gpu train."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +8,12 @@ import typer
 from conam_zoo.cli._shared import console
 from experiments.speed.commands import app
 
-gpu = typer.Typer(help="Train the whole zoo on one GPU that is lent for a limited time.", no_args_is_help=True)
+gpu = typer.Typer(help="Train the whole zoo on one GPU that is available for a limited time.", no_args_is_help=True)
 app.add_typer(gpu, name="gpu")
 
 Work = Annotated[
-    Path, typer.Argument(help="The folder of the campaign on that machine, outside of what is copied to it each time.")
+    Path,
+    typer.Argument(help="The folder of the campaign on that machine, outside the checkout."),
 ]
 
 
@@ -22,7 +23,7 @@ def split(
     parts: Annotated[Path, typer.Argument(help="Where the parts go.")],
     part_mib: Annotated[int, typer.Option(min=1, help="Size of a part.")] = 40,
 ) -> None:
-    """Cut the data sets into parts, so that they can be carried to the machine a part at a time."""
+    """Cut the data sets into parts, so that they can be copied to the machine one at a time."""
     from conam_zoo.errors import UserError
     from experiments.gpu.parts import MIB, write_parts
 
@@ -36,13 +37,13 @@ def split(
 
 @gpu.command(epilog="Example: python -m experiments gpu take carried ~/campaign")
 def take(
-    source: Annotated[Path, typer.Argument(help="A folder with parts: of data sets, or of what was handed back.")],
+    source: Annotated[Path, typer.Argument(help="A folder with parts of data sets, or of what was handed back.")],
     work: Work,
 ) -> None:
-    """Take parts in, some or all, and unpack what is complete.
+    """Collect parts, some or all, and unpack the complete archives.
 
-    Data sets go to WORK/data, trainings to WORK/runs. So it also unpacks what was handed back, and lets a campaign go
-    on upon a fresh machine.
+    Data sets go to WORK/data, trainings to WORK/runs. It also unpacks what was handed back, so that a campaign can
+    continue on a fresh machine.
     """
     from experiments.gpu.parts import join_parts
 
@@ -67,7 +68,7 @@ def train(
     ] = None,
     length: Annotated[str, typer.Option(help="Which recipe where a net has several: campaign, or long.")] = "long",
     bank_epochs: Annotated[
-        int, typer.Option(min=1, help="Epochs of a bank; students of more epochs pass it again. Even.")
+        int, typer.Option(min=1, help="Epochs of a bank, an even number; students with more epochs start it over.")
     ] = 100,
     limit_mib: Annotated[int, typer.Option(min=1, help="Size of all that is handed back in one call.")] = 60,
     again: Annotated[bool, typer.Option("--again", help="Hand back what was handed back before as well.")] = False,
@@ -78,7 +79,7 @@ def train(
 ) -> None:
     """Train until the time is up, teachers first, and hand back logs and finished weights.
 
-    Repeat the command: it goes on where it ended.
+    Repeat the command to go on where it stopped.
     """
     from conam_zoo.errors import UserError
     from conam_zoo.weights import find_checkout
@@ -93,11 +94,11 @@ def train(
     prepare_code(checkout, work, settings or [])
     tasks = plan_tasks(work, nets=nets or list(NETS), length=length, bank_epochs=bank_epochs, compile=compile)
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         console().print(line)
 
     state = run_tasks(
-        tasks, work, seconds=60 * minutes, parallel=parallel, tell=tell, each_while=lambda: deliver_logs(work, out)
+        tasks, work, seconds=60 * minutes, parallel=parallel, report=report, each_while=lambda: deliver_logs(work, out)
     )
     handed, left = deliver(tasks, work, out, limit_bytes=limit_mib * MIB, again=again)
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Archives cut into parts, for machines that take and give files of a limited size only."""
+"""Archives cut into parts, for machines that exchange files of limited size only."""
 
 import hashlib
 import re

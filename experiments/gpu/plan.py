@@ -1,4 +1,4 @@
-"""What is trained on the GPU: the table of the zoo's weights, in the order of their worth."""
+"""What is trained on the GPU: the table of the zoo's weights, in order of priority."""
 
 import sys
 from collections.abc import Callable, Collection
@@ -12,8 +12,8 @@ from conam_zoo.training.teacher_bank import SETTINGS
 
 __all__ = ["LENGTHS", "NETS", "Task", "plan_tasks"]
 
-# Weights, teachers first; the plain twins are kept as records. With each, what its two recipes' names end in: that of
-# the campaign on two cores, and the long one.
+# Weights, teachers first; the plain twins are kept as records. With each, the suffixes of its two recipes' names: that
+# for the campaign on two cores, and the long one.
 NETS = {
     "wide_resnet16_4_conam.cifar100": ("", ""),
     "wide_resnet16_4_conam.cifar10": ("", ".long"),
@@ -65,17 +65,17 @@ def plan_tasks(
     bank_epochs: int = 100,
     compile: bool = False,
 ) -> list[Task]:
-    """All tasks in the order in which they are begun: teachers, banks of their logits, the other nets.
+    """All tasks in the order in which they start: teachers, banks of their logits, the other nets.
 
     Args:
         work: The folder of the campaign: ``code``, ``data``, ``runs``, ``banks``, ``logs``.
         nets: Some of ``NETS``.
         length: Which of its recipes a net is trained with, one of ``LENGTHS``.
-        bank_epochs: Epochs of a bank at most; students of more epochs pass it again.
+        bank_epochs: Epochs of a bank at most; students with more epochs start it over.
         compile: Train with ``torch.compile``.
 
     Raises:
-        UserError: If a net or a length is not in the table, or a bank of an odd number of epochs would be passed again.
+        UserError: If a net or a length is not in the table, or a bank with an odd number of epochs would be reused.
     """
     if unknown := [net for net in nets if net not in NETS]:
         raise UserError(f"{unknown[0]!r} is not in the table: choose among {', '.join(NETS)}.")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from conam_zoo.layers.conam import ConAM
-from conam_zoo.layers.registry import TIMM_LAYERS, create_attention
+from conam_zoo.layers.registry import BUILT_IN, create_attention
 
 __all__ = [
     "ATTENTIONS",
@@ -71,8 +71,8 @@ def with_rearrange(model: nn.Module) -> nn.Module:
     return model
 
 
-# The rearrange-based formulation, then timm's layers, then the one without parameters.
-ATTENTIONS = ("conam", "rearrange", *TIMM_LAYERS, "simam")
+# The rearrange-based formulation stands beside ConAM; the plain twin, "none", is no attention.
+ATTENTIONS = ("conam", "rearrange", *(name for name in BUILT_IN if name not in ("none", "conam")))
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
 

@@ -20,16 +20,16 @@ __all__ = ["app", "progress_line", "typed_command"]
 
 app = typer.Typer(
     name="python -m experiments",
-    help="Measure speed, cost and benefit, each with what it is compared with in one run.",
+    help="Measure speed, cost and benefit, each together with its baselines in one run.",
     no_args_is_help=True,
-    epilog="Measure on a machine that does nothing else. docs/benchmarks.md says how each is measured.",
+    epilog="Measure on an otherwise idle machine. docs/benchmarks.md describes the methods.",
 )
 Quick = Annotated[
     bool, typer.Option("--quick", help="A tiny run that only shows that everything works; its numbers mean nothing.")
 ]
 Sets = Annotated[Path, typer.Option(help="A data set, or a folder of data sets by name.")]
 Weights = Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Default: all of the manifest.")]
-Repeats = Annotated[int, typer.Option(help="Rounds; in each round every contender is measured once.")]
+Repeats = Annotated[int, typer.Option(help="Rounds; each round measures ours and every baseline once.")]
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def train(
     quick: Quick = False,
     json_file: Json = None,
 ) -> None:
-    """Images per second of our training loop, beside a plain DataLoader loop and timm's loop."""
+    """Images per second of our training loop, compared with a plain DataLoader loop and timm's loop."""
     from experiments.speed.train import benchmark_train
 
     _measure(
@@ -115,7 +115,7 @@ def step(
     quick: Quick = False,
     json_file: Json = None,
 ) -> None:
-    """Where the time of a training step goes, and what in-place joins and torch.compile save of it."""
+    """Where the time of a training step goes, and how much of it in-place joins and torch.compile save."""
     from experiments.speed.step import benchmark_step
 
     _measure(benchmark_step, json_file, model, batch_size=batch_size, repeats=repeats, quick=quick)
@@ -180,7 +180,7 @@ def cost(
     quick: Quick = False,
     json_file: Json = None,
 ) -> None:
-    """What ConAM costs in time and memory, beside the rearrange formulation and six other attentions."""
+    """The cost of ConAM in time and memory, compared with the rearrange formulation and six other attentions."""
     from experiments.speed.cost import NETS, PARTS, benchmark_cost
 
     _measure(
@@ -208,7 +208,7 @@ def densenet(
     quick: Quick = False,
     json_file: Json = None,
 ) -> None:
-    """A DenseNet's training step beside torchvision's DenseNet of the same configuration: time and memory."""
+    """A DenseNet's training step compared with torchvision's DenseNet of the same configuration: time and memory."""
     from experiments.speed.densenet import benchmark_densenet
 
     _measure(benchmark_densenet, json_file, model, batch_size=batch_size, repeats=repeats, quick=quick)
@@ -216,7 +216,7 @@ def densenet(
 
 @app.command(epilog="Example: python -m experiments onnx-accuracy --data ~/data resnet20_conam.cifar10")
 def onnx_accuracy(data: Sets, names: Weights = None) -> None:
-    """Top-1 of shipped weights, and of their ONNX files in float32 and int8: into experiments/results."""
+    """Record top-1 of shipped weights and of their ONNX files, float32 and int8, in experiments/results."""
     from conam_zoo.weights import load_manifest
     from experiments.speed.onnx_files import add_accuracy
     from experiments.tables import RESULTS

@@ -1,4 +1,4 @@
-"""What ConAM costs in time and memory, beside the rearrange-based formulation and timm's attentions."""
+"""The cost of ConAM in time and memory, compared with the rearrange-based formulation and timm's attentions."""
 
 from collections.abc import Callable, Sequence
 
@@ -49,10 +49,10 @@ def benchmark_cost(
         compile: Whether the module under ``torch.compile`` is timed too; if None, on a CUDA device.
         quick: A tiny run that only shows that everything works; its numbers mean nothing.
         command: The command line, for the record.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
 
     Raises:
-        UserError: If an argument is none of these.
+        UserError: If an argument is not one of these.
     """
     check_choice("--part", parts, PARTS)
     for option, values, choices in (

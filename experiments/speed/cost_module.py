@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from experiments.speed.baselines import ATTENTIONS, make_attention, memory_format
 from experiments.speed.measure import time_in_turns
-from experiments.speed.record import Row, summarise
+from experiments.speed.record import Row, time_rows
 
 __all__ = ["SITES", "attention_calls", "measure_modules"]
 
@@ -84,10 +84,10 @@ def measure_modules(
         batch_size: Images of 32 x 32; at 224 x 224 an eighth of it, so that the maps are of similar size in all.
         repeats: Rounds.
         min_seconds: Least duration of one measurement.
-        compile: Whether ConAM under ``torch.compile`` is one more contender.
+        compile: Whether ConAM under ``torch.compile`` is timed as well.
         device: Where to compute.
-        sites: Only the first so many sites of each image size; all if None.
-        progress: Told what is being measured.
+        sites: How many of the sites of each image size are measured; all if None.
+        progress: Called with what is being measured.
     """
     for image_size in image_sizes:
         count = batch_size if image_size == 32 else max(1, batch_size // 8)
@@ -107,11 +107,11 @@ def measure_modules(
                         compiled: nn.Module = torch.compile(modules["conam"])  # type: ignore[assignment]
                         calls["conam compiled"] = attention_calls(compiled, x, gradient, precision)
                     for which in (FORWARD, BOTH):
-                        contenders: dict[str, Callable[[], object]] = {n: c[which] for n, c in calls.items()}
-                        contenders["copy"] = _copy_calls(x)[which]
-                        times = time_in_turns(contenders, repeats=repeats, device=device, min_seconds=min_seconds)
-                        yield from summarise(
-                            {name: [1000 * t for t in values] for name, values in times.items()},
+                        timed: dict[str, Callable[[], object]] = {n: c[which] for n, c in calls.items()}
+                        timed["copy"] = _copy_calls(x)[which]
+                        times = time_in_turns(timed, repeats=repeats, device=device, min_seconds=min_seconds)
+                        yield from time_rows(
+                            times,
                             group={
                                 "part": "module",
                                 "map": f"{count} x {channels} x {side} x {side}",
@@ -120,5 +120,4 @@ def measure_modules(
                                 "pass": which,
                             },
                             reference="conam",
-                            unit="ms",
                         )

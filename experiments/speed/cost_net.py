@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from experiments.speed.baselines import ATTENTIONS, make_net, memory_format
 from experiments.speed.measure import allocated_bytes, time_in_turns
-from experiments.speed.record import Row, summarise
+from experiments.speed.record import Row, summarise, time_rows
 
 __all__ = [
     "NETS",
@@ -88,7 +88,7 @@ def measure_nets(
         batch_size: Images of 32 x 32; at 224 x 224 an eighth of it.
         repeats: Rounds.
         device: Where to compute.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
     """
     for model in models:
         for image_size in image_sizes:
@@ -111,15 +111,10 @@ def measure_nets(
                         "precision": precision,
                     }
                     times = time_in_turns(steps, repeats=repeats, device=device)
-                    yield from _rows(times, group | {"pass": "training step"})
+                    yield from time_rows(times, group=group | {"pass": "training step"}, reference=PLAIN)
                     calls = {name: inference_call(net.eval(), images, precision) for name, net in nets.items()}
                     times = time_in_turns(calls, repeats=repeats, device=device)
-                    yield from _rows(times, group | {"pass": "inference"})
-
-
-def _rows(times: dict[str, list[float]], group: dict[str, str]) -> list[Row]:
-    milliseconds = {name: [1000 * t for t in values] for name, values in times.items()}
-    return summarise(milliseconds, group=group, reference=PLAIN, unit="ms")
+                    yield from time_rows(times, group=group | {"pass": "inference"}, reference=PLAIN)
 
 
 MIB = 2**20
@@ -166,7 +161,7 @@ def measure_memory(
         precisions: ``"fp32"``, ``"bf16"``.
         batch_size: Images.
         device: Where to compute.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
     """
     for model in models:
         for layout in layouts:

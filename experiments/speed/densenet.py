@@ -15,16 +15,16 @@ from experiments.speed.baselines import memory_format
 from experiments.speed.cost_net import image_batch, kept_bytes, training_step
 from experiments.speed.fresh_process import FreshProcesses
 from experiments.speed.measure import benchmark_device, check_least, operator_shares, peak_growth_bytes, time_in_turns
-from experiments.speed.record import BenchmarkRecord, make_record, summarise
+from experiments.speed.record import BenchmarkRecord, make_record, time_rows
 
 __all__ = ["CONFIGURATIONS", "benchmark_densenet", "densenet_memory", "torchvision_densenet"]
 
 # Depth and growth rate. torchvision has the form with bottlenecks and compression alone.
 CONFIGURATIONS = {"densenetbc100_12_conam": (100, 12), "densenetbc190_40_conam": (190, 40)}
 OURS, TORCHVISION, RECOMPUTING, PLAIN = "conam_zoo", "torchvision", "recomputing", "plain twin"
-# What each contender is: its layout, its precision where the device has instructions for it (else it is fp32), and
-# whether it recomputes features in the backward pass.
-CONTENDERS = {
+# For each net its layout, its precision (fp32 on devices without instructions for it), and whether it recomputes
+# features in the backward pass.
+COMPARED = {
     OURS: ("channels_last", "bf16", False),
     f"{OURS}, {RECOMPUTING}": ("channels_last", "bf16", True),
     f"{OURS}, {PLAIN}": ("channels_last", "bf16", False),
@@ -60,17 +60,15 @@ def torchvision_densenet(depth: int, growth: int, recompute: bool = False) -> nn
     return net
 
 
-def _step(
-    contender: str, depth: int, growth: int, batch_size: int
-) -> tuple[nn.Module, Tensor, str, Callable[[], None]]:
-    """A contender, its batch, the precision it computes in here, and one training step on it."""
-    layout, precision, recompute = CONTENDERS[contender]
+def _step(name: str, depth: int, growth: int, batch_size: int) -> tuple[nn.Module, Tensor, str, Callable[[], None]]:
+    """One of ``COMPARED``, its batch, the precision it computes in here, and one training step on it."""
+    layout, precision, recompute = COMPARED[name]
     device = benchmark_device()
     torch.manual_seed(0)
-    if contender.startswith(TORCHVISION):
+    if name.startswith(TORCHVISION):
         net = torchvision_densenet(depth, growth, recompute)
     else:
-        attention = "none" if contender.endswith(PLAIN) else "conam"
+        attention = "none" if name.endswith(PLAIN) else "conam"
         net = ConAMDenseNet(depth, growth, bottleneck=True, attn_layer=attention)
         net.set_grad_checkpointing(recompute)
     net = net.to(device).to(memory_format=memory_format(layout)).train()
@@ -79,10 +77,10 @@ def _step(
     return net, images, precision, training_step(net, images, precision)
 
 
-def densenet_memory(contender: str, depth: int, growth: int, batch_size: int, threads: int) -> dict[str, float]:
+def densenet_memory(name: str, depth: int, growth: int, batch_size: int, threads: int) -> dict[str, float]:
     """MiB that autograd keeps for the backward pass, and by which the first steps raise the peak of this process."""
     torch.set_num_threads(threads)
-    net, images, precision, step = _step(contender, depth, growth, batch_size)
+    net, images, precision, step = _step(name, depth, growth, batch_size)
 
     def work() -> None:
         step()
@@ -101,7 +99,7 @@ def benchmark_densenet(
     command: str = "",
     progress: Callable[[str], None] = lambda text: None,
 ) -> BenchmarkRecord:
-    """Time and profile a training step of all contenders, and measure the memory of each in a process of its own.
+    """Time and profile a training step of all nets, and measure the memory of each in a process of its own.
 
     Args:
         model: One of ``CONFIGURATIONS``.
@@ -109,7 +107,7 @@ def benchmark_densenet(
         repeats: Rounds.
         quick: A tiny run on a smaller net that only shows that everything works; its numbers mean nothing.
         command: The command line, for the record.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
 
     Raises:
         UserError: If torchvision has no such net, or a number is out of range.
@@ -122,23 +120,22 @@ def benchmark_densenet(
     depth, growth = CONFIGURATIONS[model]
     if quick:
         depth, growth, batch_size, repeats = 16, 4, 2, 1
-    progress(f"training steps of {model} and its contenders, {batch_size} images, {repeats} rounds")
+    progress(f"training steps of {model} and its baselines, {batch_size} images, {repeats} rounds")
     device = benchmark_device()
     steps, precisions = {}, {}
-    for name in CONTENDERS:
+    for name in COMPARED:
         _, _, precisions[name], steps[name] = _step(name, depth, growth, batch_size)
     times = time_in_turns(steps, repeats=repeats, device=device)
     progress("shares of the operators")
     shares = {name: operator_shares(step, OPERATORS, device) for name, step in steps.items()}
     del steps
-    milliseconds = {name: [1000 * seconds for seconds in values] for name, values in times.items()}
-    rows = summarise(milliseconds, group={"model": model, "batch": batch_size}, reference=OURS, unit="ms")
+    rows = time_rows(times, group={"model": model, "batch": batch_size}, reference=OURS)
     with FreshProcesses(__name__) as processes:
         for index, row in enumerate(rows):
             progress(f"memory of {row.name}")
             memory = processes.call(
                 "densenet_memory",
-                contender=row.name,
+                name=row.name,
                 depth=depth,
                 growth=growth,
                 batch_size=batch_size,
@@ -147,11 +144,5 @@ def benchmark_densenet(
             speed = {"images_per_second": 1000 * batch_size / row.median}
             facts = {"precision": precisions[row.name], **speed, **shares[row.name], **memory}
             rows[index] = replace(row, facts=facts)
-    settings = {
-        "model": model,
-        "batch_size": batch_size,
-        "repeats": repeats,
-        "device": device.type,
-        "quick": quick,
-    }
+    settings = {"model": model, "batch_size": batch_size, "repeats": repeats, "device": device.type, "quick": quick}
     return make_record("densenet", rows, settings=settings, command=command)

@@ -1,4 +1,4 @@
-"""Calling functions in processes of their own, so that nothing that ran before blurs what is measured there.
+"""Calling functions in processes of their own, so that nothing that ran before affects the measurement.
 
 One new Python process imports the module of the functions, which takes seconds, and then forks a child for each call.
 It computes nothing itself, because a process whose OpenMP threads have run cannot be forked safely.

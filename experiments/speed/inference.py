@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from conam_zoo.models.registry import check_model_name
 from conam_zoo.training.distributed import precision_on
+from experiments.speed.cost_net import inference_call
 from experiments.speed.measure import benchmark_device, check_choice, check_least, time_in_turns
-from experiments.speed.record import BenchmarkRecord, Row, Skipped, make_record, summarise
+from experiments.speed.record import BenchmarkRecord, Row, Skipped, make_record, time_rows
 
 __all__ = ["MODES", "ModeUnavailableError", "benchmark_inference", "mode_call", "session_call"]
 
@@ -53,10 +54,10 @@ def benchmark_inference(
         repeats: Rounds.
         quick: A tiny run that only shows that everything works; its numbers mean nothing.
         command: The command line, for the record.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
 
     Raises:
-        UserError: If an argument is none of these.
+        UserError: If an argument is not one of these.
     """
     device = benchmark_device()
     slow: list[str] = []
@@ -125,18 +126,17 @@ def _measure(
                 continue
             seconds_to_prepare[name] = time.perf_counter() - started
             calls[name] = call
-    progress(f"{model}, batch {count}: timing {len(calls)} contenders")
+    progress(f"{model}, batch {count}: timing {len(calls)} modes")
     times = time_in_turns(calls, repeats=repeats, device=device, settle=1, min_seconds=min_seconds)
-    milliseconds = {name: [1000 * t for t in values] for name, values in times.items()}
     rows = []
-    for row in summarise(milliseconds, group=group, reference=MODES[0], unit="ms"):
+    for row in time_rows(times, group=group, reference=MODES[0]):
         facts = {"images_per_second": 1000 * count / row.median}
         if "eager" not in row.name:
             facts["seconds_to_prepare"] = seconds_to_prepare[row.name]
         twin = TWIN + row.name
-        if twin in milliseconds:
-            pair = {name: milliseconds[name] for name in (twin, row.name)}
-            facts["ratio_to_plain"] = summarise(pair, group={}, reference=twin, unit="ms")[1].ratio
+        if twin in times:
+            pair = {name: times[name] for name in (twin, row.name)}
+            facts["ratio_to_plain"] = time_rows(pair, group={}, reference=twin)[1].ratio
         rows.append(replace(row, facts=facts))
     return rows, skipped
 
@@ -152,17 +152,11 @@ def mode_call(net: nn.Module, images: Tensor, mode: str) -> Callable[[], object]
         return _onnx_call(net, images)
     if way == "compiled":
         net = _compiled(net)
-    device = images.device.type
-
-    def call() -> Tensor:
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            logits: Tensor = net(images)
-            return logits
-
+    call = inference_call(net, images, precision)
     if way == "compiled":
         try:
             call()
-        except (RuntimeError, OSError) as error:  # whatever the C++ or the Triton compiler lacks
+        except (RuntimeError, OSError) as error:  # whatever the C++ or Triton compiler reports
             raise ModeUnavailableError(
                 f"torch.compile fails: {(str(error).splitlines() or ['no reason'])[0]}"
             ) from error
@@ -185,7 +179,7 @@ def _installed(package: str) -> bool:
 def _onnx_call(net: nn.Module, images: Tensor) -> Callable[[], object]:
     """An ONNX Runtime session on the net, with as many threads as PyTorch has, on the device of the images."""
     if missing := [name for name in ONNX_PACKAGES if not _installed(name)]:
-        raise ModeUnavailableError(f"{', '.join(missing)} not installed: pip install 'conam-zoo[onnx]'")
+        raise ModeUnavailableError(f"{', '.join(missing)} not installed: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(net, (images.contiguous(),), path, dynamo=True, external_data=False, verbose=False)

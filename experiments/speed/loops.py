@@ -100,13 +100,13 @@ def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *,
     """This package's loop: autocast, channels_last, the whole set on the device, whole batches augmented there.
 
     It is what ``conam train`` runs between two checkpoints, without a moving average of the weights, which the other
-    loops have not either.
+    loops lack too.
 
     Args:
         settings: What it is run with.
         split: Images.
         device: Where it runs.
-        teacher: ``"online"`` for a WideResNet-16-4 that looks at every batch, ``"bank"`` for logits from a bank, read
+        teacher: ``"online"`` for a WideResNet-16-4 that is run on every batch, ``"bank"`` for logits from a bank, read
             from disk once an epoch; empty for none. Time and memory do not depend on what the logits are: the teacher
             has not been trained, and those in the bank are random.
     """
@@ -146,12 +146,12 @@ def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *,
         for epoch in range(bank.epochs):
             write_epoch(bank.folder, epoch, torch.randn(len(split), len(split.classes)).half(), {})
         batches = BankedBatches(batches, bank, settings.batch_size)
-    learner = TrainState(net, recipe, batches.steps, teacher=watching, compile=settings.compile)
+    state = TrainState(net, recipe, batches.steps, teacher=watching, compile=settings.compile)
     epochs = itertools.count()
 
     def run(steps: int | None = None, folder: tempfile.TemporaryDirectory[str] = folder) -> None:
         first = 0 if steps is None else max(0, batches.steps - steps)
-        train_one_epoch(learner, batches, epoch=next(epochs), first_step=first)
+        train_one_epoch(state, batches, epoch=next(epochs), first_step=first)
 
     return run
 
@@ -176,7 +176,7 @@ def plain_loop(settings: LoopSettings, split: ImageSplit, device: torch.device) 
         shuffle=True,
         num_workers=settings.workers,
         pin_memory=device.type == "cuda",
-        persistent_workers=settings.workers > 0,  # their start is in the warm-up, as it is nothing in a long epoch
+        persistent_workers=settings.workers > 0,  # started in the warm-up: negligible in a long epoch
     )
     net = _net(settings, split).to(device)
     criterion = nn.CrossEntropyLoss()

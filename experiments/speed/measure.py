@@ -1,4 +1,4 @@
-"""Measuring: time in turns, bytes taken and moved, shares of operators, and what a CUDA device can do at best."""
+"""Measuring: time in turns, memory allocated and moved, shares of operators, and the peak rates of a CUDA device."""
 
 import random
 import sys
@@ -40,7 +40,7 @@ def benchmark_device() -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU always has."""
+    """Wait until the device has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -63,7 +63,7 @@ def time_call(call: Callable[[], object], calls: int, device: torch.device) -> f
 
 
 def time_in_turns(
-    contenders: Mapping[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object]],
     *,
     repeats: int,
     device: torch.device,
@@ -71,37 +71,37 @@ def time_in_turns(
     settle: int = 0,
     min_seconds: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Time all contenders once in every round, so that whatever drifts on the machine touches them alike.
+    """Time all calls once in every round, so that drift of the machine affects all alike.
 
     The order of each round is drawn (from a fixed seed), so that none always follows the same neighbour.
 
     Args:
-        contenders: What to call, by name.
-        repeats: Rounds, and so the number of times measured for each contender.
+        calls: What to time, by name.
+        repeats: Rounds, and so the number of times measured for each call.
         device: Where they compute.
-        warmup: Untimed calls of each contender before the first round.
-        settle: Untimed calls before each measurement, so that it does not begin with the caches of the one before.
+        warmup: Untimed runs of each call before the first round.
+        settle: Untimed runs before each measurement, so that it does not begin with the caches of the one before.
         min_seconds: A measurement repeats a call until it lasts about as long as this.
 
     Returns:
-        For each contender the seconds of one call in each round, in the order of the rounds.
+        For each name the seconds of one call in each round, in the order of the rounds.
     """
-    calls = {}
-    for name, call in contenders.items():
+    counts = {}
+    for name, call in calls.items():
         for _ in range(warmup):
             call()
         synchronize(device)
-        calls[name] = 1
+        counts[name] = 1
         if min_seconds > 0:
-            calls[name] = max(1, round(min_seconds / max(time_call(call, 1, device), 1e-7)))
-    names = list(contenders)
+            counts[name] = max(1, round(min_seconds / max(time_call(call, 1, device), 1e-7)))
+    names = list(calls)
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
         for name in order.sample(names, len(names)):
             for _ in range(settle):
-                contenders[name]()
-            times[name].append(time_call(contenders[name], calls[name], device))
+                calls[name]()
+            times[name].append(time_call(calls[name], counts[name], device))
     return times
 
 
@@ -109,7 +109,7 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class Allocated(NamedTuple):
-    """Bytes of PyTorch's allocator, above those that were taken before."""
+    """Bytes of PyTorch's allocator, above those allocated before."""
 
     peak: int
     left: int
@@ -118,8 +118,8 @@ class Allocated(NamedTuple):
 def allocated_bytes(work: Callable[[], object], device: torch.device) -> Allocated:
     """What a piece of work takes from PyTorch's allocator: at its peak, and when it has returned.
 
-    What libraries take for themselves does not count, such as the buffers that oneDNN packs weights into. The result
-    of the work is alive until its bytes are counted, and with it the graph of a loss.
+    Memory that libraries allocate for themselves is not counted, such as the buffers that oneDNN packs weights into.
+    The result of the work, and with it the graph of a loss, is kept alive until its bytes are counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -141,11 +141,11 @@ def allocated_bytes(work: Callable[[], object], device: torch.device) -> Allocat
 
 
 def peak_growth_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """By how much a piece of work raises the peak of memory above what was in use before.
+    """By how much a piece of work raises peak memory above what was in use before.
 
-    On a CUDA device it is what PyTorch's allocator held for tensors. On a CPU it is the resident set of this process,
-    which the allocator's caches blur: measure in a fresh process. Where Linux's /proc is missing, an earlier peak that
-    was higher hides the work.
+    On a CUDA device this is what PyTorch's allocator held for tensors. On a CPU it is the resident set of this process,
+    which the allocator's caches distort: measure in a fresh process. Where Linux's /proc is missing, an earlier, higher
+    peak hides the work.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -174,7 +174,7 @@ def _peak_resident_bytes() -> int:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts the bytes that operators read and write, as if no cache kept anything between two operators.
+    """Counts the bytes that operators read and write, as if nothing stayed in a cache between two operators.
 
     Views cost nothing. ``bytes`` is the sum over all other operators of their tensor arguments and results.
     """
@@ -200,13 +200,13 @@ CALLS = 3
 def operator_shares(
     work: Callable[[], object], groups: Mapping[str, tuple[str, ...]], device: torch.device
 ) -> dict[str, float]:
-    """Percent of the operators' own time that each group of operators takes; what no group names is left out.
+    """Percent of all operators' own time that each group of operators takes.
 
     Args:
-        work: What is called ``CALLS`` times and profiled; call it before, so that nothing counts that happens once.
+        work: What is called ``CALLS`` times and profiled; call it once before, so that one-time work is not counted.
         groups: Patterns of whole operator names, such as ``("add", "add_")`` or ``("*batch_norm*",)``. An operator
             counts in the first group that names it.
-        device: Where the time passes: a CPU's own time of each operator, or that of a CUDA device's kernels.
+        device: Whose time counts: the CPU time of each operator, or that of a CUDA device's kernels.
 
     Raises:
         RuntimeError: If the profiler saw no operator take any time.
@@ -252,7 +252,7 @@ def device_roofline(device: torch.device, side: int = 8192, copy_bytes: int = 2*
 
 
 def check_choice(option: str, values: Sequence[object], choices: Sequence[object]) -> None:
-    """Refuse what is not among the choices of an option, and an option that chooses nothing.
+    """Refuse values that are not among the choices of an option, and an empty choice.
 
     Raises:
         UserError: Naming the first such value.

@@ -1,4 +1,4 @@
-"""Shipped weights as ONNX files: the top-1 of each file, and its speed beside eager PyTorch.
+"""Shipped weights as ONNX files: the top-1 of each file, and its speed compared with eager PyTorch.
 
 The two are measured by commands of their own, since speed needs a machine that does nothing else.
 """
@@ -22,7 +22,7 @@ from conam_zoo.training.run_folder import describe_environment
 from conam_zoo.weights import ONNX_FILES, Manifest, load_manifest
 from experiments.speed.inference import mode_call, session_call
 from experiments.speed.measure import check_least, time_in_turns
-from experiments.speed.record import BenchmarkRecord, Row, command_today, make_record, read_record, summarise
+from experiments.speed.record import BenchmarkRecord, Row, command_today, make_record, read_record, time_rows
 
 __all__ = ["BATCH_SIZES", "add_accuracy", "benchmark_onnx", "onnx_table", "read_accuracy"]
 
@@ -100,10 +100,10 @@ def benchmark_onnx(
         quick: A tiny run that only shows that everything works; its numbers mean nothing.
         weights: The folder of all weights.
         command: The command line, for the record.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
 
     Raises:
-        UserError: If an argument is none of these.
+        UserError: If an argument is not one of these.
     """
     check_least(batch=(min(batch, default=0), 1), threads=(threads, 1), repeats=(repeats, 1))
     if quick:
@@ -129,10 +129,9 @@ def benchmark_onnx(
                 settled = time_in_turns(
                     calls, repeats=repeats, device=device, settle=1, min_seconds=0.0 if quick else 0.05
                 )
-                milliseconds = {way: [1000 * t for t in times] for way, times in settled.items()}
                 facts = {way: {"images_per_second": count / median(times)} for way, times in settled.items()}
                 group = {"weights": name, "batch": count}
-                rows += summarise(milliseconds, group=group, reference=EAGER, unit="ms", facts=facts)
+                rows += time_rows(settled, group=group, reference=EAGER, facts=facts)
     settings = {"weights": list(names), "batch": list(batch), "repeats": repeats, "quick": quick}
     versions = {"onnxruntime": version("onnxruntime")}
     return make_record("onnx-speed", rows, settings=settings, command=command, versions=versions)

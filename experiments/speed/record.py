@@ -1,4 +1,4 @@
-"""What a benchmark measured: rows of one contender each, on what they were measured, and the tables made of them."""
+"""The record of a benchmark: a row for each thing measured, the machine and versions, and the tables made of them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,26 +23,27 @@ __all__ = [
     "read_record",
     "record_tables",
     "summarise",
+    "time_rows",
 ]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one group; the contenders of a group were measured in turns.
+    """One measured thing, ours or a baseline, of one group; those of a group were measured in turns.
 
     Attributes:
-        group: What all contenders of the group have in common.
-        name: The contender.
+        group: What all rows of the group have in common.
+        name: What was measured.
         unit: Of ``median``, ``min`` and ``max``: ``"ms"`` or ``"MiB"``.
         n: Number of measurements.
         median: Their median.
         min: The smallest.
         max: The largest.
-        ratio: Median over the rounds of this contender's measurement divided by that of ``ratio_to`` in the same round.
+        ratio: Median over the rounds of this measurement divided by that of ``ratio_to`` in the same round.
         ratio_min: Smallest of these quotients.
         ratio_max: Largest of these quotients.
-        ratio_to: The contender of the group that ``ratio`` refers to.
-        facts: Whatever else is known of the contender; the unit stands in the key.
+        ratio_to: The row of the group that ``ratio`` refers to.
+        facts: Anything else that was measured; the unit is part of the key.
     """
 
     group: dict[str, Any]
@@ -61,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A contender that was not measured, and why."""
+    """What was not measured, and why."""
 
     group: dict[str, Any]
     name: str
@@ -118,17 +119,17 @@ def summarise(
     unit: str,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
-    """One row for each contender of a group.
+    """One row for each name of a group.
 
     Args:
-        measurements: For each contender one number a round, in ``unit``; all have the same number of rounds.
-        group: What the contenders have in common.
-        reference: The contender that the ratios refer to.
+        measurements: For each name one number per round, in ``unit``; all have the same number of rounds.
+        group: What the rows have in common.
+        reference: The name that the ratios refer to.
         unit: ``"ms"`` or ``"MiB"``.
-        facts: Further facts by contender.
+        facts: Further facts by name.
 
     Raises:
-        ValueError: If the reference is not among the contenders, or the numbers of rounds differ.
+        ValueError: If the reference is not among the names, or the numbers of rounds differ.
     """
     if reference not in measurements:
         raise ValueError(f"The reference {reference!r} was not measured: {', '.join(measurements)} were.")
@@ -153,6 +154,18 @@ def summarise(
             )
         )
     return rows
+
+
+def time_rows(
+    seconds: Mapping[str, Sequence[float]],
+    *,
+    group: Mapping[str, Any],
+    reference: str,
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Row]:
+    """The rows, in milliseconds, of what ``time_in_turns`` measured in seconds."""
+    milliseconds = {name: [1000 * value for value in values] for name, values in seconds.items()}
+    return summarise(milliseconds, group=group, reference=reference, unit="ms", facts=facts)
 
 
 def make_record(
@@ -190,7 +203,7 @@ def read_record(path: Path) -> BenchmarkRecord:
     """Read a record that ``--json`` wrote.
 
     Raises:
-        UserError: If the file is none.
+        UserError: If the file is not one.
     """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -224,7 +237,7 @@ def _fact(value: Any) -> str:
 def record_tables(record: BenchmarkRecord) -> list[tuple[str, Cells]]:
     """The tables of a record, each with a sentence that says how to read it.
 
-    The cost comes as one line for each group, one column for each contender; the others as one line for each contender.
+    The cost has a line for each group and a column for each attention; the others have a line for each row.
     """
     if record.what != "cost":
         return [(f"Ratios are times, relative to {record.rows[0].ratio_to}: below 1 is faster.", _long(record.rows))]
@@ -259,9 +272,9 @@ def _wide(rows: Sequence[Row]) -> Cells:
     by_group: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         by_group.setdefault(tuple(str(row.group[key]) for key in groups), {})[row.name] = row
-    for key, contenders in by_group.items():
-        base = contenders[reference]
-        ratios = [f"{contenders[name].ratio:.3f}" if name in contenders else "-" for name in names]
+    for key, measured in by_group.items():
+        base = measured[reference]
+        ratios = [f"{measured[name].ratio:.3f}" if name in measured else "-" for name in names]
         cells.append([*key, f"{_number(base.median)} {base.unit}", *ratios])
     return cells
 
@@ -282,7 +295,7 @@ def benchmark_tables(folder: Path) -> dict[str, str]:
     """Markdown for each of ``BENCHMARKS`` from all records ``<benchmark>*.json`` in a folder, in order of their names.
 
     Raises:
-        UserError: If such a file is no record, or one of another benchmark.
+        UserError: If such a file is not a record, or is one of another benchmark.
     """
     tables = {}
     for what in BENCHMARKS:

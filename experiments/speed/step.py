@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, and what fewer passes over the maps save of it."""
+"""Where the time of a training step goes, and how much fewer passes over the maps save."""
 
 import time
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from conam_zoo.training.distributed import precision_on
 from experiments.speed.baselines import make_net
 from experiments.speed.cost_net import image_batch, training_step
 from experiments.speed.measure import benchmark_device, check_least, operator_shares, time_in_turns
-from experiments.speed.record import BenchmarkRecord, make_record, summarise
+from experiments.speed.record import BenchmarkRecord, make_record, time_rows
 
-__all__ = ["CONTENDERS", "benchmark_step", "step_net"]
+__all__ = ["VARIANTS", "benchmark_step", "step_net"]
 
 EAGER, IN_PLACE = "eager", "eager, joined in place"
 # Options of torch.compile; None where the step is not compiled.
-CONTENDERS: dict[str, dict[str, Any] | None] = {
+VARIANTS: dict[str, dict[str, Any] | None] = {
     EAGER: None,
     IN_PLACE: None,
     "compiled": {},
@@ -48,15 +48,15 @@ def _joined_in_place(block: BasicBlock, x: Tensor) -> Tensor:
     return joined
 
 
-def step_net(model: str, contender: str, device: torch.device) -> nn.Module:
-    """The net of one of ``CONTENDERS`` in training mode, with the same weights for all."""
+def step_net(model: str, variant: str, device: torch.device) -> nn.Module:
+    """The net of one of ``VARIANTS`` in training mode, with the same weights for all."""
     torch.manual_seed(0)
     net = make_net(model, "conam").to(device).to(memory_format=torch.channels_last).train()
-    if contender == IN_PLACE:
+    if variant == IN_PLACE:
         for block in net.modules():
             if isinstance(block, BasicBlock):
                 block.forward = MethodType(_joined_in_place, block)  # type: ignore[method-assign]
-    options = CONTENDERS[contender]
+    options = VARIANTS[variant]
     return net if options is None else torch.compile(net, options=options)  # type: ignore[return-value]
 
 
@@ -75,9 +75,9 @@ def benchmark_step(
         model: A ResNet of basic blocks, since those are what is joined in place.
         batch_size: Images of 32 x 32 in a step.
         repeats: Rounds.
-        quick: A tiny run of the eager contenders that only shows that all works; its numbers mean nothing.
+        quick: A tiny run of the eager variants that only shows that everything works; its numbers mean nothing.
         command: The command line, for the record.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
 
     Raises:
         UserError: If the model has no basic blocks, or a number is out of range.
@@ -89,7 +89,7 @@ def benchmark_step(
         raise UserError(
             f"The option --model is {model}, which has no basic blocks: take a ResNet such as resnet20_conam."
         )
-    names = list(CONTENDERS)
+    names = list(VARIANTS)
     if quick:
         batch_size, repeats, names = 2, 1, names[:2]
     precision = precision_on(device)
@@ -100,11 +100,10 @@ def benchmark_step(
         started = time.perf_counter()
         steps[name] = training_step(step_net(model, name, device), images, precision)
         steps[name]()
-        prepared[name] = time.perf_counter() - started if CONTENDERS[name] is not None else None
+        prepared[name] = time.perf_counter() - started if VARIANTS[name] is not None else None
     progress(f"training steps of {model}, {batch_size} images, {repeats} rounds")
     times = time_in_turns(steps, repeats=repeats, device=device, settle=1)
-    shares = {name: operator_shares(steps[name], OPERATORS, device) for name in names if CONTENDERS[name] is None}
-    milliseconds = {name: [1000 * seconds for seconds in values] for name, values in times.items()}
+    shares = {name: operator_shares(steps[name], OPERATORS, device) for name in names if VARIANTS[name] is None}
     rows = [
         replace(
             row,
@@ -115,13 +114,7 @@ def benchmark_step(
                 **shares.get(row.name, dict.fromkeys(OPERATORS)),
             },
         )
-        for row in summarise(milliseconds, group={"model": model, "batch": batch_size}, reference=EAGER, unit="ms")
+        for row in time_rows(times, group={"model": model, "batch": batch_size}, reference=EAGER)
     ]
-    settings = {
-        "model": model,
-        "batch_size": batch_size,
-        "repeats": repeats,
-        "device": device.type,
-        "quick": quick,
-    }
+    settings = {"model": model, "batch_size": batch_size, "repeats": repeats, "device": device.type, "quick": quick}
     return make_record("step", rows, settings=settings, command=command)

@@ -25,7 +25,7 @@ from experiments.speed.measure import (
     peak_growth_bytes,
     time_in_turns,
 )
-from experiments.speed.record import BenchmarkRecord, Row, make_record, summarise
+from experiments.speed.record import BenchmarkRecord, Row, make_record, time_rows
 
 __all__ = ["benchmark_train", "loop_memory"]
 
@@ -64,7 +64,7 @@ def benchmark_train(
         teacher: Time our loop with a WideResNet-16-4 as its teacher as well: from a bank of logits, and online.
         quick: A tiny run that only shows that everything works; its numbers mean nothing.
         command: The command line, for the record.
-        progress: Told what is being measured.
+        progress: Called with what is being measured.
 
     Raises:
         UserError: If an argument is out of range, or the data are not enough or of another size.
@@ -87,8 +87,8 @@ def benchmark_train(
         times = time_in_turns(epochs, repeats=repeats, device=device, warmup=1)
     del calls, epochs  # and with them the worker processes
     shares = _shares(model, batch_size, device) if device.type == "cuda" else None
-    measurements = {name: [1000 * t / steps for t in values] for name, values in times.items()}
-    rows = summarise(measurements, group={"model": model, "batch": batch_size}, reference=OURS, unit="ms")
+    of_a_step = {name: [seconds / steps for seconds in values] for name, values in times.items()}
+    rows = time_rows(of_a_step, group={"model": model, "batch": batch_size}, reference=OURS)
     with FreshProcesses(__name__) as processes:
         for index, row in enumerate(rows):
             progress(f"memory of {row.name}")
@@ -177,7 +177,7 @@ def _facts(
         "peak_mib": memory["peak"],
         "workers_mib": memory["workers"],
     }
-    # The plain loop computes in float32, and the shares know nothing of an online teacher.
+    # The plain loop computes in float32, and the shares do not include an online teacher.
     if shares is not None and row.name not in ("plain DataLoader", "conam_zoo, online teacher"):
         seconds = row.median / 1000
         facts["bf16_peak_percent"] = 100 * shares[0] / seconds
