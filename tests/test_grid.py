@@ -26,7 +26,6 @@ from experiments.accuracy.compare import (
     ablation_panels,
     ablation_table,
     attention_cells,
-    attention_layers,
     attention_panels,
     attention_table,
     comparison_tables,
@@ -34,6 +33,7 @@ from experiments.accuracy.compare import (
 from experiments.accuracy.compare_plot import draw_panel
 from experiments.accuracy.grid import Cell, Grid, grid_recipe, read_grid, run_grid
 from experiments.accuracy.statistics import compare, t_quantile
+from experiments.speed.baselines import attention_layers
 from experiments.speed.record import BenchmarkRecord, Row
 from experiments.tables import WRITTEN_BY
 

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Compile, Json, Settings, console, json_only
-from conam_zoo.layers.registry import attention_names
 from experiments.accuracy.ablation_axes import AXES
+from experiments.speed.baselines import attention_layers
 from experiments.speed.commands import app, progress_line, typed_command
 
 if TYPE_CHECKING:
     from experiments.accuracy.grid import Cell
 
-LAYERS = [name for name in attention_names() if name != "conam_variant"]
 Models = Annotated[list[str] | None, typer.Option("--model", help="Backbone, such as resnet56; repeatable.")]
 Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="cifar10 or cifar100; repeatable.")]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. Default: 0, 1, 2.")]
@@ -34,7 +33,7 @@ def compare(
     datasets: Datasets = None,
     layers: Annotated[
         list[str] | None,
-        typer.Option("--layer", help=f"{', '.join(LAYERS)}; repeatable. Default: all."),
+        typer.Option("--layer", help=f"{', '.join(attention_layers())}; repeatable. Default: all."),
     ] = None,
     seeds: Seeds = None,
     recipe: RecipeName = "short",
@@ -49,7 +48,7 @@ def compare(
 
     Finished cells are not trained again, interrupted ones are resumed: repeat the command.
     """
-    from experiments.accuracy.compare import attention_cells, attention_layers
+    from experiments.accuracy.compare import attention_cells
     from experiments.accuracy.grid import grid_recipe
 
     shared = grid_recipe(recipe, [*(settings or []), f"holdout={holdout}"])

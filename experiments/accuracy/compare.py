@@ -11,19 +11,18 @@ import timm
 
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
-from conam_zoo.layers.registry import attention_names
 from conam_zoo.training.recipe import Recipe
 from experiments.accuracy.ablation_axes import AXES, PAPER, PLAIN, Arguments, settings_of
 from experiments.accuracy.compare_plot import Panel, draw_panels
 from experiments.accuracy.grid import Cell, Grid, plan_grid, read_grid, run_grid
 from experiments.accuracy.statistics import Comparison, compare
+from experiments.speed.baselines import attention_layers
 from experiments.speed.record import BenchmarkRecord, Row, read_record
 
 __all__ = [
     "ablation_cells",
     "ablation_table",
     "attention_cells",
-    "attention_layers",
     "attention_table",
     "comparison_tables",
     "run_comparison",
@@ -40,11 +39,6 @@ TITLES = {
     "simam": "SimAM",
 }
 SHORT_EPOCHS = 100  # fewer than this is called short training
-
-
-def attention_layers() -> tuple[str, ...]:
-    """What can be compared: the plain net and every registered attention but the forms, which ``ablation`` compares."""
-    return tuple(name for name in attention_names() if name != "conam_variant")
 
 
 def attention_cells(

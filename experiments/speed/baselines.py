@@ -5,11 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from conam_zoo.layers.conam import ConAM
-from conam_zoo.layers.registry import BUILT_IN, create_attention
+from conam_zoo.layers.registry import BUILT_IN, attention_names, create_attention
 
 __all__ = [
     "ATTENTIONS",
     "RearrangeConAM",
+    "attention_layers",
     "make_attention",
     "make_net",
     "memory_format",
@@ -74,6 +75,11 @@ def with_rearrange(model: nn.Module) -> nn.Module:
 # The rearrange-based formulation stands beside ConAM; the plain twin, "none", is no attention.
 ATTENTIONS = ("conam", "rearrange", *(name for name in BUILT_IN if name not in ("none", "conam")))
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+
+
+def attention_layers() -> tuple[str, ...]:
+    """What can be compared: the plain net and every registered attention but the forms, which ``ablation`` compares."""
+    return tuple(name for name in attention_names() if name != "conam_variant")
 
 
 def memory_format(layout: str) -> torch.memory_format:
