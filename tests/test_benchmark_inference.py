@@ -54,7 +54,7 @@ def test_a_compiler_that_is_missing_is_a_reason(net: torch.nn.Module, monkeypatc
 
 
 def test_a_quick_run_prints_ratios_to_eager_and_to_the_plain_twin(experiments, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(inference, "_installed", lambda package: package != "onnxruntime")
+    monkeypatch.setattr(inference, "is_installed", lambda package: package != "onnxruntime")
     monkeypatch.setattr(inference, "precision_on", lambda device: "bf16")
     code, out, _ = experiments("inference", "--quick", "--json", tmp_path / "inference.json")
     assert code == 0
@@ -74,7 +74,7 @@ def test_a_quick_run_prints_ratios_to_eager_and_to_the_plain_twin(experiments, t
 
 
 def test_bf16_is_left_out_where_it_is_slow_unless_it_is_asked_for(experiments, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(inference, "_installed", lambda package: False)
+    monkeypatch.setattr(inference, "is_installed", lambda package: False)
     monkeypatch.setattr(inference, "precision_on", lambda device: "fp32")
     code, out, _ = experiments("inference", "--quick", "--json", tmp_path / "inference.json")
     assert code == 0

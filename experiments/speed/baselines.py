@@ -72,7 +72,7 @@ def with_rearrange(model: nn.Module) -> nn.Module:
     return model
 
 
-# The rearrange-based formulation stands beside ConAM; the plain twin, "none", is no attention.
+# The rearrange-based formulation stands beside ConAM; "none" is the plain twin.
 ATTENTIONS = ("conam", "rearrange", *(name for name in BUILT_IN if name not in ("none", "conam")))
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 

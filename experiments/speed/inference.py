@@ -18,7 +18,7 @@ from experiments.speed.cost_net import inference_call
 from experiments.speed.measure import benchmark_device, check_choice, check_least, time_in_turns
 from experiments.speed.record import BenchmarkRecord, Row, Skipped, make_record, time_rows
 
-__all__ = ["MODES", "ModeUnavailableError", "benchmark_inference", "mode_call", "session_call"]
+__all__ = ["MODES", "ModeUnavailableError", "benchmark_inference", "is_installed", "mode_call", "session_call"]
 
 # How a model is run, and in what precision.
 MODES = ("eager fp32", "compiled fp32", "onnx fp32", "eager bf16", "compiled bf16")
@@ -90,7 +90,7 @@ def benchmark_inference(
         settings=settings | {"device": device.type},
         command=command,
         skipped=skipped,
-        versions={name: version(name) for name in ONNX_PACKAGES if _installed(name)},
+        versions={name: version(name) for name in ONNX_PACKAGES if is_installed(name)},
     )
 
 
@@ -168,7 +168,8 @@ def _compiled(net: nn.Module) -> nn.Module:
     return compiled
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package is installed."""
     try:
         version(package)
     except PackageNotFoundError:
@@ -178,7 +179,7 @@ def _installed(package: str) -> bool:
 
 def _onnx_call(net: nn.Module, images: Tensor) -> Callable[[], object]:
     """An ONNX Runtime session on the net, with as many threads as PyTorch has, on the device of the images."""
-    if missing := [name for name in ONNX_PACKAGES if not _installed(name)]:
+    if missing := [name for name in ONNX_PACKAGES if not is_installed(name)]:
         raise ModeUnavailableError(f"{', '.join(missing)} not installed: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
