@@ -308,6 +308,7 @@ def test_fx_trace_serves_all_sizes() -> None:
         assert torch.equal(traced(noise(*DIVIDED)), module(noise(*DIVIDED)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [DIVIDED, UNDIVIDED])
 def test_export_with_dynamic_batch(shape: tuple[int, ...]) -> None:
     module = attention().eval()

@@ -26,6 +26,7 @@ def test_joining_in_place_changes_nothing() -> None:
         torch.testing.assert_close(other[name], one[name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_every_variant_has_a_time_and_the_eager_ones_their_parts(tmp_path: Path) -> None:
     record = benchmark_step(quick=True, command="python -m experiments step --quick")
     (tmp_path / "step.json").write_text(json.dumps(record.to_dict()))

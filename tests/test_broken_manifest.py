@@ -9,6 +9,8 @@ from hub_client import assert_one_sentence, install_package
 
 from conam_zoo.weights import Manifest
 
+pytestmark = pytest.mark.slow
+
 # Puts each of the files that it is given in the place of the manifest, and uses the package in a fork; what that prints
 # is in ``FILE.out`` and ``FILE.err``.
 PROGRAM = """

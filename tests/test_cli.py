@@ -56,6 +56,7 @@ def test_info_of_a_net_without_weights_says_so(conam) -> None:
     assert json.loads(out)["weights"] == {}
 
 
+@pytest.mark.slow
 def test_predict_prints_and_draws(conam, trained: tuple[Path, Path], photo: Path, tmp_path: Path) -> None:
     model = f"local-dir:{trained[0] / 'final'}"
     code, out, _ = conam("predict", model, photo, photo, "--output", tmp_path / "sheet.png")
@@ -79,6 +80,7 @@ def test_evaluate_agrees_with_the_run(conam, trained: tuple[Path, Path], tmp_pat
     assert result["images"] == 40
 
 
+@pytest.mark.slow
 def test_train_runs_and_resumes_nothing_when_done(conam, trained: tuple[Path, Path], tmp_path: Path) -> None:
     settings = ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "batch_size=32"]
     arguments = ["train", "resnet20_conam.cifar10", "--data", trained[1], "--output", tmp_path / "run", *settings]

@@ -41,6 +41,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_timm_and_transformers_read_the_same_net(exported: Path) -> None:
     from transformers import AutoModelForImageClassification
 
@@ -206,6 +207,7 @@ def test_a_tensor_that_is_named_twice_is_refused(folder: Path) -> None:
         open_model(f"local-dir:{folder}")
 
 
+@pytest.mark.slow
 def test_the_table_of_sizes_is_right() -> None:
     from conam_zoo.models.registry import count_params_and_macs, model_names, size_of
 

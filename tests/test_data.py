@@ -122,6 +122,7 @@ def test_without_crop_and_flip_images_are_untouched() -> None:
     assert torch.equal(crop_and_flip(images, order, draws, 0, (8, 8)), images[order])
 
 
+@pytest.mark.slow
 def test_the_stated_statistics_are_those_of_the_real_training_pixels(cifar_root: Path) -> None:
     split = read_split(cifar_root, "train", "cifar10")
     pixels = split.images.double() / 255

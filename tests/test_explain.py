@@ -116,6 +116,7 @@ def test_pictures_of_a_folder(tmp_path: Path) -> None:
         pictures_in(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_drawings_grow_with_the_pictures(model: StagedClassifier, tmp_path: Path) -> None:
     explanations = explain(model, [PHOTOS / "dog.jpg", PHOTOS / "bird.jpg"])
     sizes = {}
@@ -181,6 +182,7 @@ def test_the_command_writes_a_picture_and_json(conam: Conam, tmp_path: Path) -> 
     assert 0 <= site["most"]["probability_after"] <= 1
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_contact_sheet(conam: Conam, tmp_path: Path) -> None:
     code, out, _ = conam("explain", "resnet20_conam.cifar10", PHOTOS, "--output", tmp_path / "sheet.png")
     assert code == 0

@@ -27,6 +27,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
+@pytest.mark.slow
 def test_only_what_is_ours_is_cleared(project: Path, warm_python: str) -> None:
     killed = "import os; from pathlib import Path; from conam_zoo.files import write_atomically\n"
     killed += f"write_atomically(Path({str(project / 'a.png')!r}), lambda temporary: os._exit(9))"
@@ -89,6 +90,7 @@ def test_a_named_pipe_is_written_to(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
+@pytest.mark.slow
 def test_devices_are_written_to(tmp_path: Path, warm_python: str) -> None:
     write_text(Path("/dev/null"), "x")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
@@ -129,6 +131,7 @@ def test_an_umask_that_shuts_everybody_out_is_told(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_safetensors_gets_the_sentence_of_the_others(tmp_path: Path, warm_python: str) -> None:
     (tmp_path / "model").write_text("before")
     full = "import resource, signal, sys, torch; from pathlib import Path; from safetensors.torch import save_file\n"

@@ -142,6 +142,7 @@ def test_tasks_wait_for_what_they_need_and_failures_hold_up_no_others(work: Path
     assert set(again.values()) == {"done"}
 
 
+@pytest.mark.slow
 def test_when_the_time_is_up_trainings_save_and_the_next_call_goes_on(work: Path) -> None:
     script = "signal.signal(15, lambda *_: ((run / 'checkpoint.safetensors').write_bytes(b'x'), sys.exit(143)))\n"
     script += "(run / 'began').touch()\nif not (run / 'checkpoint.safetensors').exists(): time.sleep(60)"

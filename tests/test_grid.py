@@ -93,6 +93,7 @@ def test_recipes() -> None:
     assert grid_recipe("full", ["lr=0.3"]) == replace(grid_recipe("short"), epochs=200, lr=0.3, warmup_epochs=5.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AXES)
 @pytest.mark.parametrize("model", ["resnet20_conam", "resnet56_conam", "wide_resnet16_4_conam"])
 def test_every_setting_of_an_axis_is_a_net_of_its_own(model: str, name: str) -> None:

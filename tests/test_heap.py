@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Page faults while a tensor of 64 MiB, 16,384 pages or 32 huge ones, is made and freed over and over: before and after.
 COUNT_FAULTS = """
 import resource

@@ -25,7 +25,7 @@ import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.datasets import DATASETS
 from conam_zoo.weights import Manifest, dump_manifest
 
-pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(300)]
 
 NAME = "tiny_conam.cifar10"
 HUB_ID = f"{NAMESPACE}/{NAME}"

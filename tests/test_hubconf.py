@@ -15,6 +15,8 @@ import timm
 
 import conam_zoo  # noqa: F401 (registers the models)
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 REPOSITORY, REFERENCE = "some-lab/conam_zoo", "v1"
 

@@ -153,6 +153,7 @@ def test_pixels_are_bounded_before_they_are_decoded(size: tuple[int, int], sente
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_nothing_is_said_by_libraries(tmp_path: Path, warm_python: str) -> None:
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])

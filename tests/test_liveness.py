@@ -74,6 +74,7 @@ def test_every_epoch_logs_it(small_data: Path, tmp_path: Path) -> None:
         assert logged == pytest.approx([float(row[f"liveness {site}"]) for row in rows])
 
 
+@pytest.mark.slow
 def test_logs_that_began_without_it_go_on(tmp_path: Path) -> None:
     plain = {"lr": 0.1, "loss": 2.0, "train_top1_percent": 20.0, "holdout_top1_percent": None, "seconds": 1.0}
     rows = [{"epoch": 1, **plain}, {"epoch": 2, **plain, "liveness layer1.0.attn": 0.25}]
@@ -86,6 +87,7 @@ def test_logs_that_began_without_it_go_on(tmp_path: Path) -> None:
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_curves_of_a_single_epoch_show_a_point(tmp_path: Path) -> None:
     row = {"epoch": 1, "lr": 0.1, "loss": 2.0, "train_top1_percent": 20.0, "holdout_top1_percent": None}
     draw_curves([row], tmp_path / "curves.png", title="one epoch")

@@ -27,6 +27,8 @@ from conam_zoo.weights import WeightsError
 
 NAMES = timm.list_models("*_conam")
 TAGGED = timm.list_models("*_conam", include_tags=True)
+LARGE = ("resnet101_", "resnet110_", "wide_resnet40_4_", "densenetbc100_12_", "densenetbc190_40_")
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name.startswith(LARGE) else name for name in NAMES]
 SMALL = ["resnet20_conam", "wide_resnet16_4_conam", "densenet40_12_conam"]  # one of each family
 LAYERS = [name for name in attention_names() if name not in ("simam", "conam_variant")]  # they have tests of their own
 
@@ -147,7 +149,7 @@ def test_every_model_has_a_published_size() -> None:
     assert sorted(TAGGED) == sorted(f"{name}.{tag}" for name in NAMES for tag in ("cifar10", "cifar100"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_plain_twin_has_the_published_size(name: str) -> None:
     counts = count(name, attn_layer="none")
     assert counts["params"] == PLAIN_PARAMS[name]
@@ -156,7 +158,7 @@ def test_plain_twin_has_the_published_size(name: str) -> None:
         assert round(counts["macs"] / 1e6, 2) == PUBLISHED_MEGA_MACS[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_conam_adds_what_its_equations_say(name: str) -> None:
     counts = count(name)
     assert counts == read_golden("counts.json")[name]
@@ -203,7 +205,7 @@ def patches_at_sites(model: nn.Module, side: int) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_default_sites(name: str) -> None:
     if name.startswith("densenet"):
         expected = {"block1.attn": 8, "block2.attn": 4, "block3.attn": 2}
@@ -328,7 +330,7 @@ def test_every_attention_trains_everywhere(name: str, layer: str, placement: str
     assert (model.attn_layer, model.attn_placement) == (layer, placement)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_plain_twin_differs_by_the_attention_alone(name: str) -> None:
     plain = {key: tensor.shape for key, tensor in on_meta(name, attn_layer="none").state_dict().items()}
     attended = {key: tensor.shape for key, tensor in on_meta(name).state_dict().items()}
@@ -385,7 +387,7 @@ def test_other_image_sizes(name: str, height: int, width: int) -> None:
     torch.testing.assert_close(output[:1], run(model, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_heads(name: str) -> None:
     x = torch.empty(2, 1, 32, 32, device="meta")
     model = on_meta(name, num_classes=5, in_chans=1)
@@ -431,6 +433,7 @@ def test_features_equal_intermediates(name: str, out_indices: tuple[int, ...]) -
     assert [32 // feature.shape[-1] for feature in features] == extractor.feature_info.reduction()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_checkpointing_keeps_the_gradients(name: str) -> None:
     x = torch.cat([image(side=16), -image(side=16)]).float()
@@ -443,7 +446,7 @@ def test_checkpointing_keeps_the_gradients(name: str) -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_parameter_groups_follow_the_depth(name: str) -> None:
     model = on_meta(name)
     for coarse in (False, True):
@@ -461,6 +464,7 @@ def test_parameter_groups_follow_the_depth(name: str) -> None:
             assert head == {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TAGGED)
 def test_data_config_of_every_tag(name: str) -> None:
     model = on_meta(name)
@@ -568,6 +572,7 @@ print(json.dumps({
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_names_are_free_in_timm(fresh_process: dict[str, Any]) -> None:
     assert set(NAMES).isdisjoint(fresh_process["before"])
     assert fresh_process["registered"] == sorted(NAMES)
@@ -588,6 +593,7 @@ def test_wrong_tag_is_refused() -> None:
 # Compilers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_export_with_dynamic_batch(name: str) -> None:
     model = make(name)

@@ -25,6 +25,8 @@ from conam_zoo.training.recipe import load_recipe
 from conam_zoo.training.run_folder import LOG_FIELDS, draw_curves
 from conam_zoo.weights import Manifest, dump_manifest, load_manifest
 
+pytestmark = pytest.mark.slow
+
 NAME = "resnet20_conam.cifar10"
 EMPTY = {"schema_version": 1, "hub_namespace": None, "code_repository": None, "entries": {}}
 SHORT = ["epochs=1", "warmup_epochs=0"]

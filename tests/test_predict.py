@@ -96,6 +96,7 @@ def test_a_folder_is_predicted_without_what_is_hidden_in_it(conam: Command, tmp_
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "explain"])
 def test_standard_input_is_a_picture(conam: Command, tmp_path: Path, monkeypatch, command: str) -> None:
     stream = io.TextIOWrapper(io.BytesIO((PHOTOS / "dog.jpg").read_bytes()))
@@ -108,6 +109,7 @@ def test_standard_input_is_a_picture(conam: Command, tmp_path: Path, monkeypatch
         expand_pictures([Path("-"), Path("-")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "explain"])
 def test_a_picture_that_cannot_be_read_does_not_stop_the_others(conam: Command, tmp_path: Path, command: str) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
@@ -151,6 +153,7 @@ def test_where_no_picture_can_be_read_nothing_is_written(conam: Command, tmp_pat
     assert err.splitlines()[-1] == "conam: None of the 2 pictures can be read."
 
 
+@pytest.mark.slow
 def test_many_pictures_take_several_sheets_of_bounded_size(conam: Command, tmp_path: Path, monkeypatch) -> None:
     drawn: list[tuple[int, str]] = []
     monkeypatch.setattr(
@@ -171,6 +174,7 @@ def test_later_sheets_are_not_written_onto_inputs(conam: Command, tmp_path: Path
     assert "s-2.png cannot be written: it is the input" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["[red]x[0].jpg", "[/]out.jpg", "$\\foo$.jpg", "a\x1b[31mb.jpg", "b\udcff.jpg", "日.jpg"]
 )

@@ -81,6 +81,7 @@ def test_where_it_is_not_registered_loading_says_so_in_a_sentence(
     assert isinstance(result.exception, UserError)
 
 
+@pytest.mark.slow
 def test_forms_of_the_ablation_come_with_the_experiments(tmp_path: Path, warm_python: str) -> None:
     import experiments  # noqa: F401
 
@@ -151,6 +152,7 @@ def test_arguments_reach_the_factory() -> None:
     assert {m.hidden_channels for m in net.modules() if isinstance(m, conam_zoo.ConAM)} == {5}
 
 
+@pytest.mark.slow
 def test_the_documentation_lists_every_built_in_attention(warm_python: str) -> None:
     program = "import conam_zoo.layers.registry as r; print(*r.attention_names())"
     names = subprocess.run([warm_python, "-c", program], capture_output=True, text=True, check=True).stdout.split()

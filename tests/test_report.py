@@ -28,6 +28,7 @@ def report_of(classes: tuple[str, ...] = CLASSES) -> Report:
     return build_report(logits, flipped, labels, classes, tuple(f"{index}.png" for index in range(len(labels))))
 
 
+@pytest.mark.slow
 def test_figures_agree_with_scikit_learn() -> None:
     from sklearn.metrics import balanced_accuracy_score, confusion_matrix, precision_recall_fscore_support
 
@@ -108,6 +109,7 @@ def test_without_mistakes_there_is_no_sheet_of_them(tmp_path: Path) -> None:
     assert "None: all 3 images were given the right name." in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 100, 101, 1000])
 def test_few_and_many_classes_can_be_drawn(tmp_path: Path, count: int) -> None:
     logits = torch.randn(50, count)
@@ -117,6 +119,7 @@ def test_few_and_many_classes_can_be_drawn(tmp_path: Path, count: int) -> None:
         assert 250 < max(picture.size) < 4000
 
 
+@pytest.mark.slow
 def test_every_confusion_of_many_classes_can_be_seen(tmp_path: Path) -> None:
     """A single mistake in a thousand classes darkens a cell of the picture."""
     logits = torch.eye(1000)
@@ -136,6 +139,7 @@ def test_every_confusion_of_many_classes_can_be_seen(tmp_path: Path) -> None:
     assert darkness[1] > 0
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_drawn_loses_nothing_else(tmp_path: Path) -> None:
     report = report_of()
     for folder, blocked in ((tmp_path / "a", "confusion.png"), (tmp_path / "b", "curves.png")):

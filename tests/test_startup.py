@@ -10,6 +10,8 @@ import pytest
 
 from conam_zoo.startup import is_our_command
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "import sys; sys.argv[0] = '/usr/bin/conam'; from conam_zoo.cli import main; main()"
 # Python imports this before anything else: from then on it is certain what the signal meets.
 TIMER = """

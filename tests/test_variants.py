@@ -228,6 +228,7 @@ def net(name: str = "resnet20_conam", **arguments: Any) -> nn.Module:
     return timm.create_model(name, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20_conam", "wide_resnet16_4_conam", "densenet40_12_conam"])
 def test_nets_train_with_a_variant(name: str) -> None:
     model = net(name, attn_layer="conam_variant", attn_args={"agreement": "cosine", "scaling": "mean_zero", "heads": 2})
@@ -334,6 +335,7 @@ def test_torchscript_and_fx(name: str) -> None:
         assert torch.equal(traced(x), module(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["the paper's", "mean zero, from the identity", "cosine"])
 def test_export_with_dynamic_batch(name: str) -> None:
     module = variant(**FORMS[name]).eval()
@@ -345,6 +347,7 @@ def test_export_with_dynamic_batch(name: str) -> None:
         torch.testing.assert_close(program(x), module(x))
 
 
+@pytest.mark.slow
 @scripting
 @pytest.mark.parametrize("name", ["resnet20_conam", "wide_resnet16_4_conam"])
 def test_a_net_with_the_other_site_is_scripted(name: str) -> None:

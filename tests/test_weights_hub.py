@@ -474,6 +474,7 @@ def test_what_the_hub_announces_wrongly_is_not_even_downloaded(tmp_path: Path, e
     assert all(part in answer["message"] for part in (entry.sha256, hashlib.sha256(data + b"?").hexdigest()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "says"),
     [
@@ -547,6 +548,7 @@ def test_a_cache_that_cannot_be_one_is_one_sentence(tmp_path: Path, entry: Weigh
     assert str(tmp_path / "a_file") in answer["message"]
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_all_get_the_right_file(tmp_path: Path, entry: WeightEntry, data: bytes) -> None:
     """Even where the first download is a corrupt one."""
     with serving(data, "corrupt-once") as server:

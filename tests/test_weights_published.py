@@ -57,6 +57,7 @@ def test_the_entry_agrees_with_file_net_data_set_and_recipe(name: str) -> None:
     assert config["model_args"]["attn_layer"] == "conam"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_pretrained_loads_agree_whichever_way_they_are_asked_for(name: str, tmp_path: Path) -> None:
     entry = load_manifest().entry(name)
@@ -79,6 +80,7 @@ def test_pretrained_loads_agree_whichever_way_they_are_asked_for(name: str, tmp_
     assert next(models[0].parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_timms_adaptations_keep_the_pretrained_body() -> None:
     whole = timm.create_model("resnet20_conam.cifar10", pretrained=True)
     other_head = timm.create_model("resnet20_conam.cifar10", pretrained=True, num_classes=7)
@@ -178,6 +180,7 @@ def test_weights_load_from_an_installed_wheel_only_through_a_mirror(
     assert "set CONAM_ZOO_MIRROR to a directory" in nowhere.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_right_answers_among_the_first_test_images_are_those_that_were_recorded(
     name: str, cifar_root: Path
