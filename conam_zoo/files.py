@@ -119,7 +119,7 @@ def refuse_replacing(json_file: Path | None) -> None:
     except OSError:
         return  # whatever writes it says why it cannot
     if begins not in (b"", b"{", b"["):
-        raise UserError(f"{json_file} exists and is not JSON, so it was not replaced: choose another name.")
+        raise UserError(f"{json_file} exists and is not JSON, so it is not replaced: choose another name.")
 
 
 def _identity(path: Path) -> object:
