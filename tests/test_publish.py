@@ -283,7 +283,7 @@ def test_the_namespace_has_to_be_the_manifests(checkout: Checkout) -> None:
     checkout.hub.requests.clear()
     assert f"published by {NAMESPACE}, not by other-lab" in checkout.publish(namespace="other-lab")["message"]
     for wrong in ("a/b", "..", "https://huggingface.co/x", ""):
-        assert "no name of a Hub account" in checkout.publish(namespace=wrong)["message"]
+        assert "not the name of a Hub account" in checkout.publish(namespace=wrong)["message"]
     assert checkout.hub.requests == []
 
 

@@ -25,6 +25,7 @@ from hub_client import HubClient, assert_one_sentence
 from hub_server import HubServer, Mode, refusing_url, serve
 from safetensors.torch import save
 
+from conam_zoo import checks
 from conam_zoo.weights import (
     Manifest,
     Metrics,
@@ -118,6 +119,7 @@ class Client:
     def __post_init__(self) -> None:
         package = self.folder / "installed" / "conam_zoo"
         shutil.copytree(Path(hub.__file__).parent, package / "weights", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(Path(checks.__file__), package)
         (package / "__init__.py").touch()
 
     @property
