@@ -11,7 +11,7 @@ demo: $(STAMP)
 	@echo "Classifying the photographs of examples/photos with resnet20_conam.cifar10; the picture goes to demo.png."
 	$(BIN)/conam predict resnet20_conam.cifar10 examples/photos/*.jpg --output demo.png
 
-# What needs no training: under 90 seconds on two cores.
+# All but the tests marked slow: under 90 seconds on two cores.
 check: lint
 	$(BIN)/python -m pytest -m "not slow"
 
