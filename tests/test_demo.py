@@ -126,7 +126,7 @@ def choose(page: Any, label: str, option: str) -> None:
     box = page.get_by_label(label, exact=True)
     box.click()
     own = page.locator(f"#{box.get_attribute('aria-controls')}")  # the list of another box may still be fading out
-    own.get_by_role("option", name=option).click()
+    own.get_by_role("option", name=option, exact=True).click()
 
 
 def upload(page: Any, path: Path) -> None:
