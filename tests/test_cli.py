@@ -38,7 +38,10 @@ def test_list_shows_every_model_and_patterns_narrow_it(conam) -> None:
     assert code == 0
     assert all(name in out for name in model_names())
     _, out, _ = conam("list", "wide_*", "--json", "-")
-    assert [row["model"] for row in json.loads(out)] == [n for n in model_names() if n.startswith("wide_")]
+    rows = json.loads(out)
+    assert [row["model"] for row in rows] == [n for n in model_names() if n.startswith("wide_")]
+    facts = json.loads(conam("info", rows[0]["model"], "--json", "-")[1])
+    assert {key: facts[key] for key in ("parameters", "macs")} == {key: rows[0][key] for key in ("parameters", "macs")}
 
 
 def test_info_names_the_sites(conam) -> None:

@@ -42,7 +42,7 @@ def list_command(
         if not hits or (pretrained and not any(full in hits or name in hits for full in top1)):
             continue
         params, macs = size_of(name)
-        rows.append({"model": name, "params": params, "macs": macs, "top1_percent": top1})
+        rows.append({"model": name, "parameters": params, "macs": macs, "top1_percent": top1})
     if json_only(rows, json_file):
         return
     if not rows:
@@ -52,7 +52,7 @@ def list_command(
         table.add_column(title, justify="right" if title in ("parameters", "MACs") else "left")
     for row in rows:
         tops = ", ".join(f"{name.partition('.')[2]} {value:.2f} %" for name, value in row["top1_percent"].items())
-        table.add_row(row["model"], f"{row['params'] / 1e6:.2f} M", f"{row['macs'] / 1e6:.0f} M", tops or "-")
+        table.add_row(row["model"], f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e6:.0f} M", tops or "-")
     console().print(table)
 
 
