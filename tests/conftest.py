@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported, and for what the tests start
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+PLAIN_RECIPE = str(CHECKOUT / "tests" / "plain_recipe.toml")  # what tests train by, whatever the shipped recipes become
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # of a page in Markdown
 
 

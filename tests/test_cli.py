@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import write_arrays
+from conftest import PLAIN_RECIPE, write_arrays
 from PIL import Image
 
 from conam_zoo.models.registry import model_names
@@ -22,7 +22,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     root = tmp_path_factory.mktemp("trained")
     write_arrays(root / "data" / "cifar10", DATASETS["cifar10"].classes, {"train": 64, "test": 40})
-    train(load_recipe("resnet20_conam.cifar10", ["epochs=1", "warmup_epochs=0"]), root / "data", root / "run")
+    train(load_recipe(PLAIN_RECIPE, ["epochs=1", "warmup_epochs=0"]), root / "data", root / "run")
     return root / "run", root / "data"
 
 
@@ -86,7 +86,7 @@ def test_evaluate_agrees_with_the_run(conam, trained: tuple[Path, Path], tmp_pat
 @pytest.mark.slow
 def test_train_runs_and_resumes_nothing_when_done(conam, trained: tuple[Path, Path], tmp_path: Path) -> None:
     settings = ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "batch_size=32"]
-    arguments = ["train", "resnet20_conam.cifar10", "--data", trained[1], "--output", tmp_path / "run", *settings]
+    arguments = ["train", PLAIN_RECIPE, "--data", trained[1], "--output", tmp_path / "run", *settings]
     code, out, _ = conam(*arguments)
     assert code == 0
     assert "top-1" in out

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import PLAIN_RECIPE
 
 from conam_zoo.data import (
     AugmentationSettings,
@@ -329,11 +330,11 @@ def test_a_recipe_s_alternate_flip_and_mix_share_reach_the_batches() -> None:
 
     given = ["batch_size=2", "crop_padding=0", "cutout=0", "mixup=0", "cutmix=0", "early_epochs=0", "early_size=0"]
     here, split = Ranks(0, 1, torch.device("cpu")), numbered(30)
-    recipe = load_recipe("resnet20_conam.cifar10", [*given, "flip=true", "alternate_flip=true"])
+    recipe = load_recipe(PLAIN_RECIPE, [*given, "flip=true", "alternate_flip=true"])
     made = DeviceLoader(split, batch_settings(recipe, MEAN, STD, here))
     first, second = (mirrored_in(made, epoch, split) for epoch in range(2))
     assert second == {number: not mirrored for number, mirrored in first.items()}
     for share, low, high in ((0.5, 1, 14), (1.0, 15, 15)):
-        recipe = load_recipe("resnet20_conam.cifar10", [*given, "flip=false", "cutmix=1.0", f"mix_share={share}"])
+        recipe = load_recipe(PLAIN_RECIPE, [*given, "flip=false", "cutmix=1.0", f"mix_share={share}"])
         made = DeviceLoader(split, batch_settings(recipe, MEAN, STD, here))
         assert low <= sum(targets.is_floating_point() for _, targets in made.epoch(0)) <= high

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import PLAIN_RECIPE
 from oracles import distillation_oracle as oracle
 
 from conam_zoo.errors import UserError
@@ -14,7 +15,7 @@ from conam_zoo.training.distillation import decoupled_loss, distillation_loss
 from conam_zoo.training.recipe import load_recipe
 from conam_zoo.training.train_state import TrainState
 
-RECIPE = "resnet20_conam.cifar10"
+RECIPE = PLAIN_RECIPE
 
 
 @pytest.fixture

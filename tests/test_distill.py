@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import write_arrays
+from conftest import PLAIN_RECIPE, write_arrays
 
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import export_model
@@ -41,7 +41,7 @@ def teacher(tmp_path: Path) -> str:
 
 @pytest.fixture
 def recipe(teacher: str) -> Recipe:
-    return replace(load_recipe("resnet20_conam.cifar10", SETTINGS), teacher=teacher)
+    return replace(load_recipe(PLAIN_RECIPE, SETTINGS), teacher=teacher)
 
 
 def test_the_loss_is_that_of_its_definition() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PLAIN_RECIPE
 from safetensors.torch import load_file
 
 import conam_zoo.training.evaluate as evaluate_module
@@ -53,7 +54,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return load_recipe("resnet20_conam.cifar10", SETTINGS)
+    return load_recipe(PLAIN_RECIPE, SETTINGS)
 
 
 def fork_ranks(work: Callable[[], object], folder: Path) -> list[tuple[int, str]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import PLAIN_RECIPE
 from PIL import Image
 
 from conam_zoo.data import ImageSplit
@@ -61,7 +62,7 @@ def test_measuring_changes_nothing_of_the_net() -> None:
 def test_every_epoch_logs_it(small_data: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recipe = load_recipe("resnet20_conam.cifar10", ["epochs=2", "warmup_epochs=0", "batch_size=32"])
+    recipe = load_recipe(PLAIN_RECIPE, ["epochs=2", "warmup_epochs=0", "batch_size=32"])
     train(recipe, small_data, tmp_path / "run")
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     columns = [f"liveness {site}" for site in SITES]

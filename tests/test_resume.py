@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PLAIN_RECIPE
 from safetensors.torch import load_file
 
 from conam_zoo.errors import UserError
@@ -44,7 +45,7 @@ def tiny_data(tmp_path: Path) -> Path:
 def recipe() -> Recipe:
     """Everything on that draws random numbers or keeps a state."""
     settings = ["batch_size=8", "warmup_epochs=0.5", "ema_decay=0.5", "cutout=8", "mixup=0.2", "cutmix=1.0"]
-    recipe = load_recipe("resnet20_conam.cifar10", [f"epochs={EPOCHS}", *settings])
+    recipe = load_recipe(PLAIN_RECIPE, [f"epochs={EPOCHS}", *settings])
     return replace(recipe, model_args={"drop_rate": 0.2})
 
 
@@ -237,7 +238,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe,
 
     root = tmp_path_factory.mktemp("interrupted")
     write_arrays(root / "data" / "cifar10", DATASETS["cifar10"].classes, {"train": 44, "test": 20})
-    recipe = load_recipe("resnet20_conam.cifar10", ["epochs=1", "warmup_epochs=0", "batch_size=8"])
+    recipe = load_recipe(PLAIN_RECIPE, ["epochs=1", "warmup_epochs=0", "batch_size=8"])
     whole = train(recipe, root / "data", root / "whole")
     accumulate, calls = TrainState.accumulate, []
 
@@ -488,7 +489,7 @@ def test_a_checkpoint_of_the_first_version_still_resumes(
     recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after
 ) -> None:
     """It names only the recipe's first settings and the log, and stands at the end of an epoch."""
-    recipe = load_recipe("resnet20_conam.cifar10", ["epochs=2", "batch_size=8", "warmup_epochs=0.5"])
+    recipe = load_recipe(PLAIN_RECIPE, ["epochs=2", "batch_size=8", "warmup_epochs=0.5"])
     whole = train(recipe, tiny_data, tmp_path / "whole")
     run = tmp_path / "run"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import write_arrays
+from conftest import PLAIN_RECIPE, write_arrays
 from safetensors.torch import load_file
 from torch import nn
 
@@ -56,7 +56,7 @@ def recipe(tmp_path: Path) -> Recipe:
     export_model(
         timm.create_model("resnet20_conam.cifar10", pretrained_cfg_overlay=overlay), tmp_path / "teacher", tag=None
     )
-    return load_recipe("resnet20_conam.cifar10", [*SETTINGS, f'teacher="local-dir:{tmp_path / "teacher"}"'])
+    return load_recipe(PLAIN_RECIPE, [*SETTINGS, f'teacher="local-dir:{tmp_path / "teacher"}"'])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import PLAIN_RECIPE
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -40,7 +41,7 @@ LOCK_FILES = {".conam-lock", ".conam-holder"}
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return load_recipe("resnet20_conam.cifar10", TINY)
+    return load_recipe(PLAIN_RECIPE, TINY)
 
 
 def test_a_run_learns_and_writes_what_it_promises(recipe: Recipe, small_data: Path, tmp_path: Path) -> None:
@@ -290,11 +291,11 @@ def test_every_packaged_recipe_is_whole_and_opens_with_its_facts(name: str, chec
 )
 def test_bad_settings_are_refused_in_a_sentence(setting: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        load_recipe("resnet20_conam.cifar10", [setting])
+        load_recipe(PLAIN_RECIPE, [setting])
 
 
 def test_settings_replace_values_and_unknown_recipes_are_refused(tmp_path: Path) -> None:
-    assert load_recipe("resnet20_conam.cifar10", ["lr=1", "opt=adamw"]).lr == 1.0
+    assert load_recipe(PLAIN_RECIPE, ["lr=1", "opt=adamw"]).lr == 1.0
     with pytest.raises(UserError, match=r"There is no recipe 'nonsense': did you mean resnet20_conam\.cifar10\?"):
         load_recipe("nonsense")
     with pytest.raises(UserError, match=r"There is no recipe 'wide_resnet16_4': did you mean wide_resnet16_4_conam\."):
@@ -305,7 +306,7 @@ def test_settings_replace_values_and_unknown_recipes_are_refused(tmp_path: Path)
 
 
 def test_a_recipe_survives_being_written(tmp_path: Path) -> None:
-    recipe = load_recipe("resnet20_conam.cifar10", ["lr=1e-7", "mixup=0.2", 'teacher=a "b" \\\\ c: é'])
+    recipe = load_recipe(PLAIN_RECIPE, ["lr=1e-7", "mixup=0.2", 'teacher=a "b" \\\\ c: é'])
     recipe = replace(recipe, model_args={"patch_sizes": [8, 4, 2], "drop_rate": 0.1, "attn_layer": "se"})
     (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     assert load_recipe(str(tmp_path / "recipe.toml")) == recipe
@@ -313,7 +314,7 @@ def test_a_recipe_survives_being_written(tmp_path: Path) -> None:
 
 
 def test_settings_that_came_later_may_be_absent() -> None:
-    recipe = load_recipe("resnet20_conam.cifar10")
+    recipe = load_recipe(PLAIN_RECIPE)
     late = ("cutout", "mixup", "cutmix", "grad_accumulation", "clip_grad", "teacher")
     early = {key: value for key, value in recipe.to_dict().items() if key not in (*late, "distill_weight")}
     assert recipe_from_dict(early, "an old run") == recipe
@@ -483,20 +484,20 @@ def test_a_plan_says_what_a_training_then_does_and_writes_nothing(
 def test_a_value_out_of_range_is_told_with_its_range(setting: str, reason: str) -> None:
     key = setting.partition("=")[0]
     with pytest.raises(UserError, match=rf"The setting {key} is .*out of its range: it must .*{reason}"):
-        load_recipe("resnet20_conam.cifar10", [setting])
+        load_recipe(PLAIN_RECIPE, [setting])
 
 
 def test_the_warm_up_shrinks_with_the_epochs_but_one_that_was_asked_for_does_not() -> None:
-    whole, short = load_recipe("resnet20_conam.cifar10"), load_recipe("resnet20_conam.cifar10", ["epochs=1"])
+    whole, short = load_recipe(PLAIN_RECIPE), load_recipe(PLAIN_RECIPE, ["epochs=1"])
     assert short.warmup_epochs == pytest.approx(whole.warmup_epochs / whole.epochs)
-    assert load_recipe("resnet20_conam.cifar10", ["epochs=30"]).warmup_epochs == whole.warmup_epochs
+    assert load_recipe(PLAIN_RECIPE, ["epochs=30"]).warmup_epochs == whole.warmup_epochs
     with pytest.raises(UserError, match="less than epochs, which is 1"):
-        load_recipe("resnet20_conam.cifar10", ["epochs=1", "warmup_epochs=3"])
+        load_recipe(PLAIN_RECIPE, ["epochs=1", "warmup_epochs=3"])
 
 
 def test_an_unknown_setting_gets_the_nearest_names_and_a_broken_recipe_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no setting 'momentun': did you mean momentum"):
-        load_recipe("resnet20_conam.cifar10", ["momentun=0.5"])
+        load_recipe(PLAIN_RECIPE, ["momentun=0.5"])
     (tmp_path / "latin.toml").write_bytes("model = 'é'".encode("latin-1"))
     with pytest.raises(UserError, match="cannot be read"):
         load_recipe(str(tmp_path / "latin.toml"))
@@ -507,8 +508,8 @@ def test_an_unknown_setting_gets_the_nearest_names_and_a_broken_recipe_a_sentenc
     os.mkfifo(tmp_path / "pipe.toml")
     with pytest.raises(UserError, match="a pipe, a device or a socket"):
         load_recipe(str(tmp_path / "pipe.toml"))
-    whole = load_recipe("resnet20_conam.cifar10")
+    whole = load_recipe(PLAIN_RECIPE)
     (tmp_path / "marked.toml").write_text(whole.to_toml(), encoding="utf-8-sig")
     assert load_recipe(str(tmp_path / "marked.toml")) == whole
     with pytest.raises(UserError, match="nested too deeply"):
-        load_recipe("resnet20_conam.cifar10", ["model_args=" + "[" * 5000 + "]" * 5000])
+        load_recipe(PLAIN_RECIPE, ["model_args=" + "[" * 5000 + "]" * 5000])

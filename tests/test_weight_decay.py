@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PLAIN_RECIPE
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def test_attention_keeps_its_size_in_training_with_strong_decay(layer: str) -> N
 
 
 def recipe() -> Recipe:
-    loaded = load_recipe("resnet20_conam.cifar10", ["epochs=2", "batch_size=4", "warmup_epochs=0.5", "precision=fp32"])
+    loaded = load_recipe(PLAIN_RECIPE, ["epochs=2", "batch_size=4", "warmup_epochs=0.5", "precision=fp32"])
     return replace(loaded, weight_decay=0.05, lr=0.05, ema_decay=0.0, mixup=0.0, cutmix=0.0)
 
 
