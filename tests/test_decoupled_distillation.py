@@ -86,7 +86,7 @@ def test_a_step_adds_the_ramped_loss_to_the_cross_entropy() -> None:
 @pytest.mark.parametrize(
     "setting",
     ["distill_loss=dist", "dkd_alpha=-1", "dkd_beta=inf", "dkd_warmup_epochs=-1", "dkd_beta=nan", "min_lr=-0.1",
-     "min_lr=9", "mix_share=0", "mix_share=1.5"],
+     "min_lr=9", "mix_share=0", "mix_share=1.5", "attn_lr_scale=0"],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(setting: str) -> None:
     with pytest.raises(UserError, match=f"The setting {setting.partition('=')[0]} is .*out of its range"):

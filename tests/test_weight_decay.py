@@ -75,9 +75,6 @@ def test_attention_keeps_its_size_in_training_with_strong_decay(layer: str) -> N
     assert all(factor < 0.7 for name, factor in after.items() if ".attn." not in name), after
 
 
-# Runs begun before attention was exempt
-
-
 def recipe() -> Recipe:
     loaded = load_recipe(PLAIN_RECIPE, ["epochs=2", "batch_size=4", "warmup_epochs=0.5", "precision=fp32"])
     return replace(loaded, weight_decay=0.05, lr=0.05, ema_decay=0.0, mixup=0.0, cutmix=0.0)
@@ -88,6 +85,29 @@ def steps(state: TrainState, first: int, last: int) -> None:
     for number in range(first, last):
         state.accumulate([(images(number), torch.arange(4))], 4)
         state.step(number + 1)
+
+
+@pytest.mark.parametrize("layer", ["conam", "none"])
+@pytest.mark.parametrize("family", NETS)
+def test_attention_takes_its_own_share_of_a_step(family: str, layer: str) -> None:
+    changes = []
+    for scale in (1.0, 0.25):
+        torch.manual_seed(0)
+        net = NETS[family](attn_layer=layer)
+        before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+        state = TrainState(net, replace(recipe(), warmup_epochs=0.0, attn_lr_scale=scale), 6)
+        assert state.lr == recipe().lr
+        steps(state, 0, 1)
+        changes.append({name: parameter.detach() - before[name] for name, parameter in net.named_parameters()})
+    whole, part = changes
+    attention = [name for name in whole if ".attn." in name]
+    assert bool(attention) == (layer == "conam")
+    for name, change in whole.items():
+        torch.testing.assert_close(part[name], change * (0.25 if name in attention else 1.0), rtol=1e-3, atol=1e-7)
+    assert all(whole[name].abs().amax() > 1e-6 for name in attention if name.endswith("fc2.bias"))
+
+
+# Runs begun before attention was exempt
 
 
 def old_groups(kind: str, net: torch.nn.Module) -> list[dict[str, Any]]:

@@ -61,6 +61,7 @@ class Recipe:
     dkd_alpha: float = 1.0
     dkd_beta: float = 2.0
     dkd_warmup_epochs: float = 20.0  # over which r rises, step by step; 0 for none
+    attn_lr_scale: float = 1.0  # learning rate of attention layers, relative to lr; below 1 for a teacher with T^2
 
     @property
     def cfg_overlay(self) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def _ranges(recipe: Recipe) -> dict[str, Check]:
     return {
         "epochs": integer(1, 10**6, "1 to 1,000,000"),
         "batch_size": integer(2, 2**20, "2 to 1,048,576 images"),
-        **dict.fromkeys(("lr", "distill_temperature"), number(0, above=True)),
+        **dict.fromkeys(("lr", "distill_temperature", "attn_lr_scale"), number(0, above=True)),
         **dict.fromkeys(("momentum", "label_smoothing", "ema_decay"), number(0, 1, below=True)),
         **dict.fromkeys(("weight_decay", "mixup", "cutmix", "clip_grad"), number(0)),
         **dict.fromkeys(("dkd_alpha", "dkd_beta", "dkd_warmup_epochs"), number(0)),

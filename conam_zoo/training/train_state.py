@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -88,7 +88,8 @@ class TrainState:
     """A net in training, on its device; parameters that need no gradient stay as they are.
 
     ``batches_per_epoch`` are those of this rank. ``param_groups`` are as optimisers take them, with ``lr_scale`` where
-    a group learns slower; None for timm's: no weight decay for norms, biases and what ``no_weight_decay`` names.
+    a group learns slower; None for timm's: no weight decay for norms, biases and what ``no_weight_decay`` names, with
+    the recipe's ``attn_lr_scale`` for the latter.
     ``model`` stays as it was given, neither wrapped nor compiled; ``ema`` is its moving average, or None.
     """
 
@@ -127,6 +128,8 @@ class TrainState:
 
     def _start_optimizer(self, param_groups: Iterable[dict[str, Any]] | None) -> None:
         recipe, steps = self.recipe, self.steps_per_epoch
+        if param_groups is None and recipe.attn_lr_scale != 1:
+            param_groups = _groups_with_slow_attention(self.model, recipe)
         self.optimizer = _optimizer(self.model, recipe, param_groups)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -247,6 +250,18 @@ def _groups_with_decayed_attention(
     if sizes == [len(group["params"]) for group in optimizer.param_groups]:
         return None
     return groups if sizes == [len(group["params"]) for group in groups] else None
+
+
+def _groups_with_slow_attention(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """timm's groups without the attention's parameters, and one of these behind them."""
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    attention = {
+        parameter: None for name, parameter in model.named_parameters() if name in exempt and parameter.requires_grad
+    }
+    groups: list[dict[str, Any]] = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=exempt)
+    groups = [{**group, "params": [p for p in group["params"] if p not in attention]} for group in groups]
+    slow = {"params": list(attention), "weight_decay": 0.0, "lr_scale": recipe.attn_lr_scale}
+    return [*groups, slow] if attention else groups
 
 
 def _is_frozen(module: nn.Module) -> bool:
