@@ -82,7 +82,7 @@ def test_the_teacher_is_named_in_the_record_and_stays_as_it_was(
 ) -> None:
     weights = Path(teacher.removeprefix("local-dir:")) / "model.safetensors"
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = ["resnet20_conam.cifar10", "--teacher", teacher, "--data", data]
+    command = [PLAIN_RECIPE, "--teacher", teacher, "--data", data]
     code, _, err = conam("distill", *command, "--output", tmp_path / "command", *settings)
     assert code == 0, err
     run = json.loads((tmp_path / "command" / "run.json").read_text())

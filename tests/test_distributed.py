@@ -214,7 +214,7 @@ def torchrun(python: str, *arguments: object) -> subprocess.CompletedProcess[str
 
 def test_torchrun_trains_with_the_command(recipe: Recipe, data: Path, tmp_path: Path, warm_python: str) -> None:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = ["-m", "conam_zoo", "train", "resnet20_conam.cifar10", "--data", data, "--output", tmp_path / "run"]
+    command = ["-m", "conam_zoo", "train", PLAIN_RECIPE, "--data", data, "--output", tmp_path / "run"]
     result = torchrun(warm_python, *command, *settings)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("top-1") == 1  # rank 0 alone speaks
@@ -250,7 +250,7 @@ def test_a_rank_that_is_killed_ends_all_with_a_sentence(data: Path, tmp_path: Pa
     )
     arguments = [
         "train",
-        "resnet20_conam.cifar10",
+        PLAIN_RECIPE,
         "--data",
         data,
         "--output",

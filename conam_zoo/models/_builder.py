@@ -149,7 +149,7 @@ def _check_config(
 
 
 def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg: PretrainedCfg) -> dict[str, Tensor]:
-    """The tensors as they are, if the body of the model has exactly those.
+    """The tensors, a half precision stem in float32, if the body of the model has exactly those.
 
     timm drops the head of another class count and then loads without strictness; this keeps a file of another net from
     passing as one of this.
@@ -192,7 +192,8 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg:
                     f"its {name} has shape {tuple(own[name].shape)} and theirs has {found_shape}: use weights with a "
                     "head, or num_classes=0"
                 )
-    return state_dict
+    # timm sums or repeats the stem's channels for other images, in the type of the file.
+    return {**state_dict, stem: state_dict[stem].float()} if stem in state_dict else state_dict
 
 
 def _state_dict(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Tensor]:
