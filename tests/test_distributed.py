@@ -236,7 +236,8 @@ def test_torchrun_fine_tunes_with_the_command(data: Path, tmp_path: Path, warm_p
 
 def test_a_rank_that_is_killed_ends_all_with_a_sentence(data: Path, tmp_path: Path) -> None:
     (tmp_path / "dies.py").write_text(
-        "import os, signal\n"
+        "import os, signal, time\n"
+        "from rich.progress import Progress\n"
         "from conam_zoo import cli\n"
         "from conam_zoo.training.train_state import TrainState\n"
         "accumulate, calls = TrainState.accumulate, []\n"
@@ -246,6 +247,11 @@ def test_a_rank_that_is_killed_ends_all_with_a_sentence(data: Path, tmp_path: Pa
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return accumulate(self, *args)\n"
         "TrainState.accumulate = dies\n"
+        "stop = Progress.stop\n"
+        "def slow(self):\n"  # torchrun's SIGTERM comes meanwhile
+        "    time.sleep(2)\n"
+        "    stop(self)\n"
+        "Progress.stop = slow\n"
         "cli.main()\n"
     )
     arguments = [

@@ -7,6 +7,7 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,32 @@ def test_layers_are_called_where_hooks_lie_under_another_name(name: str, monkeyp
 def test_bf16_is_not_denied_where_pytorch_does_not_say(monkeypatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", Without(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"))
     assert has_bf16_convolutions() is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "instructions", "expected"),
+    [
+        ("x86_64", True, {"_is_avx512_bf16_supported"}, True),
+        ("x86_64", True, {"_is_amx_tile_supported"}, True),
+        ("AMD64", True, set(), False),  # AVX-512 alone: oneDNN emulates, several times slower than float32
+        ("x86_64", False, {"_is_amx_tile_supported"}, False),
+        ("x86_64", True, None, True),  # another PyTorch, without these names
+        ("aarch64", True, set(), True),
+        ("aarch64", False, set(), False),
+    ],
+)
+def test_bf16_is_not_taken_where_it_would_be_emulated(
+    machine: str, asked: bool, instructions: set[str] | None, expected: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: asked))
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        if instructions is None:
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, name, lambda name=name: name in instructions, raising=False)
+    assert has_bf16_convolutions() is expected
 
 
 # Run with private names removed before the package is imported; prints what a net and a moving average come to.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_atomically
-from conam_zoo.training.distributed import ranks, run_on_primary
+from conam_zoo.training.distributed import is_lost_peer, ranks, run_on_primary
 from conam_zoo.training.recipe import recipe_from_dict
 from conam_zoo.training.train_state import TrainState
 
@@ -97,6 +97,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if any(map(is_lost_peer, error)):  # torchrun sends SIGTERM then, which must not come before what is to be said
+            self._handlers |= dict.fromkeys(self._handlers.keys() & {signal.SIGTERM}, signal.SIG_IGN)
         for number, handler in self._handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._handlers = {}

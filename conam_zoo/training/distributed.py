@@ -25,6 +25,7 @@ __all__ = [
     "all_reduce_max",
     "all_reduce_sum",
     "broadcast_weights",
+    "is_lost_peer",
     "precision_on",
     "process_group",
     "ranks",
@@ -104,13 +105,20 @@ def process_group() -> Iterator[Ranks]:
         yield ranks()
         dist.barrier()  # rank 0 has written everything before any process ends
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or LOST_PEER.search(str(error))):
+        if not is_lost_peer(error):
             raise
         raise UserError(
             f"{here} lost another one ({in_brief(error)}), so the training ends: start all of them again with --resume."
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def is_lost_peer(error: object) -> bool:
+    """Whether an exchange failed because another process is gone."""
+    if not (isinstance(error, RuntimeError) and ranks().world_size > 1):
+        return False
+    return isinstance(error, dist.DistError) or LOST_PEER.search(str(error)) is not None
 
 
 def all_reduce_max(values: list[float]) -> list[float]:
