@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import CHECKOUT
 from PIL import Image
 
 import experiments.accuracy.grid as grid_module
@@ -250,6 +252,26 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return results
 
     monkeypatch.setattr(grid_module, "run_queue", run_queue)
+
+
+@pytest.mark.slow
+def test_the_process_of_a_cell_knows_the_forms_of_the_ablation(
+    small_data: Path, tmp_path: Path, warm_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run_queue(jobs, data, **_):
+        commands.extend(job.command(data) for job in jobs)
+        return {}
+
+    monkeypatch.setattr(grid_module, "run_queue", run_queue)
+    monkeypatch.setattr("sys.executable", warm_python)
+    cells = ablation_cells(["resnet20"], ["cifar10"], ["gate"], [0], grid_recipe("short", TINY), only=["sigmoid"])
+    run_grid("ablation", cells, small_data, tmp_path / "out")
+    *_, command = commands  # after the paper's form
+    result = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, cwd=CHECKOUT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "conam_variant" in (tmp_path / "out" / f"{cells[-1].name}.toml").read_text()
 
 
 @pytest.mark.slow

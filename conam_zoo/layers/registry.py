@@ -60,7 +60,7 @@ def check_attention(name: str, attn_args: Mapping[str, Any] | None = None) -> No
     if name not in attention_names():
         remedy = "register an attention of your own with conam_zoo.register_attention before the net is made"
         if name == "conam_variant":  # the forms of the ablation, which a checkout alone has
-            remedy = "register the forms of the ablation with 'import experiments', in a checkout"
+            remedy = "in a checkout 'import experiments' registers it, and 'python -m experiments.conam' has it"
         raise ValueError(f"attn_layer is {name!r}, but it must be one of {', '.join(attention_names())}: {remedy}.")
     if attn_args and (name == "none" or not {"name", *GIVEN}.isdisjoint(attn_args)):
         _refuse_arguments(name, dict(attn_args))

@@ -50,6 +50,7 @@ class Job:
     folder: Path  # the run folder
     ships: bool  # whether its weights are those that the recipe ships: its own seed, nothing replaced
     teacher_bank: Path | None = None  # that holds its teacher's logits
+    program: str = "conam_zoo"  # the module that is run, with the arguments of ``conam``
 
     @property
     def name(self) -> str:
@@ -71,7 +72,7 @@ class Job:
 
     def command(self, data: str, compile: bool = False) -> list[str]:
         """The command line that trains it, or goes on with it."""
-        command = [sys.executable, "-m", "conam_zoo", "train", self.recipe_name]
+        command = [sys.executable, "-m", self.program, "train", self.recipe_name]
         command += ["--data", data, "--output", str(self.folder)]
         command += [word for setting in self.settings for word in ("--set", setting)]
         command += ["--teacher-bank", str(self.teacher_bank)] if self.teacher_bank is not None else []

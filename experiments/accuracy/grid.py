@@ -232,7 +232,7 @@ def _job(cell: Cell, output: Path) -> Job:
         if folder.exists():
             raise UserError(f"{folder} was trained by another recipe: remove it, or choose another output.")
         write_text(recipe, cell.recipe.to_toml())
-    return Job(str(recipe), cell.recipe, (), folder, ships=False)
+    return Job(str(recipe), cell.recipe, (), folder, ships=False, program="experiments.conam")
 
 
 def _facts(cell: Cell) -> dict[str, Any]:
