@@ -96,12 +96,12 @@ def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -
     read: dict[object, Path] = {}
     for path in inputs:
         with suppress(UserError):  # what cannot be asked for cannot be written onto; reading it says why
-            read[_identity(path)] = path
+            read[_identity(expand_path(path))] = path
     written: dict[object, Path] = {}
     for output in outputs:
         if output is None or str(output) == "-":
             continue
-        identity = _identity(output)
+        identity = _identity(expand_path(output))
         if identity in read:
             raise UserError(f"{output} cannot be written: it is the input {read[identity]}; choose another name.")
         if identity in written:
@@ -111,10 +111,10 @@ def refuse_overwriting(outputs: Iterable[Path | None], inputs: Iterable[Path]) -
 
 def refuse_replacing(json_file: Path | None) -> None:
     """Refuse (``UserError``) to write JSON onto what is not called ``.json`` and does not begin as JSON does."""
-    if json_file is None or json_file.suffix.lower() == ".json" or not json_file.is_file():
+    if json_file is None or json_file.suffix.lower() == ".json" or not expand_path(json_file).is_file():
         return
     try:
-        with json_file.open("rb") as file:
+        with expand_path(json_file).open("rb") as file:
             begins = file.read(1)
     except OSError:
         return  # whatever writes it says why it cannot
@@ -173,8 +173,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def _is_special(path: Path) -> bool:
     """Whether to write into a path as it stands: a device, a pipe, or a file that some process has open."""
-    if os.path.abspath(path).startswith(("/dev/", "/proc/")) and path.exists():
-        return not path.is_dir()
+    name = os.path.abspath(path)
+    if _OWN.fullmatch(name) or name.startswith("/proc/"):
+        return path.exists() and not path.is_dir()
     return path.exists() and not path.is_file() and not path.is_dir()
 
 

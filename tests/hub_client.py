@@ -270,11 +270,11 @@ class HubClient:
 
 
 def install_weights_only(site: Path) -> Path:
-    """Install ``conam_zoo.weights`` and what publishes them, which need nothing else of the package but the checks."""
+    """Install ``conam_zoo.weights`` and what publishes them, which need little else of the package."""
     source = CHECKOUT / "conam_zoo" / "weights"
     shutil.copytree(source, site / "conam_zoo" / "weights", ignore=shutil.ignore_patterns("__pycache__"))
     (site / "conam_zoo" / "release").mkdir()
-    for file in ("checks.py", "release/publish.py"):
+    for file in ("checks.py", "errors.py", "release/exchange.py", "release/publish.py"):
         shutil.copy(CHECKOUT / "conam_zoo" / file, site / "conam_zoo" / file)
     for package in ("", "release"):
         (site / "conam_zoo" / package / "__init__.py").touch()

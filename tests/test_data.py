@@ -1,7 +1,10 @@
 """Reading splits, and augmenting batches."""
 
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,6 +152,24 @@ def test_the_word_cifar10_means_torchvisions_download(tmp_path: Path, monkeypatc
     assert split.labels.tolist() == [0, 9, 1, 2]
     assert split.classes == DATASETS["cifar10"].classes
     assert len(read_split("cifar10", "test")) == 2
+
+
+def test_two_trainings_do_not_download_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    active, most = [], []
+
+    class Slow(_StandIn):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            active.append(self)
+            most.append(len(active))
+            time.sleep(0.2)
+            active.remove(self)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Slow)
+    with ThreadPoolExecutor(2) as pool:
+        assert [len(split) for split in pool.map(read_split, ["cifar10"] * 2, ["train", "test"])] == [4, 2]
+    assert most == [1, 1]
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from conam_zoo.datasets import DATASETS
+from conam_zoo.deploy.export import calibration_images
 from conam_zoo.errors import UserError
 from conam_zoo.finetuning.run import finetune
 from conam_zoo.models.registry import open_model
@@ -45,6 +46,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
         data, model=NET, output=folder / "run", epochs=1, val_share=0.3, seed=7, corrupt="skip", quiet=True
     )
     return data, folder / "run", report
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("crop_pct", 0.875), ("interpolation", "bilinear"), ("crop_mode", "border")]
+)
+def test_images_that_would_be_prepared_in_another_way_are_refused(run, key: str, value: object) -> None:
+    model = open_model(NET)
+    model.pretrained_cfg[key] = value
+    with pytest.raises(UserError, match=f"has {key} {value}, but images are prepared here with"):
+        evaluate(model, run[0], corrupt="skip")
+    with pytest.raises(UserError, match=f"has {key} {value}"):
+        calibration_images(model, run[0], None)
 
 
 def test_the_command_of_the_report_gives_the_accuracy_of_the_report(run, conam: Conam) -> None:

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from conam_zoo.deploy.export import export
+from conam_zoo.deploy.export import calibration_images, export
 from conam_zoo.deploy.runtime import OnnxClassifier
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
@@ -106,8 +106,9 @@ def test_it_can_be_used_like_a_model(folder: Path, net: StagedClassifier, file: 
 
 
 @pytest.mark.slow
-def test_torch_export_gives_the_same(net: StagedClassifier, tmp_path: Path) -> None:
-    export(net, tmp_path / "net.pt2")
+def test_torch_export_gives_the_same(net: StagedClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert export(net, "~/net.pt2").path == tmp_path / "net.pt2"
     batch = normalised(images(6))
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(batch)[0], net(batch))
@@ -245,3 +246,8 @@ def test_a_file_that_is_no_export_is_refused(folder: Path, tmp_path: Path, chang
         onnx.save(proto, target)
     with pytest.raises(UserError, match=sentence):
         OnnxClassifier(target)
+
+
+def test_calibration_images_have_the_size_of_the_net(small_data: Path) -> None:
+    net = timm.create_model("resnet20_conam.cifar10", pretrained_cfg_overlay={"input_size": (3, 16, 16)})
+    assert calibration_images(net, small_data, "cifar10").shape[1:] == (16, 16, 3)

@@ -12,6 +12,8 @@ from conftest import PYTHON_BLOCK
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
+from conam_zoo.models.registry import export_model
+
 NET = "resnet20_conam.cifar10"
 
 
@@ -37,6 +39,34 @@ def test_the_command_writes_what_the_head_sees(conam, tmp_path: Path) -> None:
         expected = torch.cat([model(transform(Image.open(path).convert("RGB"))[None]) for path in paths])
     assert (features.dtype, features.shape) == (np.float32, (3, 64))
     np.testing.assert_allclose(features, expected.numpy(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"num_classes": 0}, "The net has no classifier"),
+        ({"in_chans": 1}, "The net takes images with 1 channels, but pictures are read with 3"),
+    ],
+)
+def test_a_net_that_cannot_name_pictures_is_refused(conam, tmp_path: Path, arguments: dict, sentence: str) -> None:
+    (path, *_) = write_pictures(tmp_path / "pictures")
+    export_model(timm.create_model("resnet20_conam", **arguments), tmp_path / "net", tag=None)
+    name, sheet = f"local-dir:{tmp_path / 'net'}", ("--output", tmp_path / "sheet.png")
+    for call in (("predict", name, path), ("explain", name, path, *sheet)):
+        code, _, err = conam(*call)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert sentence in err
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_pool_of_two_kinds_gives_twice_the_features(conam, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures")
+    export_model(timm.create_model("resnet20_conam", global_pool="catavgmax"), tmp_path / "net", tag=None)
+    name = f"local-dir:{tmp_path / 'net'}"
+    code, _, err = conam("features", name, tmp_path / "pictures", "--output", tmp_path / "f.npz")
+    assert code == 0, err
+    with np.load(tmp_path / "f.npz") as arrays:
+        assert arrays["features"].shape == (3, 128)
 
 
 def test_what_cannot_be_read_is_left_out_and_told(conam, tmp_path: Path) -> None:

@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from conam_zoo.errors import UserError
-from conam_zoo.files import clear_temporaries, make_folder, write_atomically, write_text
+from conam_zoo.files import (
+    clear_temporaries,
+    make_folder,
+    refuse_overwriting,
+    refuse_replacing,
+    write_atomically,
+    write_text,
+)
 from conam_zoo.training.run_folder import check_free, hold
 
 DOT_FILES = (".env.template", "sub/.env.override", ".prettier.override.json", "docs/.eslintrc.settings", ".tmpabc123")
@@ -173,3 +180,27 @@ def test_homes_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert make_folder(Path("~/runs")) == tmp_path / "runs"
     with pytest.raises(UserError, match="a home folder that does not exist"):
         write_text(Path("~nobody-of-that-name/x"), "text")
+
+
+def test_an_input_or_a_text_below_home_is_not_written_onto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("text")
+    for output, source in (
+        (Path("~/notes.txt"), tmp_path / "notes.txt"),
+        (tmp_path / "notes.txt", Path("~/notes.txt")),
+    ):
+        with pytest.raises(UserError, match="it is the input"):
+            refuse_overwriting([output], [source])
+    with pytest.raises(UserError, match="is not JSON"):
+        refuse_replacing(Path("~/notes.txt"))
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs /dev/shm")
+def test_a_file_in_shared_memory_is_replaced_like_any_other() -> None:
+    path = Path(f"/dev/shm/conam-test-{os.getpid()}")
+    try:
+        for text in ("one", "two"):
+            write_text(path, text)
+            assert path.read_text() == text
+    finally:
+        path.unlink(missing_ok=True)

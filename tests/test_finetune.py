@@ -174,13 +174,15 @@ def test_an_unknown_layer_is_refused() -> None:
 def test_layer_decay_moves_early_layers_less(tmp_path: Path) -> None:
     data = made_up()
     recipe = recipe_for(data, lr=0.05)
-    shifts = []
+    shifts, rates = [], []
     for decay in (1.0, 0.3):
         net = net_for_data(PRETRAINED, data, recipe)
         before = net.model.conv1.weight.detach().clone()
         tuned = train_on(net, data, recipe, tmp_path / str(decay), layer_decay=decay, quiet=True)
         shifts.append(float((tuned.model.conv1.weight.detach().cpu() - before).norm()))
+        rates.append([row["lr"] for row in tuned.log])
     assert shifts[1] < 0.01 * shifts[0]
+    assert rates[1] == pytest.approx(rates[0])
     with pytest.raises(UserError, match="layer decay is 2"):
         train_on(net, data, recipe, tmp_path / "other", layer_decay=2)
 
@@ -248,6 +250,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
         ({"settings": ["model_args={drop=1}"]}, "model_args has 'drop', which no model takes"),
         ({"settings": ["model_args={num_classes=4}"]}, "holds num_classes"),
         ({"layer_decay": 0.0}, "layer decay is 0"),
+        ({"layer_decay": 0.5, "settings": ["attn_lr_scale=0.1"]}, "attn_lr_scale is 0.1, but the layer decay, 0.5"),
+        ({"settings": ["dkd_alpha=2"]}, "fine-tuning has none: learn from a teacher with conam distill"),
+        ({"settings": ["model_args={patch_sizes=[8,8]}"]}, "which resnet20_conam.cifar10 refuses"),
+        ({"model": "densenet40_12_conam", "from_scratch": True, "image_size": 40}, "need a multiple of 16"),
     ):
         with pytest.raises(UserError, match=sentence):
             finetune(data, **{"model": PRETRAINED, "output": run, "quiet": True, **wrong})

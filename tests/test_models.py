@@ -433,6 +433,12 @@ def test_features_equal_intermediates(name: str, out_indices: tuple[int, ...]) -
     assert [32 // feature.shape[-1] for feature in features] == extractor.feature_info.reduction()
 
 
+@pytest.mark.parametrize("name", EACH)
+def test_without_indices_the_maps_of_every_stage_are_given(name: str) -> None:
+    extractor = timm.create_model(name, features_only=True, device="meta")
+    assert extractor.feature_info.channels() == [info["num_chs"] for info in on_meta(name).feature_info]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_checkpointing_keeps_the_gradients(name: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors.torch import save
 from small_entry import NAMESPACE, REVISION, entry_for
 
 from conam_zoo.release.documents import model_card
+from conam_zoo.release.exchange import packing
 from conam_zoo.weights import Manifest, OnnxFile, dump_manifest, load_manifest
 
 pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(300)]
@@ -109,6 +112,19 @@ def test_what_was_published_is_there_read_back_tagged_and_pinned(checkout: Check
     assert manifest.hub_namespace == NAMESPACE
     assert {name: entry.revision for name, entry in manifest.entries.items()} == {FIRST: commit, SECOND: None}
     assert f"GET /{HUB_ID}/resolve/{commit}/model.safetensors" in checkout.hub.requests
+
+
+def test_the_manifest_is_not_written_while_weights_are_packed(checkout: Checkout) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with packing(checkout.folder):
+            publishing = pool.submit(checkout.publish)
+            with pytest.raises(TimeoutError):  # it waits
+                publishing.result(timeout=10)
+            assert checkout.hub.repositories[HUB_ID].tags
+            assert load_manifest(checkout.manifest_path).entries[FIRST].revision is None
+        ((*_, changed),) = publishing.result()["done"]
+    assert changed
+    assert load_manifest(checkout.manifest_path).entries[FIRST].revision is not None
 
 
 def test_a_second_time_changes_nothing(checkout: Checkout) -> None:

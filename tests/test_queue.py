@@ -173,6 +173,9 @@ def test_the_command_trains_two_seeds_and_a_second_call_finds_them_done(
     assert (code, out.count("is there"), out.count("started")) == (0, 2, 0)
     code, out, _ = conam(*call, "--dry-run")
     assert (code, out.count("done")) == (0, 2)
+    code, out, err = conam(*call, "--set", "epochs=2")
+    assert (code, out.count("started")) == (1, 0)
+    assert (out + err).count("another recipe (epochs differ)") == 2
 
 
 def test_bad_calls_end_in_a_sentence(conam: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
 from conam_zoo.training.distributed import precision_on, ranks
 from conam_zoo.training.engine import NonFiniteLossError, score
+from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.fit import fit
 from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict
 from conam_zoo.training.train import assemble, dry_run, train
@@ -135,8 +136,16 @@ def test_images_can_be_averaged_down_for_a_cheap_comparison(recipe: Recipe, smal
         assert run["evaluated_on"] == on
         model = timm.create_model(f"local-dir:{tmp_path / f'run{holdout}' / 'final'}", pretrained=True)
         assert model.pretrained_cfg["input_size"] == (3, 16, 16)
+    scores = evaluate(model.eval(), small_data, "cifar10", run=tmp_path / "run0").scores
+    assert vars(scores) == pytest.approx(run["scores"], abs=1e-5)
     with pytest.raises(UserError, match=r"image_size is 12, but the images of .* have 32 x 32 pixels: set it to a div"):
         train(replace(small, image_size=12), small_data, tmp_path / "bad")
+
+
+def test_a_recipe_as_json_has_it_is_the_same_whether_made_of_tuples_or_lists(recipe: Recipe) -> None:
+    given = replace(recipe, model_args={"patch_sizes": (4, 4, 2)}).to_dict()
+    assert given["model_args"] == {"patch_sizes": [4, 4, 2]}
+    assert recipe_from_dict(given, "here").to_dict() == given
 
 
 def test_a_pixel_averaged_down_is_the_mean_of_its_square() -> None:

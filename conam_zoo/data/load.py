@@ -1,7 +1,8 @@
 """Opening a data set of any kind: all of its splits for fine-tuning, or one of them."""
 
-from collections.abc import Callable
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from conam_zoo.checks import LARGEST_SIDE
@@ -32,7 +34,7 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.files import expand_path, status
 
-__all__ = ["ImageData", "check_image_size", "find_sources", "open_images", "read_split"]
+__all__ = ["ImageData", "check_image_size", "find_sources", "of_one_size", "open_images", "read_split"]
 
 SMALL_SIDE = 48  # up to this median side, 32 px are taken: CIFAR's size, at which the weights were trained
 SIZES = (32, 64)
@@ -94,13 +96,22 @@ def _download(name: str, split: str) -> ImageSplit:
 
     cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     try:
-        dataset = cls(TORCHVISION_FOLDER, train=split == "train", download=True)
+        with _download_lock(TORCHVISION_FOLDER):
+            dataset = cls(TORCHVISION_FOLDER, train=split == "train", download=True)
     except Exception as error:  # torchvision raises whatever urllib, tarfile or its own checks raise
         raise UserError(
             f"{name} could not be downloaded by torchvision ({error}): download it elsewhere and pass its folder."
         ) from error
     labels = torch.tensor(dataset.targets, dtype=torch.int64)
     return ImageSplit(torch.from_numpy(dataset.data), labels, DATASETS[name].classes, f"torchvision {name}")
+
+
+@contextmanager
+def _download_lock(folder: str) -> Iterator[None]:
+    """Let no other training write into a folder of downloads; one without rights to write is read only."""
+    os.makedirs(folder, exist_ok=True)
+    with FileLock(Path(folder, ".conam-download.lock")) if os.access(folder, os.W_OK) else nullcontext():
+        yield
 
 
 def _timm_sources(name: str) -> dict[str, LazyImages]:
@@ -140,7 +151,8 @@ def _open_timm(full_name: str, split: str) -> LazyImages:
     torchvision = name.startswith("torch/")
     folder = root or (TORCHVISION_FOLDER if torchvision else None)
     try:
-        dataset = create_dataset(name, root=folder, split=split, download=torchvision, is_training=False)
+        with _download_lock(str(folder)) if torchvision else nullcontext():
+            dataset = create_dataset(name, root=folder, split=split, download=torchvision, is_training=False)
         read = _stream if hasattr(dataset, "set_epoch") else _map
         return read(dataset, f"{full_name}, {split}")
     except UserError:
@@ -229,7 +241,7 @@ def read_split(
     if found == "train" != split:
         source = replace(source, source=f"{source.source} (all images, because there is no test split)")
     if size is None:
-        source, size = _of_one_size(source)
+        source, size = of_one_size(source)
     result, unreadable = read_source(source, size)
     if unreadable:
         one = unreadable[0]
@@ -241,7 +253,7 @@ def read_split(
     return result
 
 
-def _of_one_size(source: LazyImages) -> tuple[LazyImages, int]:
+def of_one_size(source: LazyImages) -> tuple[LazyImages, int]:
     """A source that refuses images of another width or height than the first readable one's width, and that width."""
     if isinstance(source.read, ArrayReader) and source.read.images.shape[1] == source.read.images.shape[2]:
         return source, source.read.images.shape[1]

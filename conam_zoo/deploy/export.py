@@ -24,12 +24,12 @@ from conam_zoo.data import read_split
 from conam_zoo.datasets import DATASETS
 from conam_zoo.deploy.runtime import FORMAT, need_onnx, open_classifier, open_session
 from conam_zoo.errors import UserError
-from conam_zoo.files import write_atomically
+from conam_zoo.files import expand_path, write_atomically
 from conam_zoo.layers.conam import ConAM
 from conam_zoo.layers.confidence import recorded_confidences
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.registry import open_model, weights_sha256
-from conam_zoo.training.evaluate import evaluate
+from conam_zoo.models.registry import check_takes_rgb, open_model, weights_sha256
+from conam_zoo.training.evaluate import check_preparation, evaluate
 from conam_zoo.weights import load_manifest
 
 __all__ = ["EXPORT_OPSET", "Exported", "calibration_images", "dataset_of", "export", "export_named"]
@@ -102,7 +102,7 @@ def export(
     as ``name``, ``sha256`` or ``top1_percent``. With ``calibration``, training images as uint8 (N, H, W, 3), it is
     quantised to int8. The file appears only once it has been run and compared with ``model``.
     """
-    output = Path(output)
+    output = expand_path(output)
     kind = output.suffix.lower()
     if kind not in (".onnx", ".pt2"):
         raise UserError(f"The output is {str(output)!r}, but its suffix must be .onnx or .pt2.")
@@ -330,8 +330,10 @@ def dataset_of(model: StagedClassifier) -> str | None:
 
 def calibration_images(model: StagedClassifier, data: str | Path, dataset: str | None) -> Tensor:
     """Training images, the same ones each time: uint8 (N, H, W, 3)."""
+    check_takes_rgb(model)
+    check_preparation(model)
     size = model.pretrained_cfg["input_size"][1]
-    images = read_split(data, "train", dataset, image_size=None if dataset else size).images
+    images = read_split(data, "train", dataset, image_size=size).images
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
     return images[chosen]
 

@@ -52,7 +52,7 @@ def open_session(path: Path) -> Any:
 
 
 class OnnxClassifier(nn.Module):
-    """A file that ``export`` wrote as a net: normalised images (N, 3, H, W) to logits (N, classes), on the CPU."""
+    """A file that ``export`` wrote as a net, on the CPU: normalised images (N, 3, H, W) to logits (N, classes)."""
 
     mean: Tensor
     std: Tensor
@@ -79,8 +79,8 @@ class OnnxClassifier(nn.Module):
         """(N, 3, H, W) -> (N, classes)."""
         if self.pixels:  # back to the pixels, which are whole numbers
             x = ((x * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        (logits,) = self._session.run(["logits"], {"image": x.contiguous().numpy()})
-        return torch.from_numpy(logits)
+        (logits,) = self._session.run(["logits"], {"image": x.cpu().contiguous().numpy()})
+        return torch.from_numpy(logits).to(x.device)
 
 
 def _facts(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The part of fine-tuning that trains: a net with a new head, images of any kind, its logits for the report."""
 
 import io
+import math
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from conam_zoo.data.dataset import LazyImages, read_source
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.registry import export_model, open_model
+from conam_zoo.models.registry import check_takes_rgb, export_model, open_model
 from conam_zoo.training.distributed import ranks
-from conam_zoo.training.evaluate import logits_on
+from conam_zoo.training.evaluate import PREPARATION, logits_on
 from conam_zoo.training.fit import fit
 from conam_zoo.training.recipe import Recipe, parse_settings, recipe_from_dict
 from conam_zoo.training.train import MONITORED_IMAGES
@@ -53,12 +54,13 @@ DEFAULTS: dict[str, Any] = {
 LR, FROM_SCRATCH_LR = 0.02, 0.05  # of a batch of 32; proportional to the batch
 WARMUP_SHARE = 0.1  # of all epochs
 BATCH_SIZES = (32, 16, 8)
+TEACHING = ("distill_loss", "distill_weight", "distill_temperature", "dkd_alpha", "dkd_beta", "dkd_warmup_epochs")
 DONE_OTHERWISE = {  # settings of a recipe that mean nothing here, and what does the same
     "model": "give --model",
     "dataset": "name the data instead",
     "image_size": "give --image-size",
     "holdout": "give --val-share",
-    **dict.fromkeys(("teacher", "distill_weight", "distill_temperature"), "learn from a teacher with conam distill"),
+    **dict.fromkeys(("teacher", *TEACHING), "learn from a teacher with conam distill"),
 }
 STEPS = 10  # in an epoch: the largest batch that leaves so many is taken
 CROP_SHARE = 8  # the crop's padding is the image size divided by this, as 4 is of 32
@@ -128,21 +130,25 @@ def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bo
     the weights were trained with, because the first layer knows them; from scratch, those of the training images.
     """
     plain = open_model(name, pretrained=False, **({} if ":" in name else {"device": "meta"}))
+    check_takes_rgb(plain)
     cfg = dict(plain.pretrained_cfg)
     size, old = data.image_size, cfg["input_size"][1]
-    if any(side * size % old for side in plain.patch_sizes):
-        raise UserError(f"The image size is {size}, but ConAM's patches of this net need a multiple of {old // 4}.")
+    step = old // math.gcd(old, *plain.patch_sizes)
+    if size % step:
+        raise UserError(f"The image size is {size}, but ConAM's patches of this net need a multiple of {step}.")
     arguments = {"patch_sizes": tuple(side * size // old for side in plain.patch_sizes), **recipe.model_args}
     torch.manual_seed(recipe.seed)
     try:
         model = open_model(name, pretrained=not from_scratch, num_classes=len(data.classes), **arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"The setting model_args is {recipe.model_args}, which {name} refuses: {error}") from error
     mean, std = (cfg["mean"], cfg["std"]) if not from_scratch else _statistics(data.train, size)
     if min(std) == 0:
         raise UserError(f"The images of {data.source} have a single colour value in a channel: check them.")
     grown = {key: tuple(side * size // old for side in cfg[key]) for key in ("pool_size",) if cfg.get(key)}
-    own = {"num_classes": len(data.classes), "label_names": data.classes, "input_size": (3, size, size)}
+    own = {"num_classes": len(data.classes), "label_names": data.classes, "input_size": (3, size, size)} | PREPARATION
     nowhere = {"hf_hub_id": None, "hf_hub_filename": None, "url": "", "file": None, "tag": None}
     model.pretrained_cfg.update(own | nowhere | grown | {"mean": tuple(mean), "std": tuple(std)})
     return NetForData(
@@ -182,10 +188,15 @@ def freeze_layers(model: StagedClassifier, freeze: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def check_layer_decay(layer_decay: float) -> None:
-    """Refuse a factor that does not lie in (0, 1]."""
+def check_layer_decay(layer_decay: float, recipe: Recipe) -> None:
+    """Refuse a factor that does not lie in (0, 1], and a second setting that scales learning rates."""
     if not 0 < layer_decay <= 1:
         raise UserError(f"The layer decay is {layer_decay}, but it must lie in (0, 1].")
+    if layer_decay < 1 and recipe.attn_lr_scale != 1:
+        raise UserError(
+            f"The setting attn_lr_scale is {recipe.attn_lr_scale}, but the layer decay, {layer_decay}, scales the "
+            "learning rates already: leave one of them out."
+        )
 
 
 def train_on(
@@ -207,7 +218,7 @@ def train_on(
     are plain facts that a resumed run must share, ``workers`` processes decode a set that does not fit into memory, and
     ``quiet`` prints nothing.
     """
-    check_layer_decay(layer_decay)
+    check_layer_decay(layer_decay, recipe)
     report_on = data.test if data.test is not None else data.val
     if report_on is None:
         raise UserError(f"{data.source} has neither test nor validation images: split some off with --val-share.")

@@ -75,8 +75,9 @@ def finetune(
     recipe_for = partial(finetune_recipe, model, str(data), settings=settings, from_scratch=from_scratch, **given)
     # What is refused is refused before any image is read.
     check_image_size(image_size)
-    check_optimizer(recipe_for(image_size=image_size or 32, images=1_000))
-    check_layer_decay(layer_decay)
+    recipe = recipe_for(image_size=image_size or 32, images=1_000)
+    check_optimizer(recipe)
+    check_layer_decay(layer_decay, recipe)
     freeze_layers(open_model(model, pretrained=False), freeze)
     environment = describe_environment()
     console.print(f"Reading {data}")

@@ -92,11 +92,13 @@ def build(
     pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
+    levels: int = 4,
     **kwargs: Any,
 ) -> ModelT:
     """Make a model as timm's ``build_model_with_cfg`` does, with weights from a verified source.
 
-    ``kwargs`` are ``features_only``, ``out_indices`` and the arguments of ``model_cls``, the class of the family.
+    ``kwargs`` are ``features_only``, ``out_indices`` and the arguments of ``model_cls``, the class of the family, whose
+    stem and stages are so many ``levels``.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     _check_config(cfg, pretrained, kwargs.get("pretrained_model_args") or {}, pretrained_cfg_overlay or {}, cache_dir)
@@ -111,7 +113,7 @@ def build(
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
-        feature_cfg={"out_indices": (0, 1, 2, 3)},
+        feature_cfg={"out_indices": tuple(range(levels))},
         pretrained_filter_fn=partial(_fitting, variant=variant, cfg=cfg),
         cache_dir=cache_dir,
         **kwargs,

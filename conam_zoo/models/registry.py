@@ -26,6 +26,7 @@ from conam_zoo.weights.verify import INDEX_SUFFIX, Shard, make_index
 
 __all__ = [
     "check_model_name",
+    "check_takes_rgb",
     "count_params_and_macs",
     "export_model",
     "model_names",
@@ -85,6 +86,16 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
             raise
         raise UserError(f"The config.json of {name} describes a net that cannot be built: {error}") from error
     return model
+
+
+def check_takes_rgb(model: StagedClassifier) -> None:
+    """Refuse (``UserError``) a net whose images have another number of channels than the three of pictures."""
+    channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
+    if channels != 3:
+        raise UserError(
+            f"The net takes images with {channels} channels, but pictures are read with 3: name another net, or use "
+            "this one in Python."
+        )
 
 
 def weights_sha256(name: str) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from conam_zoo.release.exchange import packing
 from conam_zoo.weights.client import ask_hub, download
 from conam_zoo.weights.credentials import check_endpoint, redact, tells_secrets, token_in_use
 from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, in_brief
@@ -124,7 +125,7 @@ def publish(
         upload.entry.name: replace(upload.entry, onnx=upload.onnx, revision=publication.revision)
         for upload, publication in zip(uploads, done, strict=True)
     }
-    with _step("writing the manifest", uploads[-1], up):
+    with _step("writing the manifest", uploads[-1], up), packing(manifest_path.parent):
         latest = load_manifest(manifest_path)
         if any(latest.entries.get(upload.entry.name) != upload.entry for upload in uploads):
             raise WeightsError("its entries were changed meanwhile")

@@ -12,17 +12,29 @@ from torch import Tensor
 
 from conam_zoo.data import ImageSplit, open_images
 from conam_zoo.data.dataset import LazyImages, image_hashes, read_source
-from conam_zoo.data.load import find_sources
+from conam_zoo.data.load import find_sources, of_one_size
 from conam_zoo.errors import UserError
 from conam_zoo.files import check_suffix, expand_path, write_atomically
 from conam_zoo.models import StagedClassifier
+from conam_zoo.models.registry import check_takes_rgb
 from conam_zoo.training.engine import predict_logits, score
 from conam_zoo.training.run_folder import RUN, read_run
 from conam_zoo.weights import Metrics
 
-__all__ = ["TRAINED_ON", "Evaluation", "evaluate", "evaluate_on", "logits_on", "run_folder_of", "write_logits"]
+__all__ = [
+    "PREPARATION",
+    "TRAINED_ON",
+    "Evaluation",
+    "check_preparation",
+    "evaluate",
+    "evaluate_on",
+    "logits_on",
+    "run_folder_of",
+    "write_logits",
+]
 
 TRAINED_ON = "trained_on.npy"  # in a run folder: the hashes of its training images, sorted
+PREPARATION = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"}  # of pictures, as resize_image does
 PARTS = {"test": "test", "val": "validation", "train": "training"}
 
 
@@ -64,7 +76,10 @@ def evaluate(
         raise UserError(f"The split is {part!r}, but it must be one of {', '.join(PARTS)}.")
     if corrupt not in (None, "stop", "skip"):
         raise UserError(f"The choice for corrupt files is {corrupt!r}, but it must be 'stop' or 'skip'.")
+    check_takes_rgb(model)
+    check_preparation(model)
     facts = (read_run(run) or {}) if run is not None else {}
+    averaged = bool(facts.get("recipe", {}).get("image_size"))  # the training saw means of pixels
     facts = facts if "choices" in facts else {}  # only a fine-tuning chose a split
     corrupt = corrupt or facts.get("split_rule", {}).get("corrupt", "skip" if facts.get("unreadable") else "stop")
     trained_on = _trained_on(run) if run is not None else None
@@ -72,7 +87,7 @@ def evaluate(
     root = _root(data, dataset)
     sources = find_sources(root, training=False)
     found = _split_of_run(root, sources, size, facts, trained_on, part, corrupt)
-    found = found or _split(root, sources, size, part, corrupt)
+    found = found or _split(root, sources, size, part, corrupt, averaged)
     split, name, notes = replace(found[0], labels=_labels(found[0], model)), found[1], list(found[2])
     names = model.pretrained_cfg.get("label_names")
     split = replace(split, classes=tuple(names) if names else split.classes)
@@ -85,6 +100,17 @@ def evaluate(
         notes.append(f"{run} does not say which images it trained on; if they are among these, new ones score lower.")
     logits = logits_on(model, split).cpu()
     return Evaluation(split, name, logits, score(logits, split.labels.cpu()), known, tuple(notes))
+
+
+def check_preparation(model: StagedClassifier) -> None:
+    """Refuse a net whose configuration has its images prepared in another way than training and evaluation do."""
+    cfg = model.pretrained_cfg
+    for key, value in PREPARATION.items():
+        if (stated := cfg.get(key) or value) != value:
+            raise UserError(
+                f"The net's configuration has {key} {stated}, but images are prepared here with {value} alone: "
+                "evaluate it with timm's validate.py, or change the configuration."
+            )
 
 
 def write_logits(evaluation: Evaluation, path: Path) -> None:
@@ -150,14 +176,15 @@ def _split_of_run(
 
 
 def _split(
-    data: str | Path, sources: dict[str, LazyImages], size: int, part: str | None, corrupt: str
+    data: str | Path, sources: dict[str, LazyImages], size: int, part: str | None, corrupt: str, averaged: bool
 ) -> tuple[ImageSplit, str, list[str]]:
-    """The split as the data set has it."""
+    """The split as the data set has it; with ``averaged``, averaged down to the size from its own."""
     chosen = part or next(each for each in PARTS if each in sources)
     if chosen not in sources:
         there = " and ".join(PARTS[each] for each in sources)
         raise UserError(f"{data} has no {PARTS[chosen]} images, only {there} images: choose another split.")
-    split, unreadable = read_source(sources[chosen], size)
+    source, own = of_one_size(sources[chosen]) if averaged else (sources[chosen], size)
+    split, unreadable = read_source(source, own)
     if unreadable and corrupt != "skip":
         raise UserError(
             f"{len(unreadable)} of {len(sources[chosen])} images cannot be read. {unreadable[0].reason} Repair or "
@@ -168,6 +195,7 @@ def _split(
     notes = [note + "." for source in sources.values() for note in source.notes]
     if unreadable:
         notes.append(f"{len(unreadable)} images cannot be read and are left out, such as {unreadable[0].name}.")
+    split = split.averaged_down(size) if averaged else split
     return split, "all" if list(sources) == ["train"] else PARTS[chosen], notes
 
 

@@ -93,7 +93,7 @@ def fit(
                 held_out = evaluate_on(final, holdout, sharded=True).top1_percent
             row: dict[str, Any] = {
                 "epoch": epoch + 1,
-                "lr": state.optimizer.param_groups[0]["lr"],
+                "lr": state.lr,
                 "loss": sums.loss / sums.seen,
                 "train_top1_percent": 100 * sums.correct / sums.seen,
                 "holdout_top1_percent": held_out,

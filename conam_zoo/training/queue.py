@@ -18,7 +18,7 @@ from pathlib import Path
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder
 from conam_zoo.training.checkpoint import has_checkpoint
-from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe
+from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict
 from conam_zoo.training.run_folder import LOG, read_log, read_run
 from conam_zoo.training.teacher_bank import epoch_file, read_epoch
 
@@ -62,8 +62,17 @@ class Job:
         return f"{self.recipe.model}.{self.recipe.dataset}"
 
     def is_done(self) -> bool:
-        """Whether its run folder holds a finished run; a damaged record is a UserError."""
-        return read_run(self.folder) is not None
+        """Whether its run folder holds a finished run; a damaged record, or another recipe's run, is a UserError."""
+        run = read_run(self.folder)
+        if run is None or "recipe" not in run:
+            return run is not None
+        before, own = recipe_from_dict(run["recipe"], f"of {self.folder}").to_dict(), self.recipe.to_dict()
+        if changed := ", ".join(key for key in own if before[key] != own[key]):
+            raise UserError(
+                f"{self.folder} holds a training by another recipe ({changed} differ): choose another --output, or "
+                "remove it."
+            )
+        return True
 
     @property
     def log(self) -> Path:

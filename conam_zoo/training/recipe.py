@@ -69,7 +69,9 @@ class Recipe:
         return {"input_size": (3, self.image_size, self.image_size)} if self.image_size else {}
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The settings as JSON has them, without tuples."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
     def to_toml(self) -> str:
         """The recipe as a document that ``load_recipe`` reads back to an equal one."""

@@ -19,6 +19,7 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import expand_path
 from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
+from conam_zoo.models.registry import check_takes_rgb
 
 __all__ = [
     "STANDARD_INPUT",
@@ -69,6 +70,7 @@ def split_transform(model: StagedClassifier, scale: int = 1) -> tuple[Compose, C
 
     With ``scale`` the picture seen is the same part of the picture with so many times the pixels, for people.
     """
+    check_takes_rgb(model)
     config = resolve_model_data_config(model)
     channels, height, width = config["input_size"]
     steps = create_transform(**config | {"input_size": (channels, height * scale, width * scale)}).transforms
@@ -111,6 +113,8 @@ def predict_each(
     the longer side, in pixels, to which ``Prediction.image`` is scaled down; None for its own size. ``say`` is called
     with what a person should know about a picture, such as that it is dark.
     """
+    if model.num_classes == 0:
+        raise UserError("The net has no classifier, so it names no class: 'conam features' gives what it sees.")
     resize, normalize = split_transform(model)
 
     def prepared() -> Iterator[tuple[Path, Image.Image, Image.Image]]:
@@ -182,12 +186,12 @@ def expand_pictures(paths: list[Path]) -> list[Path]:
 def pooled_features(
     model: StagedClassifier, paths: Iterable[Path], *, skip: Skip | None = None
 ) -> tuple[Tensor, list[Path]]:
-    """What the classifier of a net sees of each picture, float32 (N, num_features), and the files that are read."""
+    """What the classifier of a net sees of each picture, float32 (N, head_hidden_size), and the files that are read."""
     resize, normalize = split_transform(model)
     device = next(model.parameters()).device
     inputs = ((path, normalize(resize(image))) for path, image in _read_each(paths, skip))
     kept: list[Path] = []
-    parts = [torch.empty(0, model.num_features)]
+    parts = [torch.empty(0, model.head_hidden_size)]
     while batch := list(islice(inputs, BATCH)):
         kept += [path for path, _ in batch]
         maps = model.forward_features(torch.stack([picture for _, picture in batch]).to(device))
