@@ -8,7 +8,7 @@ import stat
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -31,6 +31,7 @@ __all__ = [
     "status",
     "write_atomically",
     "write_figure",
+    "write_npz",
     "write_text",
 ]
 
@@ -169,6 +170,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as one .npz file, as ``write_atomically`` does."""
+    import numpy as np
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # numpy would add to a name that ends in .NPZ
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
 
 
 def _is_special(path: Path) -> bool:

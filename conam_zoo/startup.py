@@ -25,6 +25,8 @@ EXIT_CODE = 130  # 128 and the number of SIGINT, as shells have it
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
+OUR_RESEARCH = ("experiments", "experiments.conam")
+
 _at_work = False  # else the command has not begun or is at its end, and nobody would catch a KeyboardInterrupt
 
 
@@ -33,9 +35,9 @@ def is_our_command(argv: list[str], orig_argv: list[str]) -> bool:
     program = argv[0] if argv else ""
     if program == "-m":  # Python is still looking for the module
         module = "".join(orig_argv[orig_argv.index("-m") + 1 :][:1]) if "-m" in orig_argv else ""
-        return module == "conam_zoo" or (module == "experiments" and _is_beside_us(module))
+        return module == "conam_zoo" or (module in OUR_RESEARCH and _is_beside_us("experiments"))
     path = Path(program)
-    return path.stem == "conam" or path.parts[-2:] == ("conam_zoo", "__main__.py")
+    return path.name in ("conam", "conam.exe") or path.parts[-2:] == ("conam_zoo", "__main__.py")
 
 
 def _is_beside_us(package: str) -> bool:

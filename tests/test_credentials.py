@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from conam_zoo.weights.credentials import check_endpoint, redact, tells_secrets, token_in_use
+from conam_zoo.weights.credentials import check_endpoint, redact, tells_secrets, token_in_use, token_to_send
 from conam_zoo.weights.errors import HubError
 
 
@@ -109,3 +109,13 @@ def test_a_token_file_that_cannot_be_read_is_left_out_with_a_warning(
     assert redact("as it is") == "as it is"
     (warning,) = caplog.records
     assert f"The token file {path} is not used" in warning.message
+
+
+def test_no_token_is_sent_unasked_where_huggingface_hub_would_send_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://mirror.lan")
+    assert token_to_send() == token_in_use() == "my own secret"
+    with pytest.raises(HubError, match="would send the token in use unencrypted"):
+        check_endpoint()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert token_to_send() is None
+    check_endpoint()

@@ -251,3 +251,13 @@ def test_a_file_that_is_no_export_is_refused(folder: Path, tmp_path: Path, chang
 def test_calibration_images_have_the_size_of_the_net(small_data: Path) -> None:
     net = timm.create_model("resnet20_conam.cifar10", pretrained_cfg_overlay={"input_size": (3, 16, 16)})
     assert calibration_images(net, small_data, "cifar10").shape[1:] == (16, 16, 3)
+
+
+@pytest.mark.slow
+def test_a_file_says_how_many_classes_a_new_head_has_and_how_pictures_are_cropped(tmp_path: Path) -> None:
+    overlay = {"crop_mode": "squash"}
+    net = timm.create_model("resnet20_conam.cifar10", num_classes=3, pretrained_cfg_overlay=overlay).eval()
+    export(net, tmp_path / "net.onnx")
+    found = OnnxClassifier(tmp_path / "net.onnx")
+    assert (found.num_classes, found.pretrained_cfg["label_names"]) == (3, ())
+    assert found.pretrained_cfg["crop_mode"] == "squash"

@@ -63,9 +63,9 @@ def test_a_pool_of_two_kinds_gives_twice_the_features(conam, tmp_path: Path) -> 
     write_pictures(tmp_path / "pictures")
     export_model(timm.create_model("resnet20_conam", global_pool="catavgmax"), tmp_path / "net", tag=None)
     name = f"local-dir:{tmp_path / 'net'}"
-    code, _, err = conam("features", name, tmp_path / "pictures", "--output", tmp_path / "f.npz")
+    code, _, err = conam("features", name, tmp_path / "pictures", "--output", tmp_path / "f.NPZ")
     assert code == 0, err
-    with np.load(tmp_path / "f.npz") as arrays:
+    with np.load(tmp_path / "f.NPZ") as arrays:
         assert arrays["features"].shape == (3, 128)
 
 

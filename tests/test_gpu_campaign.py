@@ -1,6 +1,7 @@
 """Training on a GPU that is lent for a limited time: parts, order, interruptions, what is handed back."""
 
 import json
+import os
 import sys
 import tarfile
 from dataclasses import replace
@@ -80,6 +81,42 @@ def test_parts_come_in_any_number_of_calls_and_are_checked(tmp_path: Path) -> No
     assert list((work / "parts").iterdir()) == []
     with pytest.raises(UserError, match="holds no part"):
         join_parts(tmp_path / "nowhere", work)
+
+
+def test_a_hundred_parts_and_more_are_joined_in_their_order(tmp_path: Path) -> None:
+    source, out, work = tmp_path / "a", tmp_path / "parts", tmp_path / "work"
+    source.mkdir()
+    (source / "x").write_bytes(os.urandom(101 * 512))
+    assert len(write_parts("x", [source / "x"], source, out, 512)) > 100
+    assert join_parts(out, work) == (["x"], [])
+    assert (work / "x").read_bytes() == (source / "x").read_bytes()
+
+
+def test_of_two_deliveries_of_a_run_the_newer_one_is_kept(tmp_path: Path) -> None:
+    source, out = tmp_path / "a", tmp_path / "out"
+    source.mkdir()
+    for order in range(4):  # in some of these the newer archive has the smaller hash, in some the larger
+        for state, age in (("older", 1_000), ("newer", 2_000)):
+            (source / "log").write_text(f"{state} {order}")
+            os.utime(source / "log", (age, age))
+            write_parts("results", [source / "log"], source, out, 4096)
+        assert join_parts(out, tmp_path / "work") == (["results", "results"], [])
+        assert (tmp_path / "work" / "log").read_text() == f"newer {order}"
+        for part in out.iterdir():
+            part.unlink()
+
+
+def test_a_student_reads_the_same_bank_whoever_else_is_named(work: Path) -> None:
+    def bank_of(net: str, nets: list[str]) -> tuple[str, ...]:
+        (task,) = (task for task in plan_tasks(work, nets=nets, length="campaign") if task.name == net)
+        return task.needs
+
+    teacher, student = "wide_resnet16_4_conam.cifar10", "resnet20_conam.cifar10"
+    (bank,) = bank_of(student, list(NETS))
+    assert bank_of(student, [teacher, student]) == (bank,)
+    assert bank_of(student, [student]) == ()  # of a teacher that is not trained here there is none
+    (work / "code" / f"{teacher}.packed").touch()
+    assert bank_of(student, [student]) == (bank,)
 
 
 def test_the_plan_is_teachers_banks_students_in_the_tables_order(work: Path) -> None:

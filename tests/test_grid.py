@@ -147,7 +147,8 @@ def test_some_settings_of_an_axis_can_be_trained_alone() -> None:
 def test_the_paper_s_form_is_trained_once_for_all_axes() -> None:
     variants = settings_of(list(AXES))
     assert list(variants)[:2] == ["none", "conam"]
-    assert sum(not arguments("resnet20_conam") for arguments in variants.values()) == 1
+    paper = {"attn_layer": "conam_variant", "attn_args": {}}
+    assert sum(arguments("resnet20_conam") == paper for arguments in variants.values()) == 1
 
 
 @pytest.mark.parametrize(
@@ -288,6 +289,20 @@ def test_a_failed_cell_is_reported_and_tried_again(small_data: Path, tmp_path: P
         assert events[0] == "started"
         assert events[1].startswith("failed: ")
     assert "1 failed" in attention_table(asdict(grid))
+
+
+def test_cells_whose_attention_was_decayed_are_not_mixed_with_others(tmp_path: Path) -> None:
+    cells = attention_cells(["resnet20"], ["cifar10"], ["none"], [0], grid_recipe("short", TINY))
+    (tmp_path / "a.json").write_text(Grid("compare", "", [finished(cells[0], 90.0)]).to_json())
+    with pytest.raises(UserError, match="attention was decayed or initialised otherwise: choose another output"):
+        run_grid("compare", cells, tmp_path, tmp_path / "a")
+
+
+def test_all_forms_of_the_ablation_are_initialised_alike() -> None:
+    for name, arguments in settings_of(tuple(AXES)).items():
+        given = arguments("resnet20_conam")
+        if given.get("attn_layer") not in ("none", "se", "eca"):
+            assert given["attn_layer"] == "conam_variant", name
 
 
 @pytest.mark.parametrize("text", ["no json", "{}", '{"what": "compare", "command": "", "cells": [{"name": "x"}]}'])

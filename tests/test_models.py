@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from timm.models._manipulate import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+import conam_zoo.models._builder as builder
 import experiments  # noqa: F401 (registers the forms of the ablation)
 from conam_zoo import ConAM
 from conam_zoo.layers.registry import attention_names
@@ -508,6 +510,7 @@ def test_transform_leaves_a_small_image_whole() -> None:
         {"attn_layer": "conam_variant", "attn_args": {"shortcut": False}},
         {"attn_site": "after_last_norm"},
         {"num_classes": 5, "in_chans": 1},
+        {"num_classes": 0, "global_pool": ""},
     ],
     ids=str,
 )
@@ -522,6 +525,17 @@ def test_exported_folder_makes_the_same_model(arguments: dict[str, Any], tmp_pat
     if "in_chans" not in arguments:  # else timm averages the statistics over the colours
         told, expected = resolve_model_data_config(loaded), resolve_model_data_config(model)
         assert (*told["mean"], *told["std"]) == (*expected["mean"], *expected["std"])
+
+
+def test_the_manifests_arguments_come_before_the_builders_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, sides = "resnet18_conam.cifar10", (4, 4, 2, 0)
+    entry = SimpleNamespace(model_args={"patch_sizes": list(sides)})
+    monkeypatch.setattr(builder, "load_manifest", lambda: SimpleNamespace(entries={name: entry}))
+    state = make(name).state_dict()
+    monkeypatch.setattr(builder, "_state_dict", lambda *_: state)
+    assert timm.create_model(name, pretrained=True).patch_sizes == sides
+    assert timm.create_model(name, pretrained=True, patch_sizes=(8, 8, 2, 0)).patch_sizes == (8, 8, 2, 0)
+    assert timm.create_model(name).patch_sizes == (8, 8, 4, 0)
 
 
 @pytest.mark.parametrize("name", ["wide_resnet16_4_conam", "densenetbc100_12_conam"])

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 from conftest import CHECKOUT, Command
 from PIL import Image
 
 from conam_zoo.errors import UserError
 from conam_zoo.visualize.plots import SHEET_ROWS, caption
-from conam_zoo.visualize.predict import expand_pictures
+from conam_zoo.visualize.predict import class_names, expand_pictures, split_transform
 
 PHOTOS = CHECKOUT / "examples" / "photos"
 MODEL = "resnet20_conam.cifar10"
@@ -259,3 +260,14 @@ def test_a_progress_bar_is_shown_on_a_terminal_from_twenty_pictures_on(
     code, _, err = conam("predict", MODEL, *[PHOTOS / "dog.jpg"] * count)
     assert code == 0
     assert ("reading pictures" in err) == shown
+
+
+def test_a_new_head_has_no_names_of_the_old_one() -> None:
+    assert class_names(timm.create_model(MODEL, num_classes=3, device="meta")) == ["class 0", "class 1", "class 2"]
+    assert class_names(timm.create_model(MODEL, device="meta"))[:2] == ["airplane", "automobile"]
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_what_is_seen_has_the_size_of_the_net_in_every_crop_mode(mode: str) -> None:
+    model = timm.create_model(MODEL, device="meta", pretrained_cfg_overlay={"crop_mode": mode})
+    assert split_transform(model)[0](Image.new("RGB", (90, 30))).size == (32, 32)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import CHECKOUT
 
 from conam_zoo.errors import UserError
 from conam_zoo.training.recipe import load_recipe
@@ -31,6 +32,10 @@ def test_seeds_are_gathered_and_averaged(tmp_path: Path) -> None:
     results = read_seeds(path)
     assert list(results[NAME]) == ["2", "10"]
     assert f"| `{NAME}` | 2 | 92.40 ± 0.28 % | 92.20 (2), 92.60 (10) | 1 x device |" in seed_table(results)
+    for changed in ({"recipe": {**recipe, "seed": 3, "epochs": 5}}, {"teacher": {"sha256": "0"}}):
+        with pytest.raises(UserError, match=f"other seeds of {NAME} that were trained otherwise"):
+            add_seed(path, NAME, {**run, "recipe": {**recipe, "seed": 3}, **changed})
+    assert read_seeds(path) == results
     path.write_text("[]")
     with pytest.raises(UserError, match="restore it"):
         read_seeds(path)
@@ -63,3 +68,8 @@ def test_a_run_is_filed_under_its_recipe(tmp_path: Path, experiments, monkeypatc
     code, out, _ = experiments("seeds", run())
     assert (code, "| `resnet20_conam.cifar10` | 1 | 91.50 % |" in out) == (0, True)
     assert list(read_seeds(tmp_path / "experiments" / "results" / "seeds.json")) == [NAME]
+
+
+def test_what_is_filed_under_a_recipe_was_trained_for_its_epochs() -> None:
+    for name, seeds in read_seeds(CHECKOUT / "experiments" / "results" / "seeds.json").items():
+        assert {run["epochs"] for run in seeds.values()} == {load_recipe(name).epochs}, name

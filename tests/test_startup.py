@@ -96,6 +96,7 @@ def test_other_programs_keep_their_handler(tmp_path: Path, warm_python: str) -> 
     assert is_our_command(["/x/conam_zoo/__main__.py", "list"], [])
     assert not is_our_command(["-m"], ["python", "-m", "pytest", "conam_zoo"])
     assert not is_our_command(["-c"], ["python", "-c", "import conam_zoo"])
+    assert not is_our_command(["conam.py"], ["python", "conam.py"])
     assert not is_our_command(["-m"], ["python", "-m"])
     assert not is_our_command(["train.py"], ["python", "train.py", "-m", "conam_zoo"])
     assert not is_our_command(["/x/torch/__main__.py"], [])

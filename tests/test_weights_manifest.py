@@ -119,9 +119,9 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "whole numbers for fractions": lambda: entry_with(train_minutes=12, mean=[0, 0, 0], std=[1, 1, 1]),
     "perfect": lambda: metrics_with(top1_percent=100, top5_percent=100, nll=0, ece=0),
     "float32": lambda: entry_with(dtype="float32"),
-    "measured": lambda: entry_with(liveness={"layer1.0.attn": 0.25, "b": 0}, correct_of_first_1000=1000),
-    "measured on nothing": lambda: entry_with(liveness=None, correct_of_first_1000=None),
-    "no ConAM": lambda: entry_with(liveness={}, correct_of_first_1000=0),
+    "measured": lambda: entry_with(liveness={"layer1.0.attn": 0.25, "b": 0}, correct_of_1000=1000),
+    "measured on nothing": lambda: entry_with(liveness=None, correct_of_1000=None),
+    "no ConAM": lambda: entry_with(liveness={}, correct_of_1000=0),
     "ONNX files": onnx_with,
     "no ONNX files": lambda: entry_with(onnx=None),
     "other file": lambda: entry_with(file="model-00001.v2.safetensors"),
@@ -132,9 +132,9 @@ INVALID: dict[str, Callable[[], object]] = {
     "liveness as text": lambda: entry_with(liveness="even"),
     "liveness below zero": lambda: entry_with(liveness={"layer1.0.attn": -0.1}),
     "liveness without a site": lambda: entry_with(liveness={"": 0.1}),
-    "more right than shown": lambda: entry_with(correct_of_first_1000=1001),
-    "a fraction right": lambda: entry_with(correct_of_first_1000=925.5),
-    "a negative NLL": lambda: entry_with(nll_of_first_1000=-0.1),
+    "more right than shown": lambda: entry_with(correct_of_1000=1001),
+    "a fraction right": lambda: entry_with(correct_of_1000=925.5),
+    "a negative NLL": lambda: entry_with(nll_of_1000=-0.1),
     "ONNX without int8": lambda: entry_with(
         onnx={"onnx/model.onnx": onnx_with()["entries"][NAME]["onnx"].popitem()[1]}
     ),
@@ -275,8 +275,8 @@ def test_reader_and_schema_share_their_patterns_and_fields() -> None:
     assert set(entry["properties"]) == set(WeightEntry.__dataclass_fields__) - {"name"}
     assert set(entry["required"]) == set(entry["properties"]) - {
         "liveness",
-        "correct_of_first_1000",
-        "nll_of_first_1000",
+        "correct_of_1000",
+        "nll_of_1000",
         "onnx",
     }
     written = {

@@ -220,7 +220,7 @@ def features(
     import numpy as np
 
     from conam_zoo.data.images import PICTURE_SUFFIXES
-    from conam_zoo.files import check_suffix, expand_path, write_atomically
+    from conam_zoo.files import check_suffix, expand_path, write_npz
     from conam_zoo.models.registry import open_model
     from conam_zoo.visualize.predict import pooled_features
 
@@ -234,8 +234,7 @@ def features(
     _check_outputs(model, paths, None, output)
     failures = _Failures(len(paths))
     vectors, kept = pooled_features(open_model(model), _with_progress(paths), skip=failures)
-    names = np.array([str(path) for path in kept], dtype=str)
-    write_atomically(output, lambda temporary: np.savez(temporary, features=vectors.numpy(), names=names))
+    write_npz(output, {"features": vectors.numpy(), "names": np.array([str(path) for path in kept], dtype=str)})
     console().print(f"written: {output}, {len(vectors):,} pictures, {vectors.shape[1]} features each")
     failures.exit()
 

@@ -40,12 +40,12 @@ def measure(
     data: Annotated[Path, typer.Option(help="A data set, or a folder of data sets by name.")],
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Weights; all if left out.")] = None,
 ) -> None:
-    """Measure the liveness of weights and their first 1,000 answers again, and write that into the manifest."""
+    """Measure again the liveness of weights and their answers to 1,000 test images, for the manifest."""
     from conam_zoo.release.pack import remeasure
 
     for name, measured in remeasure(data, names).items():
         alive = ", ".join(f"{site} {value:.4f}" for site, value in measured["liveness"].items()) or "no ConAM"
-        console().print(f"{name}: {measured['correct_of_first_1000']} of the first 1,000 right, liveness {alive}")
+        console().print(f"{name}: {measured['correct_of_1000']} of 1,000 test images right, liveness {alive}")
     tables()
 
 

@@ -110,6 +110,8 @@ def export(
         raise UserError(f"{output} cannot be int8: only .onnx files are quantised.")
     if kind == ".onnx":
         need_onnx()
+    if model.in_chans != (stated := model.pretrained_cfg["input_size"][0]):
+        raise UserError(f"The net takes {model.in_chans} channels, but its input_size states {stated}: correct that.")
     net = copy.deepcopy(model).cpu().float().eval()
     sites = [name for name, module in net.named_modules() if isinstance(module, ConAM)] if confidence else []
     graph = _Graph(net, pixels, sites).eval()
@@ -166,12 +168,13 @@ def _metadata(model: StagedClassifier, pixels: bool, int8: bool, facts: Mapping[
         package = version("conam-zoo")
     except PackageNotFoundError:
         package = "unknown"
+    names = cfg.get("label_names") or ()  # with a new head they are those of the old one
     stated = {
         "format": FORMAT,
         "conam_zoo_version": package,
         "architecture": cfg["architecture"],
         "tag": cfg.get("tag") or "",
-        "classes": list(cfg.get("label_names") or ()),
+        "classes": list(names if len(names) == model.num_classes else ()),
         "num_classes": model.num_classes,
         "input_size": list(cfg["input_size"]),
         "mean": list(cfg["mean"]),
@@ -179,6 +182,7 @@ def _metadata(model: StagedClassifier, pixels: bool, int8: bool, facts: Mapping[
         "layout": "NHWC uint8" if pixels else "NCHW float32",
         "interpolation": cfg["interpolation"],
         "crop_pct": cfg["crop_pct"],
+        "crop_mode": cfg.get("crop_mode") or "center",
         "precision": "int8" if int8 else "float32",
         "licence": cfg.get("license") or "",
         **facts,

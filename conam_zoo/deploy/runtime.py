@@ -104,4 +104,4 @@ def _facts(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise UserError(f"The metadata of {path} is damaged ({error}): export it again.") from error
     if not sound:
         raise UserError(f"The metadata of {path} is damaged: export it again.")
-    return facts | {"tag": metadata.get("tag") or None}
+    return facts | {"tag": metadata.get("tag") or None, "crop_mode": metadata.get("crop_mode", "center")}

@@ -93,17 +93,18 @@ def build(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     levels: int = 4,
+    defaults: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> ModelT:
     """Make a model as timm's ``build_model_with_cfg`` does, with weights from a verified source.
 
     ``kwargs`` are ``features_only``, ``out_indices`` and the arguments of ``model_cls``, the class of the family, whose
-    stem and stages are so many ``levels``.
+    stem and stages are so many ``levels``; ``defaults`` are those of the builder, where they are not the class's.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     _check_config(cfg, pretrained, kwargs.get("pretrained_model_args") or {}, pretrained_cfg_overlay or {}, cache_dir)
     entry = load_manifest().entries.get(f"{variant}.{cfg.tag}") if pretrained else None
-    kwargs = {**(entry.model_args if entry else {}), **kwargs}
+    kwargs = {**(defaults or {}), **(entry.model_args if entry else {}), **kwargs}
     overlay = dict(pretrained_cfg_overlay or {})
     if pretrained:
         overlay |= {"state_dict": _state_dict(variant, cfg, cache_dir), "source": None}

@@ -163,7 +163,7 @@ def _contradiction(config: Mapping[str, Any]) -> str:
             return f"label_names has {len(names)} names for {min(counts)} classes"
     if max(counts, default=0) > 0 and not args.get("global_pool", "avg"):
         return UNPOOLED
-    if config.get("global_pool", "avg") != args.get("global_pool", config.get("global_pool", "avg")):
+    if "global_pool" in config and config["global_pool"] != args.get("global_pool", config["global_pool"]):
         return f"global_pool is {config['global_pool']!r} and {args['global_pool']!r} in it"
     channels = args.get("in_chans", cfg.get("input_size", (3,))[0])
     for key in ("mean", "std"):

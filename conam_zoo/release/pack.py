@@ -36,7 +36,7 @@ LICENCE = "Apache-2.0"
 HALF_PRECISION_TOLERANCE = 0.02  # points of top-1 that storing float16 may change
 MAX_TOTAL_BYTES = 96 * 2**20  # of the whole folder weights/
 MAX_SHARD_BYTES = 15 * 2**20  # of tensors in one file; its header comes on top, and no file may have more than 16 MiB
-FIRST_IMAGES = 1000
+SAMPLE_IMAGES = 1000
 
 RUN_FACTS: dict[str, Any] = {
     "recipe": dict,
@@ -232,19 +232,19 @@ def _store(
 def _measure(model: StagedClassifier, training: ImageSplit, test: ImageSplit) -> dict[str, Any]:
     """The fields of a manifest entry that are measured of a stored net, and are not scores.
 
-    Liveness is that on the training images that a training watches, too. What the first 1,000 test images say is None
-    where there are fewer.
+    Liveness is that on the training images that a training watches, too. What 1,000 test images, spread over the split,
+    say is None where there are fewer.
     """
     cfg = model.pretrained_cfg
     watched = normalize(training.spread(MONITORED_IMAGES).images, cfg["mean"], cfg["std"])
     alive = {site: round(value, 6) for site, value in liveness(model, watched).items()}
     correct, nll = None, None
-    if len(test) >= FIRST_IMAGES:
-        logits = predict_logits(model, test.images[:FIRST_IMAGES], cfg["mean"], cfg["std"])
-        labels = test.labels[:FIRST_IMAGES]
-        correct = int(torch.sum(logits.argmax(dim=1) == labels))
-        nll = round(score(logits, labels).nll, 5)
-    return {"liveness": alive, "correct_of_first_1000": correct, "nll_of_first_1000": nll}
+    if len(test) >= SAMPLE_IMAGES:
+        sample = test.spread(SAMPLE_IMAGES)
+        logits = predict_logits(model, sample.images, cfg["mean"], cfg["std"])
+        correct = int(torch.sum(logits.argmax(dim=1) == sample.labels))
+        nll = round(score(logits, sample.labels).nll, 5)
+    return {"liveness": alive, "correct_of_1000": correct, "nll_of_1000": nll}
 
 
 def remeasure(data: Path, names: list[str] | None = None) -> dict[str, dict[str, Any]]:

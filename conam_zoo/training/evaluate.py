@@ -14,7 +14,7 @@ from conam_zoo.data import ImageSplit, open_images
 from conam_zoo.data.dataset import LazyImages, image_hashes, read_source
 from conam_zoo.data.load import find_sources, of_one_size
 from conam_zoo.errors import UserError
-from conam_zoo.files import check_suffix, expand_path, write_atomically
+from conam_zoo.files import check_suffix, expand_path, write_npz
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import check_takes_rgb
 from conam_zoo.training.engine import predict_logits, score
@@ -123,7 +123,7 @@ def write_logits(evaluation: Evaluation, path: Path) -> None:
         "classes": np.array(split.classes, dtype=str),
         "names": np.array(split.names, dtype=str),
     }
-    write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
+    write_npz(path, arrays)
 
 
 def _trained_on(run: Path) -> np.ndarray | None:

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 BATCH = 16  # pictures in a pass of the net
+RESIZES = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")  # timm's and torchvision's, by the crop mode
 STANDARD_INPUT = Path("-")
 
 Skip = Callable[[Path, UserError], object]  # called for a picture that cannot be read, which is left out then
@@ -62,7 +63,8 @@ def percent(probability: float) -> str:
 
 def class_names(model: StagedClassifier) -> list[str]:
     """Names of the classes in the order of the logits, from the model's configuration."""
-    return list(model.pretrained_cfg.get("label_names") or [f"class {index}" for index in range(model.num_classes)])
+    names = list(model.pretrained_cfg.get("label_names") or ())  # with a new head they are those of the old one
+    return names if len(names) == model.num_classes else [f"class {index}" for index in range(model.num_classes)]
 
 
 def split_transform(model: StagedClassifier, scale: int = 1) -> tuple[Compose, Compose]:
@@ -74,7 +76,7 @@ def split_transform(model: StagedClassifier, scale: int = 1) -> tuple[Compose, C
     config = resolve_model_data_config(model)
     channels, height, width = config["input_size"]
     steps = create_transform(**config | {"input_size": (channels, height * scale, width * scale)}).transforms
-    resizes = [type(step).__name__ in ("Resize", "CenterCrop") for step in steps]
+    resizes = [type(step).__name__ in RESIZES for step in steps]
     last = max((index + 1 for index, resize in enumerate(resizes) if resize), default=0)
     return Compose(steps[:last]), Compose(steps[last:])
 

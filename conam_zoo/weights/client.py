@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from conam_zoo.weights.credentials import check_endpoint, redact, token_in_use
+from conam_zoo.weights.credentials import check_endpoint, redact, token_to_send
 from conam_zoo.weights.errors import HubError, WrongWeightsError, expand_home, in_brief
 from conam_zoo.weights.manifest import REVISION_PATTERN
 
@@ -99,7 +99,9 @@ def ask_hub(hub_id: str, file: str, revision: str | None) -> Announced:
 
     def ask(_: Callable[[], None]) -> Announced:
         url = hf_hub_url(hub_id, file, revision=revision)
-        request = functools.partial(get_hf_file_metadata, url, token=token_in_use() or False, timeout=REQUEST_TIMEOUT_S)
+        request = functools.partial(
+            get_hf_file_metadata, url, token=token_to_send() or False, timeout=REQUEST_TIMEOUT_S
+        )
         try:
             answer = request()
         except errors.HfHubHTTPError as error:  # a status of 500 and above is often gone a moment later
@@ -232,7 +234,7 @@ def _token_for(location: str) -> str | bool:
     here, there = (urlsplit(address) for address in (constants.ENDPOINT, location))
     if (here.scheme, here.hostname, here.port) != (there.scheme, there.hostname, there.port):
         return False
-    return token_in_use() or False
+    return token_to_send() or False
 
 
 def _endpoint() -> str:

@@ -35,6 +35,13 @@ def token_in_use() -> str | None:
     return token if token is None or token.isascii() else None  # no header could carry it
 
 
+def token_to_send() -> str | None:
+    """The user's token, unless huggingface_hub is told to send none that is not asked for."""
+    from huggingface_hub import constants
+
+    return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else token_in_use()
+
+
 @functools.cache
 def _warn_once(text: str) -> None:
     _logger.warning("%s", text)
@@ -84,7 +91,7 @@ def check_endpoint() -> None:
             f"HF_ENDPOINT is {redact(constants.ENDPOINT)!r} and no address of a Hub, so give one such as "
             "https://huggingface.co"
         )
-    if endpoint.scheme == "http" and not _LOOPBACK.fullmatch(host or "") and token_in_use() is not None:
+    if endpoint.scheme == "http" and not _LOOPBACK.fullmatch(host or "") and token_to_send() is not None:
         raise HubError(
             f"HF_ENDPOINT is {redact(constants.ENDPOINT)} and would send the token in use unencrypted, so give an "
             "https address or leave the token out"

@@ -103,8 +103,8 @@ class WeightEntry:
     licence: str
     # Measured when it was packed; None for entries of older manifests.
     liveness: Mapping[str, float] | None = field(default=None, hash=False)  # by site; see layers/confidence.py
-    correct_of_first_1000: int | None = None  # right answers on the first 1,000 test images
-    nll_of_first_1000: float | None = None
+    correct_of_1000: int | None = None  # right answers on 1,000 test images, spread over the split
+    nll_of_1000: float | None = None
     onnx: Mapping[str, OnnxFile] | None = field(default=None, hash=False)  # by ``ONNX_FILES``; None: not published
 
     @property
@@ -292,8 +292,8 @@ _ENTRY: dict[str, Check] = {
     "library_versions": table_of(line),
     "licence": line,
     "liveness": optional(table_of(number(0.0, 1e6))),
-    "correct_of_first_1000": optional(integer(0, 1000)),
-    "nll_of_first_1000": optional(number(0.0, 1e6)),
+    "correct_of_1000": optional(integer(0, 1000)),
+    "nll_of_1000": optional(number(0.0, 1e6)),
     "onnx": optional(record(dict, dict.fromkeys(ONNX_FILES, _ONNX_FILE))),
 }
 

@@ -51,10 +51,11 @@ def _patches(per_side: int, model: str) -> Mapping[str, Any]:
     own = timm.create_model(model, device="meta").patch_sizes
     if any(4 * side % per_side for side in own):
         raise UserError(f"{model} has maps too small for {per_side} patches per side: leave the axis 'patches' out.")
-    return {"patch_sizes": [4 * side // per_side for side in own]}
+    return {"attn_layer": "conam_variant", "patch_sizes": [4 * side // per_side for side in own]}
 
 
-PAPER = Setting("the paper's form", "conam", _with({}))
+# All forms are initialised alike, as PyTorch does; the nets of the zoo have the second bias at one instead.
+PAPER = _form("the paper's form", "conam")
 PLAIN = Setting("plain net", "none", _with({"attn_layer": "none"}))
 
 
@@ -86,7 +87,7 @@ CHANNELS_UNIT_START: dict[str, Any] = {"unit_start": True, **CHANNELS_SIGMOID}
 
 def _one_patch(switches: Mapping[str, Any], model: str) -> Mapping[str, Any]:
     """A form with a single patch per map: a gate of channels alone."""
-    return {"attn_layer": "conam_variant", "attn_args": switches, **_patches(1, model)}
+    return {"attn_args": switches, **_patches(1, model)}
 
 
 AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
@@ -116,14 +117,14 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
         "Placement",
         (
             _paper("first block of each stage"),
-            Setting("every block", "every_block", _with({"attn_placement": "block"})),
+            _form("every block", "every_block", attn_placement="block"),
         ),
     ),
     "site": (
         "Site in the block",
         (
             _paper("before the first convolution"),
-            Setting("after the last norm", "after_last_norm", _with({"attn_site": "after_last_norm"})),
+            _form("after the last norm", "after_last_norm", attn_site="after_last_norm"),
         ),
     ),
     "start": ("Initialisation", (_paper("default"), _form("identity", "identity_start", identity_start=True))),

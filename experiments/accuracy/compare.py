@@ -189,7 +189,7 @@ def _arguments_of_forms(grid: Grid) -> list[str]:
     return [
         f"- {setting.label}: `{json.dumps(given[setting.variant])}`"
         for setting in settings
-        if given.get(setting.variant)
+        if setting.variant != PAPER.variant and given.get(setting.variant)
     ]
 
 

@@ -20,6 +20,7 @@ __all__ = ["RECIPES", "Cell", "Grid", "grid_recipe", "plan_grid", "read_grid", "
 
 RECIPES = ("short", "full")
 FORMER_NAMES = {"attention": "compare"}
+ATTENTION = "no weight decay, ConAM's second bias at one"  # what no setting of a recipe says; earlier cells lack it
 OWN_TO_A_CELL = {"model", "dataset", "model_args", "seed"}  # all other settings are those of the whole grid
 
 
@@ -211,6 +212,11 @@ def _check_recipes(file: Path, earlier: Iterable[dict[str, Any]], cells: Sequenc
     """Refuse to put cells of different recipes into one file."""
     wanted = {cell.name: cell for cell in cells}
     for old in earlier:
+        if old.get("attention") != ATTENTION:
+            raise UserError(
+                f"{file} holds {old['name']}, whose attention was decayed or initialised otherwise: "
+                "choose another output."
+            )
         recipe = recipe_from_dict(old["recipe"], old["name"]).to_dict()
         new = wanted.get(old["name"], cells[0] if cells else None)
         if new is None:
@@ -250,6 +256,7 @@ def _facts(cell: Cell) -> dict[str, Any]:
         "params": params,
         "macs": macs,
         "recipe": recipe.to_dict(),
+        "attention": ATTENTION,
     }
 
 

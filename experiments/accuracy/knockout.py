@@ -3,8 +3,8 @@
 Nothing is trained. Each change keeps the weights of the net and replaces the factors of one module, or of every one:
 
 - ``even``: every patch has the confidence 1/P, which does not depend on the picture;
-- ``exchanged``: the confidences of another image of the batch, which keep what all images share, such as a preference
-  for the centre, but nothing of the image itself;
+- ``exchanged``: the confidences of the image before it in a set sorted by class, so nearly always of another image of
+  its own class: they keep what these share, such as a preference for the centre;
 - ``shuffled``: the image's own confidences, assigned to its patches in random order;
 - ``removed``: the map passes unchanged.
 """
@@ -102,6 +102,7 @@ def measure_knockout(
         found = evaluate_on(model, split)
         return {"top1_percent": found.top1_percent, "nll": found.nll}
 
+    split = split.select(split.labels.argsort(stable=True))
     progress("as it was trained")
     unchanged = scores()
     largest = _largest_percent(model, split)

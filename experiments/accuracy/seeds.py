@@ -28,10 +28,19 @@ def read_seeds(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def add_seed(path: Path, recipe: str, run: dict[str, Any]) -> None:
-    """Put the result of one finished run, its ``run.json``, into the file; a run of the same seed is replaced."""
+    """Put the result of one finished run, its ``run.json``, into the file; a run of the same seed is replaced.
+
+    Raises:
+        UserError: If the file holds other seeds of a recipe of this name that had other settings or another teacher.
+    """
     results = read_seeds(path)
     seeds = results.setdefault(recipe, {})
-    seeds[str(run["recipe"]["seed"])] = {
+    seed = str(run["recipe"]["seed"])
+    trained_by = {"recipe": {**run["recipe"], "seed": None}, "teacher": run.get("teacher")}
+    if any(other.get("trained_by") != trained_by for key, other in seeds.items() if key != seed):
+        raise UserError(f"{path} holds other seeds of {recipe} that were trained otherwise: remove them from it first.")
+    seeds[seed] = {
+        "trained_by": trained_by,
         "top1_percent": run["scores"]["top1_percent"],
         "nll": run["scores"]["nll"],
         "ece": run["scores"]["ece"],

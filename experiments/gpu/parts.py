@@ -69,34 +69,40 @@ def join_parts(source: Path, work: Path) -> tuple[list[str], list[str]]:
         raise UserError(f"{source} holds no part of an archive: name a folder with files NAME.SHA256.00-of-02.part.")
     for part in found:
         write_atomically(waiting / part.name, lambda temporary, part=part: shutil.copyfile(part, temporary))  # type: ignore[misc]
-    archives: dict[tuple[str, str, int], list[Path]] = {}
+    archives: dict[tuple[str, str, int], dict[int, Path]] = {}
     for part in sorted(waiting.iterdir()):
         if match := NAME.fullmatch(part.name):
-            archives.setdefault((match["archive"], match["sha256"], int(match["count"])), []).append(part)
-    unpacked, missing = [], []
-    for (archive, sha256, count), parts in archives.items():
-        if len(parts) < count:
-            missing.append(f"{archive}: {len(parts)} of {count} parts")
-            continue
-        _unpack(archive, sha256, parts, work)
-        unpacked.append(archive)
-    return unpacked, missing
+            key = (match["archive"], match["sha256"], int(match["count"]))
+            archives.setdefault(key, {})[int(match["number"])] = part
+    missing = [f"{name}: {len(parts)} of {n} parts" for (name, _, n), parts in archives.items() if len(parts) < n]
+    whole: list[tuple[float, str, Path]] = []
+    try:
+        for (archive, sha256, count), parts in archives.items():
+            if len(parts) == count:
+                joined = _join(archive, sha256, [parts[number] for number in range(count)])
+                with tarfile.open(joined) as tar:
+                    whole.append((max(member.mtime for member in tar), archive, joined))
+        whole.sort()  # of several that bring the same run, the newest comes last
+        for _, _, path in whole:
+            with tarfile.open(path) as tar:
+                tar.extractall(work, filter="data")
+    finally:
+        for _, _, path in whole:
+            path.unlink()
+    return [archive for _, archive, _ in whole], missing
 
 
-def _unpack(archive: str, sha256: str, parts: list[Path], work: Path) -> None:
-    whole = work / "parts" / f".{archive}.tar"
+def _join(archive: str, sha256: str, parts: list[Path]) -> Path:
+    """The archive whose parts these are, which are removed."""
+    whole = parts[0].with_name(f".{archive}.{sha256}.tar")
     with whole.open("wb") as file:
         for part in parts:
             with part.open("rb") as piece:
                 shutil.copyfileobj(piece, file)
-    try:
-        with whole.open("rb") as file:
-            right = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        if right:
-            with tarfile.open(whole) as tar:
-                tar.extractall(work, filter="data")
-    finally:
-        for part in (whole, *parts):
             part.unlink()
+    with whole.open("rb") as file:
+        right = hashlib.file_digest(file, "sha256").hexdigest() == sha256
     if not right:
+        whole.unlink()
         raise UserError(f"The parts of {archive} are damaged: copy all of them again.")
+    return whole

@@ -1,5 +1,6 @@
 """What is trained on the GPU: the table of the zoo's weights, in order of priority."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -82,6 +83,10 @@ def plan_tasks(
     if length not in LENGTHS:
         raise UserError(f"The option --length is {length!r}, but it must be {' or '.join(LENGTHS)}.")
     chosen = {net: _recipe(work, net, length) for net in NETS if net in nets}
+    # Teachers of an earlier call stay in the plan, so that their students read the same banks whoever else is named.
+    wanted = {recipe.teacher for _, recipe in chosen.values()}
+    earlier = {teacher for teacher in wanted if (work / "code" / f"{teacher}.packed").is_file()}
+    chosen = {net: _recipe(work, net, length) for net in NETS if net in {*nets, *earlier}}
     taught = {recipe.teacher for _, recipe in chosen.values() if recipe.teacher} & set(chosen)
     teachers: list[Task] = []
     students: list[Task] = []
@@ -91,7 +96,9 @@ def plan_tasks(
         needs: tuple[str, ...] = ()
         options = ["--set", PLAIN] if net.endswith(" plain") else []
         if recipe.teacher in taught:
-            bank = banks.setdefault(_shown(recipe), f"{recipe.teacher}.bank{len(banks)}")
+            shown = _shown(recipe)
+            digest = hashlib.sha256(shown.encode()).hexdigest()
+            bank = banks.setdefault(shown, f"{recipe.teacher}.bank-{digest[:8]}")
             needs, options = (bank,), [*options, "--teacher-bank", str(work / "banks" / bank)]
         options += ["--compile"] if compile else []
         task = Task(net, recipe.dataset, _train(work, name, recipe, run, options), run / "run.json", needs, run)
