@@ -23,6 +23,8 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 import conam_zoo.models._builder as builder
 import experiments  # noqa: F401 (registers the forms of the ablation)
 from conam_zoo import ConAM
+from conam_zoo.errors import UserError
+from conam_zoo.layers import registry
 from conam_zoo.layers.registry import attention_names
 from conam_zoo.models.registry import export_model
 from conam_zoo.weights import WeightsError
@@ -525,6 +527,27 @@ def test_exported_folder_makes_the_same_model(arguments: dict[str, Any], tmp_pat
     if "in_chans" not in arguments:  # else timm averages the statistics over the colours
         told, expected = resolve_model_data_config(loaded), resolve_model_data_config(model)
         assert (*told["mean"], *told["std"]) == (*expected["mean"], *expected["std"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attn_layer": "mine", "attn_args": {"heads": 10_000}},
+        {"attn_layer": "mine", "attn_args": {"scales": [1, 2, 4]}},
+        {"attn_layer": "mine", "attn_args": {"kind": "gelu-tanh"}},
+        {"attn_layer": "mine", "attn_args": {"kind": torch.float32}},
+        {"widths": (16, 32, 48)},
+    ],
+    ids=str,
+)
+def test_a_net_that_no_load_would_take_is_not_saved(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.FACTORIES, "mine", lambda channels, patch_size, **_: nn.Identity())
+    model = make("resnet20_conam", **arguments)
+    with pytest.raises(UserError, match=r"cannot be saved, since its config\.json would be refused"):
+        export_model(model, tmp_path / "net", tag=None)
+    assert not (tmp_path / "net").exists()
 
 
 def test_the_manifests_arguments_come_before_the_builders_own(monkeypatch: pytest.MonkeyPatch) -> None:

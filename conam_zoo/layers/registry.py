@@ -1,6 +1,7 @@
 """The attentions by name: the one list of them, which ``register_attention`` adds to."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,8 +31,9 @@ def register_attention(name: str, factory: Callable[..., nn.Module]) -> None:
 
     ``factory(channels, patch_size, *, device=None, dtype=None, **attn_args)`` returns a module that maps (N, C, H, W)
     to the same shape; a class with such a constructor will do. ``patch_size`` is the side of ConAM's patches at the
-    site, which a factory may ignore; ``attn_args`` are those of the net's builder, and have to be JSON values if the
-    net is to be saved. A ``confidence`` method, (N, C, H, W) -> (N, rows, columns), shows in ``conam explain``.
+    site, which a factory may ignore; ``attn_args`` are those of the net's builder, and have to be numbers, true,
+    false, None or short words if the net is to be saved. A ``confidence`` method, (N, C, H, W) -> (N, rows, columns),
+    shows in ``conam explain``.
 
     The name has to be registered again, before the net is built or loaded, in every process. Registering a name twice
     replaces the first; a built-in attention's is refused.
@@ -46,8 +48,10 @@ def register_attention(name: str, factory: Callable[..., nn.Module]) -> None:
     >>> create_attention("twice", 16, 8)(torch.ones(1, 16, 8, 8)).mean()
     tensor(2.)
     """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"The attention's name is {name!r}, but it must be made of letters, digits and underscores.")
+    if not isinstance(name, str) or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,39}", name) is None:
+        raise ValueError(
+            f"The attention's name is {name!r}, but it must be made of letters, digits and underscores, at most 40."
+        )
     if name in BUILT_IN:
         raise ValueError(f"The attention's name is {name!r}, but that is a built-in attention: choose another name.")
     if not callable(factory):

@@ -29,7 +29,7 @@ from conam_zoo.weights import WeightsError
 from conam_zoo.weights.folder import read_config
 from conam_zoo.weights.manifest import FILE_PATTERN
 
-__all__ = ["as_json", "check_model_args", "check_patch_sizes", "load_config"]
+__all__ = ["as_json", "check_config", "check_model_args", "check_patch_sizes", "load_config"]
 
 LARGEST_COUNT = 1 << 16  # classes
 UNPOOLED = "global_pool is '', with which there is no classifier"
@@ -105,14 +105,19 @@ def load_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = read_config(path)
     try:
-        record(dict, CONFIG, required=("architecture", "pretrained_cfg"))(as_json(config), "")
-        if contradiction := _contradiction(config):
-            raise CheckError(contradiction)
+        check_config(config)
     except CheckError as error:
         raise WeightsError(f"{path} is refused, {error}: copy the folder again, or correct it there.") from error
     except RecursionError as error:
         raise WeightsError(f"{path} is refused, it is nested too deeply: copy the folder again.") from error
     return config
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse, by a CheckError, what is no ``config.json`` of a net of this package."""
+    record(dict, CONFIG, required=("architecture", "pretrained_cfg"))(as_json(config), "")
+    if contradiction := _contradiction(config):
+        raise CheckError(contradiction)
 
 
 def check_model_args(arguments: Mapping[str, Any], what: str) -> None:

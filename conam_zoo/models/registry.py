@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -19,7 +20,7 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.files import expand_path, write_atomically, write_text
 from conam_zoo.models._base import StagedClassifier
-from conam_zoo.models.config_schema import load_config
+from conam_zoo.models.config_schema import check_config, load_config
 from conam_zoo.weights import load_manifest
 from conam_zoo.weights.folder import WEIGHTS_FILE, fetch_config, read_config, weights_file
 from conam_zoo.weights.verify import INDEX_SUFFIX, Shard, make_index
@@ -146,8 +147,16 @@ def export_model(
     ``config.json`` records the attention arguments of the net and the SHA-256 of the weights, which a load checks and
     which is returned. ``tag`` is that of published weights, ``dtype`` the type of floating-point tensors. Tensors that
     take more than ``max_shard_bytes`` are written as several files with at most so many bytes of them each, and an
-    index, ``model.safetensors.index.json``, whose hash it then is.
+    index, ``model.safetensors.index.json``, whose hash it then is. A net whose arguments no load would take is a
+    ``UserError``, and nothing is written.
     """
+    try:
+        check_config(json.loads(_config_text(model, {"pretrained_cfg": {"tag": tag}})))
+    except ValueError as error:  # a CheckError, or timm's, for what JSON cannot hold
+        raise UserError(
+            f"The net cannot be saved, since its config.json would be refused ({str(error).rstrip('.')}): build it "
+            "with other arguments."
+        ) from error
     tensors = {
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in model.state_dict().items()
@@ -160,13 +169,15 @@ def export_model(
         sha256 = _write(tensors, folder / WEIGHTS_FILE)
         own = {}
     own |= {"sha256": sha256, "pretrained_cfg": {"tag": tag}}
-
-    def write_config(path: Path) -> None:
-        save_config_for_hf(model, str(path), model_config=own, model_args=model.attention_arguments())
-        path.write_text(_for_transformers(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-    write_atomically(folder / "config.json", write_config)
+    write_text(folder / "config.json", _config_text(model, own))
     return sha256
+
+
+def _config_text(model: StagedClassifier, own: dict[str, Any]) -> str:
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "config.json"
+        save_config_for_hf(model, str(path), model_config=own, model_args=model.attention_arguments())
+        return _for_transformers(path.read_text(encoding="utf-8"))
 
 
 def _for_transformers(text: str) -> str:

@@ -14,8 +14,8 @@ __all__ = ["SITES", "attention_calls", "measure_modules"]
 
 # (channels, side of the map, patch side) of maps that stages put out, cut into 4 x 4 patches: the three stages of the
 # CIFAR ResNets on 32 x 32 images, and the first two of an ImageNet ResNet on 224 x 224 images. Its later maps, of side
-# 14 and 7, cannot be cut into 4 x 4 equal patches, which the rearrange formulation needs. At the nets' own sites, before
-# the first convolution, the map is still that of the stage before.
+# 14 and 7, cannot be cut into 4 x 4 equal patches, which the rearrange formulation needs. At the nets' own sites,
+# before the first convolution, the map is still that of the stage before.
 SITES = {32: ((16, 32, 8), (32, 16, 4), (64, 8, 2)), 224: ((64, 56, 14), (128, 28, 7))}
 FORWARD, BOTH = "forward", "forward + backward"
 
