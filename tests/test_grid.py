@@ -33,7 +33,7 @@ from experiments.accuracy.compare import (
     comparison_tables,
 )
 from experiments.accuracy.compare_plot import draw_panel
-from experiments.accuracy.grid import Cell, Grid, grid_recipe, read_grid, run_grid
+from experiments.accuracy.grid import ATTENTION, Cell, Grid, grid_recipe, read_grid, run_grid
 from experiments.accuracy.statistics import compare, t_quantile
 from experiments.speed.baselines import attention_layers
 from experiments.speed.record import BenchmarkRecord, Row
@@ -460,7 +460,8 @@ def test_dry_runs_list_the_cells(experiments: Conam, tmp_path: Path) -> None:
 def test_the_command_writes_a_file_a_plot_and_a_table(experiments: Conam, small_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "ablation"
     cells = ablation_cells(["resnet20"], ["cifar10"], ["shortcut"], [0], grid_recipe("short", [*TINY, "holdout=40"]))
-    known = [finished(cell, 50.0) | {"evaluated_on": "held-out training images"} for cell in cells]
+    facts = {"evaluated_on": "held-out training images", "attention": ATTENTION}
+    known = [finished(cell, 50.0) | facts for cell in cells]
     output.with_name("ablation.json").write_text(Grid("ablation", "", known[:2]).to_json())  # one cell is left to train
     arguments = ["--data", small_data, "--axis", "shortcut", "--seed", 0, "--holdout", 40, "--output", output]
     code, out, _ = experiments("ablation", *arguments, *(word for s in TINY for word in ("--set", s)))

@@ -312,7 +312,7 @@ class ConAMVariant(nn.Module):
             f"channels={self.channels}, patch_size={self.patch_size}, shortcut={self.shortcut}, "
             f"second_relu={self.second_relu}, context={self.context}, agreement={self.agreement}, gate={self.gate}, "
             f"scaling={self.scaling}, heads={self.heads}, unit_start={self.unit_start}, "
-            f"channel_term={self.channel_term}"
+            f"channel_term={self.channel_term}, identity_start={self.gain is not None}"
         )
 
 
