@@ -345,6 +345,40 @@ def test_compiles_with_inductor() -> None:
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_comes_behind_may_change_the_result_in_place(layout: torch.memory_format) -> None:
+    module, x = attention(), noise(*DIVIDED).contiguous(memory_format=layout)
+    changed, kept = module(x), module(x)
+    changed += 1
+    changed.relu_()
+    ours = torch.autograd.grad(changed.square().sum(), list(module.parameters()))
+    theirs = torch.autograd.grad((kept + 1).relu().square().sum(), list(module.parameters()))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_module_that_is_applied_twice_has_one_gradient_with_and_without_a_graph() -> None:
+    module, x = attention().double(), noise(*DIVIDED, dtype=torch.double)
+    y = module(module(x)).square().sum()
+    plain = torch.autograd.grad(y, list(module.parameters()), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y, list(module.parameters()), create_graph=True), plain)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_many_gradients_at_once_are_those_one_by_one(layout: torch.memory_format) -> None:
+    module = attention().double()
+    x = noise(1, 6, 8, 8, dtype=torch.double).contiguous(memory_format=layout)
+    together = torch.autograd.functional.jacobian(module, x, vectorize=True)
+    torch.testing.assert_close(together, torch.autograd.functional.jacobian(module, x))
+
+
+def test_a_backward_pass_within_autocast_stays_in_float32() -> None:
+    module, x = attention(), noise(*DIVIDED)
+    expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 # Construction
 
 
@@ -368,6 +402,14 @@ def test_starts_close_to_the_identity() -> None:
     torch.manual_seed(0)
     confidence = ConAM(16, 8).confidence(noise(4, 16, 32, 32).relu())
     torch.testing.assert_close(confidence, torch.full((4, 4, 4), 1 / 16), rtol=0.2, atol=0)
+
+
+def test_the_second_bias_starts_at_one_and_the_rest_as_pytorch_has_it() -> None:
+    module = ConAM(64, 4, 32)
+    assert (module.fc2.bias == 1).all()
+    for layer in (module.fc1, module.fc2):
+        assert layer.weight.abs().max() <= layer.in_features**-0.5
+    assert module.fc1.bias.abs().max() <= module.fc1.in_features**-0.5
 
 
 def test_whole_numbers_of_numpy_are_sizes() -> None:

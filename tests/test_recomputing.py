@@ -107,6 +107,22 @@ def test_what_is_changed_in_place_afterwards_is_refused() -> None:
         z.sum().backward()
 
 
+def test_a_map_that_a_hook_changed_is_kept() -> None:
+    pair, x = Pair(), torch.randn(2, 4, 8, 8)
+
+    def mask(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        with torch.no_grad():
+            output[:, :, :4] = 0
+
+    hook = pair.attention.register_forward_hook(mask)
+    pair(x).sum().backward()
+    hook.remove()
+    seen = pair.attention(x).detach()
+    seen[:, :, :4] = 0
+    (expected,) = torch.autograd.grad(pair.conv(seen).sum(), [pair.conv.weight])
+    torch.testing.assert_close(pair.conv.weight.grad, expected)
+
+
 def test_a_graph_can_be_gone_through_twice_and_by_parts() -> None:
     pair, x = Pair(), torch.randn(2, 4, 8, 8, requires_grad=True)
     z = pair(x).square().sum()

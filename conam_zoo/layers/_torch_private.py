@@ -15,6 +15,7 @@ __all__ = [
     "clamp_gradient",
     "copy_all",
     "has_bf16_convolutions",
+    "is_batched",
     "is_called_plainly",
     "lerp_all",
     "saved_tensors_hooks_are_free",
@@ -39,6 +40,16 @@ def transforms_are_active() -> bool:
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     level = getattr(forward_ad, "_current_level", None)
     return active is None or level is None or bool(active()) or level >= 0
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it stands for many gradients under vmap; False if PyTorch cannot tell.
+
+    So it is with ``is_grads_batched``, ``jacobian(vectorize=True)``, and ``torch.func.vmap`` of a backward pass.
+    """
+    kinds = ("is_legacy_batchedtensor", "is_batchedtensor")
+    tests = [getattr(getattr(torch._C, "_functorch", None), kind, None) for kind in kinds]
+    return any(test is not None and test(gradient) for test in tests)
 
 
 def saved_tensors_hooks_are_free() -> bool:

@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from conam_zoo.layers._torch_private import (
     clamp_gradient,
+    is_batched,
     saved_tensors_hooks_are_free,
     transforms_are_active,
     version_of,
@@ -166,14 +167,18 @@ class _InFewPasses(torch.autograd.Function):
         ctx.save_for_backward(x, w1, b1, w2, b2, contexts, embedded, confidence, scale)
         ctx.patch_size = patch_size
         ctx.rescales = True  # for recompute_rescaled, to which this object is the result's ``grad_fn``
-        return output
+        ctx.version = version_of(output)
+        return output.detach()  # a view that was made in here could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_autocast_enabled(gradient.device.type):
+            with torch.autocast(gradient.device.type, enabled=False):
+                return _InFewPasses.backward(ctx, gradient)
         x, w1, b1, w2, b2, contexts, embedded, confidence, scale = ctx.saved_tensors
         patch_size = ctx.patch_size
-        if torch.is_grad_enabled():
-            return _twice_differentiable(ctx, gradient, x, w1, b1, w2, b2)
+        if torch.is_grad_enabled() or is_batched(gradient):
+            return _by_the_equations(ctx, gradient, x, w1, b1, w2, b2)
         layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
         gradient = gradient.contiguous(memory_format=layout)
         n, channels, height, width = x.shape
@@ -202,12 +207,20 @@ class _InFewPasses(torch.autograd.Function):
         return grad_x, None, grad_w1, grad_hidden.sum(0).to(b1.dtype), grad_w2, grad_embedded.sum(0).to(b2.dtype)
 
 
-def _twice_differentiable(ctx: Any, gradient: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by way of the equations, for ``create_graph``: they can be differentiated again."""
-    output = recalibrate(x, confidence_map(x, ctx.patch_size, *parameters), ctx.patch_size)
+def _by_the_equations(ctx: Any, gradient: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients by way of the equations: for ``create_graph``, and for many of them at once by vmap."""
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-    wanted = [tensor for tensor, need in zip((x, *parameters), needs, strict=True) if need]
-    found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=True))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: x may itself depend on the parameters, and that path is not this function's.
+        aliases = [
+            tensor.view_as(tensor) if again else tensor.detach().requires_grad_(need)
+            for tensor, need in zip((x, *parameters), needs, strict=True)
+        ]
+        confidence = confidence_map(aliases[0], ctx.patch_size, *aliases[1:])
+        output = recalibrate(aliases[0], confidence, ctx.patch_size)
+        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=again))
     grad_x, *grad_parameters = [next(found) if need else None for need in needs]
     return grad_x, None, *grad_parameters
 
@@ -231,6 +244,8 @@ def recompute_rescaled(y: Tensor) -> AbstractContextManager[None]:
         return nullcontext()
     node: Any = y.grad_fn
     if not getattr(node, "rescales", False) or not saved_tensors_hooks_are_free():
+        return nullcontext()
+    if version_of(y) != node.version:  # changed since, by a hook
         return nullcontext()
     saved = node.saved_tensors
     x, scale, patch_size = saved[0].detach(), saved[-1], node.patch_size
