@@ -384,3 +384,77 @@ def test_a_stream_of_tar_files_is_read_into_memory(tmp_path: Path) -> None:
 def test_a_name_that_timm_cannot_open_is_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match="timm cannot open the data set hfds/nobody/nothing"):
         open_images("hfds/nobody/nothing")  # neither network nor, perhaps, the library
+
+
+def test_splits_without_class_names_share_the_classes_of_the_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Numbers(_Map):
+        def __init__(self, split: str, classes: int) -> None:
+            super().__init__(split)
+            self.class_to_idx, self.classes = {}, classes
+
+        def iter_targets(self):
+            return iter([index % self.classes for index in range(self.count)])
+
+    def opened(train: int, test: int):
+        counts = {"train": train, "test": test}
+        monkeypatch.setattr("timm.data.create_dataset", lambda name, split, **rest: Numbers(split, counts[split]))
+        return open_images("hfds/someone/things", corrupt="skip")
+
+    few = opened(3, 2)
+    assert few.test is not None
+    assert few.test.classes == few.classes == ("0", "1", "2")
+    with pytest.raises(UserError, match="hfds/someone/things, test has the label 2, but the training images have 2"):
+        opened(2, 3)
+
+
+def test_what_the_library_of_a_set_raises_is_an_unreadable_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Holes(_Map):
+        def __getitem__(self, index: int):
+            if index == 5:
+                raise TypeError("argument of type 'NoneType' is not iterable")
+            return super().__getitem__(index)
+
+    monkeypatch.setattr("timm.data.create_dataset", lambda name, split, **rest: Holes(split))
+    data = open_images("hfds/someone/things", corrupt="skip")
+    assert "hfds/someone/things, train 5" in {image.name.partition(": ")[2] for image in data.unreadable}
+    assert any("'NoneType' is not iterable" in image.reason for image in data.unreadable)
+
+
+def test_a_test_split_that_cannot_be_opened_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(name: str, split: str, **rest):
+        if split != "train":
+            raise OSError("the network is down")
+        return _Map(split)
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    notes = open_images("hfds/someone/things", corrupt="skip").notes
+    assert any("no test split" in note and "the network is down" in note for note in notes)
+
+
+def test_a_folder_of_torchvision_is_read_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path / "train")
+    sideways = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sideways.save(tmp_path / "train" / "cat" / "turned.png", exif=exif)
+    direct, through = (find_sources(name)["train"] for name in (tmp_path, f"torch/image_folder@{tmp_path / 'train'}"))
+    place = next(i for i, name in enumerate(direct.names) if "turned" in name)
+    pictures = [through.picture(i) for i in range(len(through))]
+    assert direct.picture(place).size == (20, 40)
+    assert direct.picture(place).getpixel((0, 0)) == (255, 255, 255)
+    assert any(p.size == (20, 40) and p.getpixel((0, 0)) == (255, 255, 255) for p in pictures)
+
+
+def test_dark_pictures_are_told_of_sets_that_do_not_fit_into_memory(tmp_path: Path) -> None:
+    tree(tmp_path)
+    Image.fromarray(np.full((32, 32), 200, np.uint16)).save(tmp_path / "cat" / "dark.png")
+    for free in (None, 1):
+        assert any("has 16 bits" in note for note in open_images(tmp_path, free=free).notes)
+
+
+def test_a_split_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path / "train")
+    tree(tmp_path / "test")
+    monkeypatch.setattr("conam_zoo.data.dataset.free_bytes", lambda device: 10_000)
+    with pytest.raises(UserError, match=r"test needs .* more than half of the 0\.0 GB of memory"):
+        open_images(tmp_path, free=1)

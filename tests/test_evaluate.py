@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from conam_zoo.datasets import DATASETS
@@ -18,6 +19,7 @@ from conam_zoo.deploy.export import calibration_images
 from conam_zoo.errors import UserError
 from conam_zoo.finetuning.run import finetune
 from conam_zoo.models.registry import open_model
+from conam_zoo.training.engine import predict_logits
 from conam_zoo.training.evaluate import evaluate, run_folder_of
 
 pytestmark = pytest.mark.slow
@@ -93,6 +95,13 @@ def test_images_that_were_trained_on_are_told(run, conam: Conam, tmp_path: Path)
     assert code == 0
     assert "was trained on 14 of these 21 images" in err
     assert f"all images of {tmp_path / 'more'}: 21" in out
+
+
+def test_new_pictures_are_evaluated_even_if_there_is_one_of_each_class(run, conam: Conam, tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "new", ("cat", "dog"), 1, seed=3)
+    code, out, err = conam("evaluate", f"local-dir:{run[1] / 'final'}", "--data", data)
+    assert code == 0, err
+    assert f"all images of {data}: 2" in out
 
 
 def test_a_run_of_an_earlier_version_takes_its_split_as_well(run, tmp_path: Path) -> None:
@@ -220,3 +229,18 @@ def test_the_commands_of_the_page_run(
         path.name for path in Path("runs/my_pictures").iterdir()
     }
     assert Path("logits.npz").is_file()
+
+
+def test_large_images_come_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            return x.mean((2, 3))
+
+    for side, expected in ((16, [6, 4]), (32, [6, 4]), (64, [1] * 10), (512, [1] * 10)):
+        sizes.clear()
+        images = torch.zeros(10, side, side, 3, dtype=torch.uint8)
+        assert predict_logits(Net(), images, (0, 0, 0), (1, 1, 1), batch_size=6).shape == (10, 3)
+        assert sizes == expected

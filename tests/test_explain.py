@@ -205,3 +205,11 @@ def test_bad_input_gives_one_sentence(conam: Conam, tmp_path: Path, arguments: l
     assert sentence in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_site_that_is_named_twice_is_shown_once(conam: Conam, tmp_path: Path) -> None:
+    sites = ["--site", "layer3.0", "--site", "layer3.0.attn"]
+    code, _, err = conam(
+        "explain", "resnet20_conam.cifar10", PHOTOS / "dog.jpg", *sites, "--output", tmp_path / "x.png"
+    )
+    assert code == 0, err

@@ -86,6 +86,20 @@ def test_what_cannot_be_read_is_left_out_and_told(conam, tmp_path: Path) -> None
         assert sentence in err
 
 
+def test_a_folder_gives_the_pictures_that_fine_tuning_would_take(conam, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures")
+    write_pictures(tmp_path / "elsewhere")
+    (tmp_path / "pictures" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "pictures" / "cat" / "._a.png").write_bytes(b"of a system")
+    (tmp_path / "pictures" / "__MACOSX").mkdir()
+    (tmp_path / "pictures" / "__MACOSX" / "b.png").write_bytes(b"of a system")
+    (tmp_path / "pictures" / "folder.jpg").mkdir()
+    code, _, err = conam("features", NET, tmp_path / "pictures", "--output", tmp_path / "f.npz")
+    assert code == 0, err
+    with np.load(tmp_path / "f.npz") as arrays:
+        assert len(arrays["names"]) == 6
+
+
 def test_the_page_runs(conam, tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     (first, *_) = write_pictures(Path("my_pictures"))

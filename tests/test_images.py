@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conam_zoo.data.images import NOTE, decode_image, read_image, resize_image
+from conam_zoo.data.images import NOTE, decode_image, full_scale, read_image, resize_image
 from conam_zoo.errors import UserError
 from conam_zoo.visualize.predict import percent
 
@@ -212,3 +212,15 @@ def test_few_bits_in_a_file_of_sixteen_get_a_note(tmp_path: Path, largest: int, 
     assert np.asarray(image)[0, 1, 0] == round(largest / 257)
     assert note in image.info.get(NOTE, "")
     assert bool(note) == (NOTE in image.info)
+
+
+def test_sixteen_bits_are_sixteen_bits_in_every_byte_order_and_format(tmp_path: Path) -> None:
+    values = np.full((8, 8), 200, np.uint16)  # so dark that they would pass for eight bits
+    Image.fromarray(values).save(tmp_path / "little.tif")
+    Image.fromarray(values.astype(">u2")).save(tmp_path / "big.tif")
+    (tmp_path / "grey.pgm").write_bytes(b"P5 8 8 65535\n" + values.astype(">u2").tobytes())
+    for name in ("little.tif", "big.tif", "grey.pgm"):
+        picture = read_image(tmp_path / name)
+        assert np.asarray(picture).max() == 1, name
+        assert "16 bits" in picture.info[NOTE]
+    assert full_scale(np.dtype(">u2"), (0, 200), "it")[0] == 65535

@@ -219,7 +219,7 @@ def features(
     """
     import numpy as np
 
-    from conam_zoo.data.images import PICTURE_SUFFIXES
+    from conam_zoo.data.folders import pictures_below
     from conam_zoo.files import check_suffix, expand_path, write_npz
     from conam_zoo.models.registry import open_model
     from conam_zoo.visualize.predict import pooled_features
@@ -227,7 +227,7 @@ def features(
     check_suffix(output, ".npz")
     paths: list[Path] = []
     for path in map(expand_path, images):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES) if path.is_dir() else [path]
+        inside = pictures_below(path) if path.is_dir() else [path]
         if not inside:
             raise UserError(f"The folder {path} holds no pictures: name one that does.")
         paths += inside

@@ -35,6 +35,7 @@ __all__ = [
     "stratified_split",
 ]
 
+BLOCK = 4096  # images whose reading is planned at a time
 PEEKED = 200  # images that are looked at to learn the usual size
 SHARE_OF_MEMORY = 0.5  # of what is free: the rest is for the training
 UNKNOWN = 4 * 2**30  # bytes that are taken for free where the system does not tell
@@ -198,48 +199,60 @@ def median_side(source: LazyImages) -> float:
 def read_source(source: LazyImages, size: int) -> tuple[ImageSplit, list[Unreadable]]:
     """Read all images at a size, on as many threads as there are cores; those that cannot be read are listed.
 
-    The split holds the readable ones in the order of the source.
+    The split holds the readable ones in the order of the source. One that would take more than half of the free memory
+    is refused.
     """
+    if not fits(len(source), size, free := free_bytes("cpu")):
+        raise UserError(
+            f"{source.source} needs {3 * len(source) * size * size / 1e9:.1f} GB for its {len(source):,} images of "
+            f"{size} x {size} pixels, more than half of the {free / 1e9:.1f} GB of memory that are free: use fewer or "
+            "smaller images."
+        )
     labels, names, notes = torch.from_numpy(source.labels), tuple(source.names), source.notes
     stored = source.read.images if isinstance(source.read, ArrayReader) else np.empty(0)
     if stored.dtype == np.uint8 and stored.shape[1:] == (size, size, 3):
         images = torch.from_numpy(stored[source.members])
         return ImageSplit(images, labels, source.classes, source.source, names, notes), []
-    dark: list[str] = []
     images = torch.empty(len(source), size, size, 3, dtype=torch.uint8)
 
-    def fill(index: int) -> None:
-        picture = source.picture(index)
-        if NOTE in picture.info:
-            dark.append(picture.info[NOTE])
+    def fill(index: int, picture: Image.Image) -> None:
         images[index] = torch.from_numpy(np.array(resize_image(picture, size)))
 
-    readable, broken = _attempt_all(source, fill)
-    if dark:
-        notes = (*notes, min(dark) + (f"; and {len(dark) - 1} more" if len(dark) > 1 else ""))
-    split = ImageSplit(images, labels, source.classes, source.source, names, notes)
+    readable, broken, dark = _read_all(source, fill)
+    split = ImageSplit(images, labels, source.classes, source.source, names, (*notes, *dark))
     return (split.select(torch.from_numpy(readable)) if broken else split), broken
 
 
 def find_unreadable(source: LazyImages) -> tuple[LazyImages, list[Unreadable]]:
     """Decode every image once, keeping none: the readable part of the source, and those that cannot be read."""
-    readable, broken = _attempt_all(source, source.picture)
-    return source.select(readable), broken
+    readable, broken, dark = _read_all(source, lambda index, picture: None)
+    source = source.select(readable)
+    return replace(source, notes=(*source.notes, *dark)), broken
 
 
-def _attempt_all(source: LazyImages, work: Callable[[int], object]) -> tuple[np.ndarray, list[Unreadable]]:
-    """Do something with every place of a source: the places where it can be read, and where it cannot."""
+def _read_all(
+    source: LazyImages, use: Callable[[int, Image.Image], None]
+) -> tuple[np.ndarray, list[Unreadable], list[str]]:
+    """Read and use every picture: the places where it can be read, where it cannot, and a note on the dark ones."""
+    dark: list[str] = []
 
     def attempt(index: int) -> Unreadable | None:
         try:
-            work(index)
+            picture = source.picture(index)
+            use(index, picture)
         except UserError as error:
             return Unreadable(index, source.names[index], str(error))
+        if NOTE in picture.info:
+            dark.append(picture.info[NOTE])
         return None
 
+    broken: list[Unreadable] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        broken = [failure for failure in pool.map(attempt, range(len(source))) if failure is not None]
-    return np.setdiff1d(np.arange(len(source)), [image.index for image in broken]), broken
+        for start in range(0, len(source), BLOCK):  # what waits for a thread takes 2 kB for each picture
+            block = range(start, min(start + BLOCK, len(source)))
+            broken += [failure for failure in pool.map(attempt, block) if failure is not None]
+    readable = np.setdiff1d(np.arange(len(source)), [image.index for image in broken])
+    return readable, broken, [min(dark) + (f"; and {len(dark) - 1} more" if len(dark) > 1 else "")] if dark else []
 
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

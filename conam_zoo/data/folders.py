@@ -15,7 +15,7 @@ from conam_zoo.data.dataset import LazyImages
 from conam_zoo.data.images import PICTURE_SUFFIXES, read_image
 from conam_zoo.errors import UserError
 
-__all__ = ["folder_sources"]
+__all__ = ["folder_sources", "pictures_below"]
 
 _SET = r"(?:[ _-]?(?:set|data|images|split))?$"
 SPLIT_NAMES = {
@@ -66,6 +66,13 @@ def folder_sources(root: Path, *, training: bool) -> dict[str, LazyImages]:
     first = next(iter(sources))
     sources[first] = replace(sources[first], notes=(*notes, *sources[first].notes))
     return sources
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The pictures in a folder and below it, sorted, by the rules of ``folder_sources``."""
+    pictures: list[Path] = []
+    _Walk([folder])._collect(folder, pictures, [])
+    return sorted(pictures)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -225,7 +232,7 @@ class _Walk:
 
 
 def _identity(place: Path | os.DirEntry[str]) -> tuple[int, int]:
-    facts = place.stat()
+    facts = os.stat(place)  # on Windows an entry's own stat() has no identity
     return facts.st_dev, facts.st_ino
 
 

@@ -55,7 +55,10 @@ def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
         with Image.open(file, formats=FORMATS) as image:
             check_size(*image.size, f"The image {name}")
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image), f"The image {name}")
+            picture = ImageOps.exif_transpose(image)
+            if image.format == "PPM" and picture.mode == "I":  # Pillow stretches these to 16 bits
+                picture = Image.fromarray(np.asarray(picture).astype(np.uint16))
+            return to_rgb(picture, f"The image {name}")
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -122,7 +125,8 @@ def full_scale(dtype: np.dtype, limits: tuple[float, float] | None, what: str) -
         raise UserError(f"{what} holds no finite value: write it again.")
     low, high = limits
     whole = dtype.kind in "iu"
-    tops = (65535.0,) if dtype == np.uint16 else (255.0, 65535.0) if whole else (1.0, 255.0, 65535.0)
+    unsigned16 = dtype.kind == "u" and dtype.itemsize == 2  # of either byte order
+    tops = (65535.0,) if unsigned16 else (255.0, 65535.0) if whole else (1.0, 255.0, 65535.0)
     slack = 0.0 if whole else HALF_STEP
     fitting = [top for top in tops if -slack * top <= low and high <= (1 + slack) * top]
     if not fitting or (not whole and fitting[0] > 1 and high < fitting[0] / 4):

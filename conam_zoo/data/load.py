@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
 
 from conam_zoo.checks import LARGEST_SIDE
 from conam_zoo.data.arrays import has_arrays, npy_sources, npz_sources
@@ -121,27 +122,47 @@ def _timm_sources(name: str) -> dict[str, LazyImages]:
     as a whole, into memory. Where the files of a ``wds/`` or ``tfds/`` set lie is part of the name, after an ``@``:
     ``wds/pets@/data/pets``.
     """
-    sources = {"train": _open_timm(name, "train")}
+    sources, notes = {"train": _open_timm(name, "train")}, []
     wanted = {"val": ("validation", "val"), "test": ("test",)}
     if name.startswith("torch/"):  # what torchvision has beside the training images, timm calls validation
         wanted = {"test": ("validation",)}
     for split, others in wanted.items():
         for other in others:
             source = None
-            with suppress(_NotOpenedError):
+            try:
                 source = _open_timm(name, other)
+            except _NotOpenedError as error:
+                if split == "test":
+                    notes.append(f"there is no test split of {name}, or it could not be opened: {error.reason}")
             if source is not None and len(source):
                 sources[split] = source
                 break
         if split in sources and sources[split].labels.min() < 0:
             del sources[split]
-            note = f"the {split} split of {name} is left out: its labels are kept secret"
-            sources["train"] = replace(sources["train"], notes=(*sources["train"].notes, note))
+            notes.append(f"the {split} split of {name} is left out: its labels are kept secret")
+    train = sources["train"]
+    for split, source in sources.items():
+        for label in (source.labels.min(initial=0), source.labels.max(initial=0)):
+            if not 0 <= label < len(train.classes):
+                raise UserError(
+                    f"{source.source} has the label {label}, but the training images have {len(train.classes)} "
+                    "classes, numbered from 0: mend the labels."
+                )
+        if source.classes == tuple(map(str, range(len(source.classes)))):  # numbers, where names are not stated
+            sources[split] = replace(source, classes=train.classes)
+    sources["train"] = replace(train, notes=(*train.notes, *notes))
     return sources
 
 
 class _NotOpenedError(UserError):
     """timm cannot open a split, which may not exist."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"timm cannot open the data set {name} ({reason}): check its name, the network, and that the library "
+            "behind the prefix is installed."
+        )
+        self.reason = reason
 
 
 def _open_timm(full_name: str, split: str) -> LazyImages:
@@ -150,42 +171,50 @@ def _open_timm(full_name: str, split: str) -> LazyImages:
     name, _, root = full_name.partition("@")
     torchvision = name.startswith("torch/")
     folder = root or (TORCHVISION_FOLDER if torchvision else None)
+    # timm would convert the pictures of these before to_rgb sees them.
+    own: dict[str, Any] = {"input_img_mode": ""} if name.startswith(("wds/", "hfids/")) else {}
     try:
         with _download_lock(str(folder)) if torchvision else nullcontext():
-            dataset = create_dataset(name, root=folder, split=split, download=torchvision, is_training=False)
+            dataset = create_dataset(name, root=folder, split=split, download=torchvision, is_training=False, **own)
         read = _stream if hasattr(dataset, "set_epoch") else _map
         return read(dataset, f"{full_name}, {split}")
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever the set's library raises: no network, no such split, no package
-        raise _NotOpenedError(
-            f"timm cannot open the data set {full_name} ({reason_of(error)}): check its name, the network, and that "
-            "the library behind the prefix is installed."
-        ) from error
+        raise _NotOpenedError(full_name, reason_of(error)) from error
 
 
 def _map(dataset: Any, source: str) -> LazyImages:
     """A set with random access."""
     if hasattr(dataset, "targets"):  # torchvision
-        return _timm_source(dataset.targets, dataset.classes, source, partial(_torchvision_picture, dataset))
+        images = dataset
+        if hasattr(dataset, "loader"):  # an image folder, whose own loader leaves out EXIF and transparency
+            images = [(path, label) for path, label in dataset.samples]
+        return _timm_source(dataset.targets, dataset.classes, source, partial(_picture_at, images, source))
     reader = dataset.reader  # not the data set itself, which replaces a damaged image by the next one
-    return _timm_source(reader.iter_targets(), _class_names(reader), source, partial(_reader_picture, reader, source))
+    return _timm_source(reader.iter_targets(), _class_names(reader), source, partial(_picture_at, reader, source))
 
 
-def _torchvision_picture(dataset: Any, index: int) -> Image.Image:
-    return to_rgb(dataset[index][0])
-
-
-def _reader_picture(reader: Any, source: str, index: int) -> Image.Image:
-    return decode_image(reader[index][0], f"{source} {index}")
+def _picture_at(images: Any, source: str, index: int) -> Image.Image:
+    name = f"{source} {index}"
+    try:
+        image = images[index][0]
+    except Exception as error:  # whatever the library of the set raises
+        raise UserError(f"The image {name} cannot be read ({reason_of(error)}): repair or remove it.") from error
+    if isinstance(image, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(image), f"The image {name}")
+    return decode_image(Path(image) if isinstance(image, str) else image, name)
 
 
 def _stream(dataset: Any, source: str) -> LazyImages:
     """A set that is read from its beginning to its end, once."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError(f"The stream {source} would reach each process in part: start one process.")
     budget, used = free_bytes("cpu") // 2, 0
-    pictures, labels = [], []
+    pictures: list[Image.Image] = []
+    labels: list[int] = []
     for picture, label, *_ in dataset:
-        pictures.append(to_rgb(picture))
+        pictures.append(to_rgb(ImageOps.exif_transpose(picture), f"The image {source} {len(labels)}"))
         labels.append(label)
         used += 3 * picture.width * picture.height
         if used > budget:
@@ -193,7 +222,12 @@ def _stream(dataset: Any, source: str) -> LazyImages:
                 f"The stream {source} does not fit into {budget / 1e9:.1f} GB, half of the free memory: use its hfds/ "
                 "form or an image folder, which are read from the disk."
             )
-    return _timm_source(labels, _class_names(dataset.reader), source, pictures.__getitem__)
+    stated = getattr(getattr(dataset.reader, "split_info", None), "num_samples", len(labels)) or len(labels)
+    result = _timm_source(labels, _class_names(dataset.reader), source, pictures.__getitem__)
+    if stated > len(labels):  # timm leaves out what it cannot read
+        note = f"{stated - len(labels)} of the {stated:,} images of {source} cannot be read and are left out"
+        result = replace(result, notes=(note,))
+    return result
 
 
 def _class_names(reader: Any) -> list[str]:
@@ -323,6 +357,7 @@ def open_images(
     for name, source in sources.items():
         if name == "train" and not fits(len(source), size, free_bytes("cpu") if free is None else free):
             train, broken = find_unreadable(source)
+            notes += [note for note in train.notes if note not in notes]
         else:
             split, broken = read_source(source, size)
             notes += [note for note in split.notes if note not in notes]

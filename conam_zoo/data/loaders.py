@@ -7,6 +7,7 @@ device.
 """
 
 import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -200,6 +201,12 @@ class _Pixels(Dataset[Tensor]):
         return self.source.pixels(index, self.size)
 
 
+def _ignore_stops(worker: int) -> None:
+    """A signal to the whole group is this process's parent's concern, which saves its state first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class WorkerLoader(_AugmentedBatches):
     """The batches that ``DeviceLoader`` would give, bit for bit, with images read from their source every epoch.
 
@@ -229,6 +236,7 @@ class WorkerLoader(_AugmentedBatches):
             num_workers=self.workers,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # else the loader would take a number from torch's own stream
+            worker_init_fn=_ignore_stops,
         )
         for images in loader:
             yield images.to(self._device, non_blocking=True), torch.arange(len(images), device=self._device)

@@ -256,7 +256,7 @@ def train_on(
             record=record or {},
         )
     final = result.final.eval()
+    sha256 = export_model(final, output / "final", tag=None) if here.first else ""
     mirrored = replace(report_on, images=report_on.images.flip(2))
     logits, flipped = (logits_on(final, split).cpu() for split in (report_on, mirrored))
-    sha256 = export_model(final, output / "final", tag=None) if here.first else ""
     return FineTuned(final, report_on, logits, flipped, result.log, result.train_minutes, sha256)

@@ -26,7 +26,7 @@ from conam_zoo.finetuning.net import (
 )
 from conam_zoo.finetuning.report import build_report, draw_report, report_markdown
 from conam_zoo.models.registry import open_model
-from conam_zoo.training.distributed import precision_on, ranks
+from conam_zoo.training.distributed import precision_on, ranks, run_on_primary
 from conam_zoo.training.engine import score
 from conam_zoo.training.evaluate import TRAINED_ON
 from conam_zoo.training.recipe import Recipe
@@ -68,7 +68,7 @@ def finetune(
     """
     here, output = ranks(), expand_path(output)
     console = PlainConsole(quiet=quiet or not here.first, soft_wrap=True)
-    check_free(output, resume)
+    run_on_primary(lambda: check_free(output, resume))
     _check_apart(data, output)
 
     given: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "flip": flip, "seed": seed}
@@ -81,7 +81,7 @@ def finetune(
     freeze_layers(open_model(model, pretrained=False), freeze)
     environment = describe_environment()
     console.print(f"Reading {data}")
-    images = open_images(data, image_size=image_size, val_share=val_share, seed=seed, corrupt=corrupt)
+    images = open_images(data, image_size=image_size, val_share=val_share, seed=recipe.seed, corrupt=corrupt)
     recipe = recipe_for(image_size=images.image_size, images=len(images.train))
     net = net_for_data(model, images, recipe, from_scratch=from_scratch)
     trained = freeze_layers(net.model, freeze)
@@ -116,7 +116,7 @@ def finetune(
         if not here.first:
             return {}
         write_atomically(output / TRAINED_ON, lambda path: np.save(path, np.sort(hashes)))
-        rule = {"val_share": val_share, "seed": seed, "corrupt": corrupt}
+        rule = {"val_share": val_share, "seed": recipe.seed, "corrupt": corrupt}
         facts = {"split_rule": rule, "command": command, **environment}
         return _report(images, recipe, tuned, output, choices, facts, console)
 
@@ -187,7 +187,8 @@ def _report(
     facts = {"source": split.source, "split": kind, **asdict(report)}
     run = {
         "recipe": recipe.to_dict(),
-        "choices": dict(choices),
+        "choices": {what: choice for what, choice in choices if what != "note"},
+        "notes": list(images.notes),
         "classes": dict(zip(images.classes, images.counts, strict=True)),
         "unreadable": [image.name for image in images.unreadable],
         "evaluated_on": f"{kind} images",

@@ -134,12 +134,14 @@ def predict_logits(
 ) -> Tensor:
     """float32 logits (N, classes) of uint8 images (N, H, W, 3), in evaluation mode, without augmentation.
 
-    With ``sharded`` the ranks of the training, which have the same weights and all images, take turns at the batches of
-    a single process, and all get its logits, to the last bit.
+    A batch has at most as many pixels as ``batch_size`` images of 32 x 32. With ``sharded`` the ranks of the training,
+    which have the same weights and all images, take turns at the batches of a single process, and all get its logits,
+    to the last bit.
     """
     model.eval()
     rank, world_size = (ranks().rank, ranks().world_size) if sharded else (0, 1)
     parts: list[Tensor] = []
+    batch_size = max(1, min(batch_size, batch_size * 32**2 // (images.shape[1] * images.shape[2])))
     for number, batch in enumerate(images.split(batch_size)):
         own = number % world_size == rank
         if own or not parts:  # every rank runs the first batch, for the number of classes

@@ -158,7 +158,13 @@ def _split_of_run(
     counts = facts.get("classes")
     if not isinstance(counts, dict) or "train" not in sources or list(sources["train"].classes) != list(counts):
         return None
+    here = np.bincount(sources["train"].labels, minlength=len(counts))
+    trained = np.array(list(counts.values()), dtype=np.int64)
+    if (here < trained).any():
+        return None
     rule = {"val_share": 0.1, "seed": facts.get("recipe", {}).get("seed", 0), **facts.get("split_rule", {})}
+    if "val" not in sources and rule["val_share"] and here.sum() == trained.sum():
+        return None  # none of these was held out
     images = open_images(
         data, image_size=size, val_share=rule["val_share"], seed=rule["seed"], corrupt=corrupt, sources=sources
     )
