@@ -17,6 +17,7 @@ from conam_zoo.errors import UserError
 from conam_zoo.training.queue import Job, Progress, plan_queue, run_queue
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.training.teacher_bank import write_epoch
+from conam_zoo.weights import ManifestError, WeightsError
 
 pytestmark = pytest.mark.slow
 
@@ -283,3 +284,64 @@ def test_a_bank_is_handed_to_the_recipes_of_its_teacher(tmp_path: Path) -> None:
 
 def test_two_seeds_have_logs_of_their_own(tmp_path: Path) -> None:
     assert len({job.log for job in plan_queue([NAME], tmp_path, seeds=[0, 1])}) == 2
+
+
+def test_a_student_does_not_start_after_its_teacher_failed(tmp_path: Path, acted: Callable[..., None]) -> None:
+    acted({"resnet110_conam.cifar100": "sys.exit(2)"})
+    jobs = _jobs(tmp_path, resnet32="resnet110", resnet44="", resnet110="")
+    results = run_queue(jobs, "data", parallel=2)
+    assert results[jobs[0].name] == f"failed: its teacher {jobs[2].name} is not done"
+    assert results[jobs[1].name] == "done"
+    assert not jobs[0].folder.exists()
+
+
+@pytest.mark.parametrize("error", [ManifestError("it has a typo"), WeightsError("no"), OSError("the disk is full")])
+def test_what_is_done_with_a_training_may_fail_alone(
+    tmp_path: Path, acted: Callable[..., None], error: Exception
+) -> None:
+    acted({})
+    jobs = _jobs(tmp_path, resnet32="", resnet44="")
+
+    def on_done(job: Job) -> None:
+        if job is jobs[0]:
+            raise error
+
+    assert list(run_queue(jobs, "data", on_done=on_done).values()) == [f"failed: {error}", "done"]
+
+
+def test_a_seed_among_the_settings_is_taken(tmp_path: Path) -> None:
+    (job,) = plan_queue([NAME], tmp_path, settings=["seed=5"])
+    assert (job.recipe.seed, job.folder.name, job.ships) == (5, f"{NAME}.seed5", False)
+
+
+def test_the_recipe_s_own_seed_alone_is_packed_and_once(
+    conam: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    acted: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = "folder.mkdir(parents=True); (folder / 'run.json').write_text('{\"sha256\": \"ab\"}'); sys.exit(0)"
+    acted({"resnet32_conam.cifar100": write})
+    packed: list[str] = []
+    monkeypatch.setattr("conam_zoo.cli.publishing.pack", lambda run, data: packed.append(run.name))
+    arguments = ["queue", "resnet32_conam.cifar100", "--seed", "0", "--seed", "1", "--data", tmp_path]
+    for _ in range(2):
+        code, out, err = conam(*arguments, "--output", tmp_path / "runs")
+        assert code == 0, err
+        assert out.splitlines()[-1] == "2 done, 0 in the manifest, 0 not done"
+    assert packed == ["resnet32_conam.cifar100.seed0"]
+
+
+def test_a_damaged_record_does_not_stop_the_command(
+    conam: Callable[..., tuple[int, str, str]], tmp_path: Path, acted: Callable[..., None]
+) -> None:
+    acted({})
+    folder = tmp_path / "runs" / "resnet32_conam.cifar100.seed0"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{")
+    arguments = ["queue", "resnet32_conam.cifar100", "--data", tmp_path, "--output", tmp_path / "runs"]
+    code, out, _ = conam(*arguments, "--dry-run")
+    assert code == 0
+    assert "is not a run record" in " ".join(out.split())
+    code, out, _ = conam(*arguments)
+    assert (code, out.splitlines()[-1]) == (1, "0 done, 0 in the manifest, 1 not done")

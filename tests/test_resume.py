@@ -172,6 +172,30 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(
     assert len(log_without_times(tmp_path / "run")) == 2
 
 
+def test_further_sigterms_do_not_keep_the_state_from_being_saved(
+    recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after
+) -> None:
+    def twice() -> None:
+        for _ in range(2):  # as systemd sends them, to the queue and to its training
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stop_after(2, twice)
+    with pytest.raises(TrainingStopped, match="SIGTERM stopped the training in epoch 1 after step 2"):
+        train(recipe, tiny_data, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / CHECKPOINT)["facts"]["step"] == 2
+
+
+def test_an_optimiser_with_one_moment_for_a_whole_tensor_resumes(
+    recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after
+) -> None:
+    recipe = replace(recipe, opt="novograd", lr=1e-3)
+    whole = train(recipe, tiny_data, tmp_path / "whole")
+    stop_after(STEPS + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(TrainingStopped):
+        train(recipe, tiny_data, tmp_path / "cut")
+    assert train(recipe, tiny_data, tmp_path / "cut", resume=True)["sha256"] == whole["sha256"]
+
+
 def test_a_second_signal_does_not_wait(recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after) -> None:
     before = signal.default_int_handler
     outside = signal.signal(signal.SIGINT, before)  # a shell's background jobs ignore it

@@ -189,7 +189,10 @@ def queue(
 
     def ships_already(job: "Job") -> bool:
         """Whether the manifest has weights of this recipe, or of one of at least as many epochs."""
-        entry = entries.get(job.weights) if job.ships and not job.is_done() else None
+        try:
+            entry = entries.get(job.weights) if job.ships and not job.is_done() else None
+        except UserError:
+            return False  # its record is damaged, which fails it alone
         return entry is not None and (entry.recipe == job.recipe_name or entry.epochs >= job.recipe.epochs)
 
     there = [job for job in jobs if ships_already(job)]
@@ -200,7 +203,10 @@ def queue(
         for title in ("training", "epochs", "folder", "state"):
             table.add_column(title, overflow="fold")
         for job in (*there, *jobs):
-            state = "in the manifest" if job in there else "done" if job.is_done() else "to be trained"
+            try:
+                state = "in the manifest" if job in there else "done" if job.is_done() else "to be trained"
+            except UserError as error:
+                state = str(error)
             table.add_row(job.name, str(job.recipe.epochs), str(job.folder), state)
         out.print(table)
         return
@@ -227,9 +233,9 @@ def queue(
             on_done=keep,
             on_poll=lambda running: _show(running, out, live, reported),
         )
-    failed = [result for result in results.values() if result != "done"]
-    out.print(f"{len(results) - len(failed)} done, {len(there)} in the manifest, {len(failed)} not done")
-    if failed:
+    unfinished = [job for job in jobs if results.get(job.name) != "done"]
+    out.print(f"{len(jobs) - len(unfinished)} done, {len(there)} in the manifest, {len(unfinished)} not done")
+    if unfinished:
         raise typer.Exit(1)
 
 

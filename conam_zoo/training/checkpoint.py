@@ -50,7 +50,7 @@ HASH = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 # What a damaged state leads to; RuntimeError where it is nested too deeply, or has the tensors of another net.
 DAMAGE = (SafetensorError, OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LATER_FACTS = {"data_sha256"}  # runs that were begun before they were recorded go on without them
+LATER_FACTS = {"data_sha256", "teacher_precision"}  # runs that were begun before they were recorded go on without them
 
 
 class TrainingStopped(Exception):  # noqa: N818 (it was asked for, so it is no error)
@@ -82,9 +82,10 @@ class EpochSums:
 
 
 class StopRequest:
-    """While it is entered, the first SIGTERM or SIGINT is noted in ``signal_number`` and does nothing else.
+    """While it is entered, a SIGTERM or the first SIGINT is noted in ``signal_number`` and does nothing else.
 
-    A second one acts as it would have before. Outside of the main thread, where Python has no handlers, none is noted.
+    A second SIGINT acts as it would have before; several SIGTERMs come from supervisors that signal parent and child.
+    Outside of the main thread, where Python has no handlers, none is noted.
     """
 
     def __init__(self) -> None:
@@ -105,7 +106,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
-        self.__exit__()
+        if number == signal.SIGINT:
+            self.__exit__()
 
 
 @dataclass

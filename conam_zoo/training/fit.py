@@ -71,7 +71,7 @@ def fit(
             after = f", after step {checkpointer.step} of {state.steps_per_epoch}" if checkpointer.step else ""
             console.print(f"going on in epoch {checkpointer.epoch + 1}{after}")
         first, rows = checkpointer.epoch, checkpointer.rows
-        stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
         log = stack.enter_context(RunLog(output, rows)) if here.first else None
         columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn())

@@ -21,6 +21,7 @@ from conam_zoo.training.checkpoint import has_checkpoint
 from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict
 from conam_zoo.training.run_folder import LOG, read_log, read_run
 from conam_zoo.training.teacher_bank import epoch_file, read_epoch
+from conam_zoo.weights import ManifestError, WeightsError
 
 __all__ = ["Job", "Progress", "plan_queue", "run_queue"]
 
@@ -142,7 +143,7 @@ def plan_queue(
     jobs = []
     for name in names:
         shipped = load_recipe(name)
-        for seed in dict.fromkeys(seeds or [shipped.seed]):
+        for seed in dict.fromkeys(seeds or [load_recipe(name, list(settings)).seed]):
             own = (*settings, f"seed={seed}")
             recipe = load_recipe(name, list(own))
             folder = output / f"{name}.seed{seed}"
@@ -178,8 +179,8 @@ def run_queue(
         parallel: Trainings at a time.
         compile: Train with ``torch.compile``.
         on_event: Gets a job and ``started``, ``resumed``, ``done``, ``stopped``, ``failed: ...`` or ``is there``.
-        on_done: Called once for each job that is done, before those that wait for it are started; its UserError makes
-            the job a failed one.
+        on_done: Called once for each job that is done, before those that wait for it are started; its UserError,
+            or what is wrong with weights or files, makes the job a failed one.
         on_poll: Gets the jobs that run, several times a minute at least.
     """
     results: dict[str, str] = {}
@@ -197,7 +198,7 @@ def run_queue(
             if not job.is_done():
                 return False
             on_done(job)
-        except UserError as error:
+        except (UserError, ManifestError, WeightsError, OSError) as error:
             settle(job, f"failed: {error}")
         else:
             settle(job, "done", event)
@@ -214,6 +215,9 @@ def run_queue(
                     continue
                 waiting.remove(job)
                 moved = True
+                if lost := [teacher.name for teacher in teachers[job] if results.get(teacher.name) != "done"]:
+                    settle(job, f"failed: its teacher {lost[0]} is not done")
+                    continue
                 if not settled(job, "is there"):
                     command = job.command(data, compile)
                     running[job] = _start(job, command, parallel)

@@ -27,7 +27,7 @@ from conam_zoo.models.registry import export_model
 from conam_zoo.training.checkpoint import CHECKPOINT, has_checkpoint
 from conam_zoo.training.distributed import ranks, run_on_primary
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.weights.manifest import EVEN
+from conam_zoo.weights.manifest import EVEN, find_checkout
 
 __all__ = [
     "LIVENESS",
@@ -270,6 +270,8 @@ def _hardware() -> str:
 
 
 def _commit() -> str | None:
+    if find_checkout() is None:  # an installed package may lie in the repository of another project
+        return None
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip() or None

@@ -59,7 +59,8 @@ def epoch_file(bank: Path, epoch: int) -> Path:
 def write_epoch(bank: Path, epoch: int, logits: Tensor, facts: dict[str, Any]) -> None:
     """Write the float16 logits (N, classes) of an epoch, in the order in which the images are shown.
 
-    ``facts`` are ``recipe`` from ``bank_facts``, ``teacher`` from ``open_teacher``, and the planned ``epochs``.
+    ``facts`` are ``recipe`` from ``bank_facts``, ``teacher`` from ``open_teacher``, the planned ``epochs``, and the
+    precision that the logits were ``computed_in``.
     """
     header = json.dumps({**facts, "epoch": epoch}, sort_keys=True)
     metadata = {"facts": header, "sha256": _sha256(header, logits)}
@@ -114,7 +115,8 @@ class TeacherBank:
 
     folder: Path
     epochs: int  # how many of the bank's the student reads
-    record: dict[str, Any]  # teacher, with name and hash, and teacher_bank, with the hash over the epochs that are read
+    # teacher, with name and hash; teacher_bank, with the hash over the epochs read; teacher_precision, if known
+    record: dict[str, Any]
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe, split: ImageSplit, cfg: dict[str, Any]) -> "TeacherBank":
@@ -132,12 +134,14 @@ class TeacherBank:
         if held < planned and held < recipe.epochs:
             raise UserError(f"{folder} holds {held} of {planned} epochs: let conam record-teacher finish it first.")
         used, hashes, facts = min(held, recipe.epochs), [], bank_facts(recipe, split, cfg)
+        precisions: set[str | None] = set()
         for epoch in range(used):
             _, recorded, digest = read_epoch(folder, epoch)
             for key, value in facts.items():
                 if recorded["recipe"].get(key) != value:
                     raise UserError(f"{folder} was recorded {_difference(key, recorded['recipe'].get(key), value)}")
             hashes.append(digest)
+            precisions.add(recorded.get("computed_in"))
         teacher, today = recorded["teacher"], known_sha256(recipe.teacher)
         if None not in (today, teacher["sha256"]) and today != teacher["sha256"]:
             raise UserError(
@@ -155,7 +159,10 @@ class TeacherBank:
                 f"record all {recipe.epochs}."
             )
         together = hashlib.sha256("".join(hashes).encode()).hexdigest()
-        return cls(folder, used, {"teacher": teacher, "teacher_bank": {"sha256": together, "epochs": used}})
+        record: dict[str, Any] = {"teacher": teacher, "teacher_bank": {"sha256": together, "epochs": used}}
+        if None not in precisions:
+            record["teacher_precision"] = sorted(filter(None, precisions))
+        return cls(folder, used, record)
 
 
 def _difference(key: str, recorded: Any, value: Any) -> str:

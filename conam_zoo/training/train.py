@@ -201,7 +201,7 @@ def dry_run(
     """
     output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
     with process_group() as here:
-        check_free(output, resume)
+        run_on_primary(lambda: check_free(output, resume))
         parts = assemble(recipe, data, here, teacher_bank)
         model = parts.model.to(here.device).to(memory_format=torch.channels_last)
         state = TrainState(model, recipe, parts.batches.steps, teacher=parts.teacher, compile=compile)
@@ -272,18 +272,20 @@ def record_teacher(recipe: Recipe, data: str | Path, bank: Path, *, epochs: int 
     parts = assemble(recipe, data, here)
     teacher = parts.teacher
     assert teacher is not None
+    precision = precision_on(here.device, recipe.precision)
     facts = {
         "recipe": bank_facts(recipe, parts.split, parts.model.pretrained_cfg),
         "teacher": parts.facts["teacher"],
         "epochs": epochs,
+        "computed_in": precision,
     }
     bank = make_folder(bank)
     clear_temporaries(bank)
     missing = [epoch for epoch in range(epochs) if not holds_epoch(bank, epoch, facts)]
-    bf16 = precision_on(here.device, recipe.precision) == "bf16"
+    bf16 = precision == "bf16"
     console = PlainConsole()
     console.print(f"{recipe.teacher} on {parts.batches.num_images:,} images, {len(missing)} of {epochs} epochs to do")
-    with StopRequest() as request, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+    with StopRequest() as request, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         for epoch in missing:
             started, kept = time.perf_counter(), []
             for images, *_ in parts.batches.epoch(epoch):

@@ -223,7 +223,7 @@ class TrainState:
         # Fused optimisers want their buffers laid out as the weights are.
         for parameter, buffers in self.optimizer.state.items():
             for name, buffer in buffers.items():
-                if name in MOMENTA and buffer is not None and buffer.shape != parameter.shape:
+                if name in MOMENTA and buffer is not None and buffer.ndim and buffer.shape != parameter.shape:
                     raise ValueError(f"a {name} of its optimiser has the shape {tuple(buffer.shape)}")
                 if torch.is_tensor(buffer) and buffer.shape == parameter.shape:
                     buffers[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
