@@ -154,7 +154,8 @@ def result_table(manifest: Manifest) -> str:
         rows.append(
             f"| `{name}` | {top1} | {usual.to_markdown() if usual else 'none known'} "
             f"| {best.to_markdown() if best else 'none known'} | {metrics.nll:.3f} | {metrics.ece:.3f} "
-            f"| {entry.params / 1e6:.2f} M | {entry.macs / 1e6:.0f} M | {entry.epochs}, {entry.hardware} "
+            f"| {entry.params / 1e6:.2f} M | {entry.macs / 1e6:.0f} M "
+            f"| {entry.epochs}{', with a teacher' if entry.teacher else ''}, {entry.hardware} "
             f"| {even} |"
         )
     return "\n".join(rows) + "\n"

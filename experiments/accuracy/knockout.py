@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from conam_zoo.data import ImageSplit, normalize, read_split
-from conam_zoo.datasets import DATASETS
+from conam_zoo.deploy.export import dataset_of
 from conam_zoo.errors import UserError
 from conam_zoo.layers.conam import ConAM
+from conam_zoo.layers.conam_equations import recalibrate
 from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model
@@ -62,11 +63,7 @@ def knocked_out(model: nn.Module, sites: Collection[str], change: str, seed: int
 
     def hook(module: ConAM, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         (x,) = inputs
-        height, width = x.shape[2:]
-        scale = 1 + _replaced(module.confidence(x), change, generator)
-        for dimension in (1, 2):
-            scale = scale.repeat_interleave(module.patch_size, dimension)
-        return x * scale[:, None, :height, :width].to(x.dtype)
+        return recalibrate(x, _replaced(module.confidence(x), change, generator), module.patch_size)
 
     handles = [model.get_submodule(site).register_forward_hook(hook) for site in sites]
     try:
@@ -150,8 +147,7 @@ def benchmark_knockout(
     measured = []
     for name in models:
         net = open_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
-        classes = tuple(net.pretrained_cfg.get("label_names") or ())
-        known = next((facts.name for facts in DATASETS.values() if facts.classes == classes), None)
+        known = dataset_of(net)
         split = read_split(data, "test", known, image_size=None if known else net.pretrained_cfg["input_size"][1])
         found = measure_knockout(net, split, lambda text, name=name: progress(f"{name}: {text}"))  # type: ignore[misc]
         measured.append({"model": name, **found})

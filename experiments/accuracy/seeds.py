@@ -48,6 +48,7 @@ def add_seed(path: Path, recipe: str, run: dict[str, Any]) -> None:
         "epochs": run["recipe"]["epochs"],
         "train_minutes": round(run["train_minutes"], 1),
         "hardware": run["hardware"],
+        "precision": run.get("precision"),
         "library_versions": run["library_versions"],
         "code_commit": run["code_commit"],
     }

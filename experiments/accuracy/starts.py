@@ -48,7 +48,7 @@ def add_start(path: Path, folder: Path, data: Path) -> None:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         recipe, scores = run["recipe"], run["scores"]
         arguments, seed = recipe["model_args"], recipe["seed"]
-        facts = {key: run[key] for key in KEPT}
+        facts = {**{key: run[key] for key in KEPT}, "precision": run.get("precision")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a finished run folder ({error}).") from error
     if not recipe["holdout"]:
