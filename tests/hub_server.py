@@ -484,8 +484,12 @@ def _hash(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
+_BOUND: list[socket.socket] = []
+
+
 def refusing_url() -> str:
     """The address of a server that is not there: connections to it are refused at once."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    probe = socket.socket()
+    probe.bind(("127.0.0.1", 0))  # and not listening; held, so that nobody else gets the port
+    _BOUND.append(probe)
+    return f"http://127.0.0.1:{probe.getsockname()[1]}"

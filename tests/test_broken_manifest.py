@@ -85,6 +85,8 @@ def test_a_broken_manifest_is_one_sentence(text: str, told: dict[str, tuple[str,
     *codes, last = out.strip().splitlines()
     assert codes == ["list 2", "info 2", "verify 2", "mirror 2", "predict 2"]
     assert last.startswith("ManifestError The manifest ")
-    for line in err.strip().splitlines():
+    lines = err.strip().splitlines()
+    assert len(lines) == len(codes)
+    for line in lines:
         assert line.startswith("conam: The manifest ")
         assert_one_sentence(line)

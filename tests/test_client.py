@@ -17,12 +17,12 @@ def test_results_and_errors_come_through() -> None:
 
 def test_a_slow_call_that_shows_life_is_waited_for() -> None:
     def slow(alive: Callable[[], None]) -> str:
-        for _ in range(8):
+        for _ in range(18):
             time.sleep(0.1)
             alive()
         return "done"
 
-    assert call_with_timeout(slow, 0.5) == "done"
+    assert call_with_timeout(slow, 1.5) == "done"
 
 
 def test_a_quiet_call_is_given_up_and_ends_at_its_next_sign_of_life() -> None:

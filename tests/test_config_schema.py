@@ -15,7 +15,7 @@ import torch
 from hub_client import assert_one_sentence
 from safetensors.torch import load_file, save, save_file
 
-import conam_zoo  # noqa: F401
+from conam_zoo import ConAM
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models.config_schema import check_model_args, load_config
@@ -190,9 +190,8 @@ def test_tensors_that_are_no_weights_are_refused(kind: str, folder: Path) -> Non
     tensors = load_file(folder / "model.safetensors")
     bias = tensors["fc.bias"]
     dtypes = {"bool": torch.bool, "int8": torch.int8, "complex": torch.complex64}
-    tensors["fc.bias"] = bias.to(dtypes[kind]) if kind in dtypes else bias / (bias * 0 if kind == "nan" else 0)
-    if kind == "infinity":
-        tensors["fc.bias"] = torch.full_like(bias, torch.inf)
+    values = {"nan": torch.nan, "infinity": torch.inf}
+    tensors["fc.bias"] = bias.to(dtypes[kind]) if kind in dtypes else torch.full_like(bias, values[kind])
     data = save(tensors)
     (folder / "model.safetensors").write_bytes(data)
     change(folder, into("", sha256=hashlib.sha256(data).hexdigest()))
@@ -211,15 +210,6 @@ def test_a_tensor_that_is_named_twice_is_refused(folder: Path) -> None:
     change(folder, into("", sha256=hashlib.sha256(data).hexdigest()))
     with pytest.raises(WeightsError, match=r"names fc\.bias twice"):
         open_model(f"local-dir:{folder}")
-
-
-@pytest.mark.slow
-def test_the_table_of_sizes_is_right() -> None:
-    from conam_zoo.models.registry import count_params_and_macs, model_names, size_of
-
-    assert {name: size_of(name) for name in model_names()} == {
-        name: count_params_and_macs(name) for name in model_names()
-    }
 
 
 def test_list_finds_what_begins_so_and_info_knows_a_folder(conam, folder: Path) -> None:  # type: ignore[no-untyped-def]
@@ -253,6 +243,21 @@ def test_a_checkpoint_path_is_not_loaded_into_other_patch_sizes_nor_if_it_holds_
     save_file(load_file(path) | {"fc.bias": torch.full((10,), torch.nan)}, path)
     with pytest.raises(WeightsError, match=r"fc\.bias holds NaN"):
         timm.create_model("resnet20_conam", checkpoint_path=path, patch_sizes=(8, 8, 8))
+
+
+def test_a_pickled_checkpoint_is_not_loaded_into_other_patch_sizes(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    path = folder / "pytorch_model.bin"
+    with pytest.raises(WeightsError, match=r"patch sizes \[8, 8, 8\]"):
+        timm.create_model("resnet20_conam", checkpoint_path=str(path))
+    assert timm.create_model("resnet20_conam", checkpoint_path=path, patch_sizes=(8, 8, 8)).patch_sizes == (8, 8, 8)
+
+
+def test_a_configuration_that_is_passed_on_brings_its_arguments(folder: Path) -> None:
+    cfg = timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg
+    assert timm.create_model("resnet20_conam", pretrained=True, pretrained_cfg=cfg).patch_sizes == (8, 8, 8)
+    features = timm.create_model("resnet20_conam", pretrained=True, pretrained_cfg=cfg, features_only=True)
+    assert {module.patch_size for module in features.modules() if isinstance(module, ConAM)} == {8}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from conftest import write_arrays
 from PIL import Image
 
 from conam_zoo.data import AugmentationSettings, normalize, read_split
+from conam_zoo.data.dataset import free_bytes
 from conam_zoo.data.transforms import IMAGES, ImageDraws, crop_and_flip, random_stream
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
@@ -176,3 +177,15 @@ def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="cifar10 could not be downloaded by torchvision"):
         read_split("cifar10", "train")  # the tests have no network
+
+
+def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {
+        "/proc/meminfo": ["MemTotal: 9000 kB", "MemAvailable:    5000 kB"],
+        "/sys/fs/cgroup/memory.max": ["3000000"],
+        "/sys/fs/cgroup/memory.current": ["1000000"],
+    }
+    monkeypatch.setattr("conam_zoo.data.dataset._lines", lambda path: texts.get(path, []))
+    assert free_bytes("cpu") == 2_000_000
+    texts["/sys/fs/cgroup/memory.max"] = ["max"]
+    assert free_bytes("cpu") == 5000 * 1024

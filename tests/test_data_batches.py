@@ -338,3 +338,17 @@ def test_a_recipe_s_alternate_flip_and_mix_share_reach_the_batches() -> None:
         recipe = load_recipe(PLAIN_RECIPE, [*given, "flip=false", "cutmix=1.0", f"mix_share={share}"])
         made = DeviceLoader(split, batch_settings(recipe, MEAN, STD, here))
         assert low <= sum(targets.is_floating_point() for _, targets in made.epoch(0)) <= high
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_alpha_says_how_even_the_shares_are(kind: str) -> None:
+    images, labels = torch.zeros(2, 3, 64, 64), torch.tensor([0, 1])
+
+    def spread(alpha: float) -> float:
+        settings = AugmentationSettings(crop_padding=0, flip=False, cutout=0, **{kind: alpha})
+        streams = map(np.random.default_rng, range(200))
+        shares = [float(mix(images, labels, 2, settings, stream)[1][0, 0]) for stream in streams]
+        return float(np.mean(np.abs(np.array(shares) - 0.5) > 0.4))
+
+    assert spread(0.1) > 0.35
+    assert spread(8.0) < 0.05

@@ -456,5 +456,5 @@ def test_a_split_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypat
     tree(tmp_path / "train")
     tree(tmp_path / "test")
     monkeypatch.setattr("conam_zoo.data.dataset.free_bytes", lambda device: 10_000)
-    with pytest.raises(UserError, match=r"test needs .* more than half of the 0\.0 GB of memory"):
+    with pytest.raises(UserError, match=r"test needs .* but 0\.0 GB of memory are free"):
         open_images(tmp_path, free=1)

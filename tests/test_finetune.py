@@ -235,6 +235,25 @@ def test_mixed_targets_and_balance_train(tmp_path: Path) -> None:
     assert torch.isfinite(tuned.logits).all()
 
 
+def test_balance_changes_what_is_learnt(tmp_path: Path) -> None:
+    data = made_up()
+    few = torch.cat([torch.nonzero(data.train.labels == 0)[:2, 0], torch.nonzero(data.train.labels == 1)[:, 0]])
+    data = replace(data, train=data.train.select(few), counts=(2, len(few) - 2))
+    recipe = recipe_for(data, epochs=1)
+    hashes = set()
+    for balance in (False, True):
+        net = net_for_data(PRETRAINED, data, recipe)
+        hashes.add(train_on(net, data, recipe, tmp_path / f"{balance}", balance=balance, quiet=True).sha256)
+    assert len(hashes) == 2
+
+
+def test_the_command_hands_balance_on(tmp_path: Path, conam, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr("conam_zoo.finetuning.run.finetune", lambda **arguments: given.update(arguments))
+    assert conam("finetune", tmp_path, "--model", PRETRAINED, "--output", tmp_path / "run", "--balance")[0] == 0
+    assert given["balance"] is True
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     data = write_digits(tmp_path / "data", train=4, test=2)
     run = tmp_path / "run"

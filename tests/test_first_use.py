@@ -72,7 +72,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Iterato
     facts = DATASETS["cifar10"]
     data = (checkout / "weights" / NAME / "model.safetensors").read_bytes()
     entry = entry_for(NAME, data, revision=None, num_classes=10, classes=facts.classes, mean=facts.mean, std=facts.std)
-    dump_manifest(Manifest({NAME: entry}, None), checkout / "weights_manifest.json")
+    dump_manifest(Manifest({NAME: entry}, None, "some-lab/conam_zoo"), checkout / "weights_manifest.json")
     with serve({}) as hub:
         hub.elsewhere = True
         hub.tokens = {TOKEN}

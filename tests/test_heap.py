@@ -50,3 +50,10 @@ def test_what_the_environment_decides_is_left_alone() -> None:
     _, kept, count = faults(MALLOC_MMAP_THRESHOLD_="131072")
     assert kept == "False"
     assert count > 8
+
+
+def test_every_command_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch, conam) -> None:
+    called = []
+    monkeypatch.setattr("conam_zoo.cli.keep_freed_memory", lambda: called.append(True))
+    conam("--version")
+    assert called == [True]

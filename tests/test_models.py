@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from conam_zoo.layers import registry
 from conam_zoo.layers.registry import attention_names
 from conam_zoo.models.registry import export_model
 from conam_zoo.weights import WeightsError
+from experiments.speed.cost_net import kept_bytes
 
 NAMES = timm.list_models("*_conam")
 TAGGED = timm.list_models("*_conam", include_tags=True)
@@ -162,10 +164,15 @@ def test_plain_twin_has_the_published_size(name: str) -> None:
         assert round(counts["macs"] / 1e6, 2) == PUBLISHED_MEGA_MACS[name]
 
 
+def sizes() -> dict[str, dict[str, int]]:
+    """The package's table, which ``conam list`` reads instead of counting."""
+    return json.loads((files("conam_zoo.models") / "sizes.json").read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_conam_adds_what_its_equations_say(name: str) -> None:
     counts = count(name)
-    assert counts == read_golden("counts.json")[name]
+    assert counts == sizes()[name]
     channels = [m.channels for m in on_meta(name).modules() if isinstance(m, ConAM)]
     assert len(channels) == 3
     assert counts["params"] - PLAIN_PARAMS[name] == sum(2 * c * c + 2 * c for c in channels)
@@ -174,7 +181,7 @@ def test_conam_adds_what_its_equations_say(name: str) -> None:
 
 
 def test_goldens_are_complete() -> None:
-    assert sorted(read_golden("counts.json")) == sorted(NAMES)
+    assert sorted(sizes()) == sorted(NAMES)
     assert sorted(read_golden("outputs.json")) == sorted(MODELS_WITH_OUTPUTS)
 
 
@@ -447,13 +454,65 @@ def test_without_indices_the_maps_of_every_stage_are_given(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_checkpointing_keeps_the_gradients(name: str) -> None:
     x = torch.cat([image(side=16), -image(side=16)]).float()
-    gradients = []
+    gradients, kept = [], []
     for enable in (False, True):
         model = make(name).train()
         model.set_grad_checkpointing(enable)
+        kept.append(kept_bytes(model, x, "fp32"))
+        model.zero_grad()
         model(x).square().sum().backward()
         gradients.append({n: parameter.grad for n, parameter in model.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0])
+    assert kept[1] < 0.7 * kept[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *((name, "drop_rate") for name in SMALL),
+        *((name, "block_drop_rate") for name in SMALL if "wide" in name or "dense" in name),
+    ],
+)
+def test_dropout_drops_in_training_alone(name: str, argument: str) -> None:
+    x = image(side=16).float()
+    torch.manual_seed(0)
+    plain = make(name).eval()
+    torch.manual_seed(0)
+    model = make(name, **{argument: 0.5}).eval()
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model(x), plain(x))
+    for module in model.modules():
+        module.training = isinstance(module, torch.nn.Dropout)
+    assert not torch.equal(model(x), model(x))
+
+
+def test_convolutions_start_by_their_fan_out_and_an_attention_as_it_brings_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("resnet20_conam")
+    for conv in (net.layer1[1].conv1, net.layer2[0].conv1, net.layer3[1].conv2):
+        expected = (2 / (conv.out_channels * 9)) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(expected, rel=0.06)
+
+    class Zero(torch.nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(channels, 1, 1)
+            torch.nn.init.zeros_(self.conv.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.conv(x).sigmoid()
+
+    monkeypatch.setitem(registry.FACTORIES, "zero_of_a_test", lambda channels, *_, **__: Zero(channels))
+    net = timm.create_model("resnet20_conam", attn_layer="zero_of_a_test")
+    assert all((m.conv.weight == 0).all() for m in net.modules() if isinstance(m, Zero))
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter"])
+def test_a_feature_net_does_not_carry_its_weights_twice(feature_cls: str) -> None:
+    net = timm.create_model("resnet20_conam.cifar10", pretrained=True, features_only=True, feature_cls=feature_cls)
+    assert all("state_dict" not in (getattr(m, "pretrained_cfg", None) or {}) for m in net.modules())
 
 
 @pytest.mark.parametrize("name", EACH)

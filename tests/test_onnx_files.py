@@ -132,6 +132,12 @@ def test_without_the_extra_that_is_said_at_once(conam, monkeypatch: pytest.Monke
     assert "--no-onnx" in err
 
 
+def test_nothing_is_published_whose_card_could_not_say_where_the_code_is(conam) -> None:
+    code, out, err = conam("publish", NAME, "--namespace", "some-lab", "--no-onnx")
+    assert (code, out) == (2, "")
+    assert "set code_repository in" in err
+
+
 def test_without_onnx_files_a_dry_run_shows_the_others(conam) -> None:
     code, out, err = conam("publish", NAME, "--namespace", "some-lab", "--dry-run", "--no-onnx")
     assert code == 0, err

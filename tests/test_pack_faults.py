@@ -228,7 +228,7 @@ def test_waiting_for_another_process_is_told(
 ) -> None:
     (tmp_path / "weights_manifest.json").write_text(json.dumps(EMPTY))
     monkeypatch.setattr(exchange_module, "SILENT_SECONDS", 0.0)
-    monkeypatch.setattr(exchange_module, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(exchange_module, "LOCK_SECONDS", 1.0)
     with packing(tmp_path), pytest.raises(UserError, match="Another process is packing"), packing(tmp_path):
         pass
     assert "waiting until it is done" in caplog.text

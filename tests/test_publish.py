@@ -192,6 +192,16 @@ def test_onnx_files_that_the_manifest_does_not_know_leave_the_repository(checkou
     assert load_manifest(checkout.manifest_path).entry(FIRST).onnx is None
 
 
+def test_weights_of_another_layout_leave_the_repository(checkout: Checkout) -> None:
+    checkout.publish()
+    stale = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    checkout.hub.repositories[HUB_ID].commits[-1][1].update(dict.fromkeys(stale, b"{}"))
+    assert "done" in checkout.publish(cards={FIRST: CARD + "more"})
+    tree = checkout.hub.repositories[HUB_ID].commits[-1][1]
+    assert not set(stale) & set(tree)
+    assert tree["model.safetensors"] == content_of(FIRST)
+
+
 def test_without_onnx_files_that_is_to_be_said(checkout: Checkout) -> None:
     checkout.publish(onnx=MADE)
     checkout.hub.requests.clear()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import conam_zoo.cli.training as training_commands
 from conam_zoo.errors import UserError
 from conam_zoo.training.queue import Job, Progress, plan_queue, run_queue
 from conam_zoo.training.recipe import list_recipes, load_recipe
@@ -252,16 +254,29 @@ def test_a_job_tells_how_far_it_is(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_line_for_each_epoch_of_each_training(
-    tmp_path: Path, acted: Callable[..., None], conam: Callable[..., tuple[int, str, str]]
+    tmp_path: Path,
+    acted: Callable[..., None],
+    conam: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     row = "1,0.1,2.0,20.5,,7200"
-    acted({NAME: f"folder.mkdir(parents=True); (folder / 'log.csv').write_text({LOG + row!r}); time.sleep(0.5)"})
+    wait = "while not (folder / 'seen').exists(): time.sleep(0.01)"
+    acted({NAME: f"folder.mkdir(parents=True); (folder / 'log.csv').write_text({LOG + row!r})\n{wait}"})
+    show = training_commands._show
+
+    def show_and_tell(running, out, live, reported) -> None:
+        show(running, out, live, reported)
+        for job in running:
+            if job.name in reported:
+                (job.folder / "seen").touch()
+
+    monkeypatch.setattr(training_commands, "_show", show_and_tell)
     call = ["queue", NAME, "--data", tmp_path, "--output", tmp_path / "runs", "--set", "epochs=2", "--seed", 3]
     code, out, err = conam(*call, "--set", "warmup_epochs=0")
     assert code == 0, err
     (line,) = [line for line in out.split("\n") if "epoch 1/2" in line]
     assert line.startswith(f"{NAME}, seed 3: epoch 1/2, 20.50 % training, ")
-    assert line.split(", ")[-1] in ("2:00:00 left", "1:59:59 left", "1:59:58 left")
+    assert re.fullmatch(r"(2:00:00|1:59:\d\d) left", line.split(", ")[-1])
 
 
 def test_a_bank_is_handed_to_the_recipes_of_its_teacher(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """ConAM's result is computed again in the backward pass, not kept: same bits, less memory, no surprises."""
 
 import copy
-import doctest
 import gc
 from contextlib import nullcontext
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import conam_zoo.layers.conam_fused
 from conam_zoo.layers.conam import ConAM
 from conam_zoo.layers.conam_fused import recompute_rescaled
 from conam_zoo.models.conam_densenet import ConAMDenseNet
@@ -175,9 +173,3 @@ def test_the_compiled_net_agrees() -> None:
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_the_example_of_the_docstring() -> None:
-    results = doctest.testmod(conam_zoo.layers.conam_fused)
-    assert results.failed == 0
-    assert results.attempted > 0

@@ -1,6 +1,5 @@
 """The one list of attentions: names, factories, attentions of one's own in every family and folder, clear refusals."""
 
-import doctest
 import json
 import subprocess
 from pathlib import Path
@@ -160,9 +159,3 @@ def test_the_documentation_lists_every_built_in_attention(warm_python: str) -> N
         line for line in (ROOT / "docs" / "conam.md").read_text().splitlines() if line.startswith("| `attn_layer`")
     ]
     assert [name for name in names if f"`{name}`" not in row] == []
-
-
-def test_docstring_examples(gain: str) -> None:
-    results = doctest.testmod(conam_zoo.layers.registry)
-    assert results.attempted >= 3
-    assert results.failed == 0

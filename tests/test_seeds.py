@@ -71,5 +71,7 @@ def test_a_run_is_filed_under_its_recipe(tmp_path: Path, experiments, monkeypatc
 
 
 def test_what_is_filed_under_a_recipe_was_trained_for_its_epochs() -> None:
-    for name, seeds in read_seeds(CHECKOUT / "experiments" / "results" / "seeds.json").items():
+    filed = read_seeds(CHECKOUT / "experiments" / "results" / "seeds.json")
+    assert len(filed) >= 6
+    for name, seeds in filed.items():
         assert {run["epochs"] for run in seeds.values()} == {load_recipe(name).epochs}, name

@@ -284,6 +284,10 @@ def test_a_repository_of_ones_own_in_several_files(
     blob.write_bytes(damaged(files["b.safetensors"]))
     assert client.do("folder", **task)["sums"] == SUMS
     assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
+    (link,) = (tmp_path / "cache").glob("*/snapshots/*/b.safetensors")
+    link.unlink()
+    link.write_bytes(damaged(files["b.safetensors"]))  # as in a cache without symbolic links
+    assert client.do("folder", **task)["sums"] == SUMS
 
 
 def test_publishing_uploads_every_part_and_first_use_reads_them(

@@ -432,22 +432,46 @@ def test_the_moving_average_is_that_of_timm() -> None:
     assert ours.module[1].num_batches_tracked == 4
 
 
+def test_the_rate_rises_linearly_and_falls_along_a_cosine() -> None:
+    recipe = load_recipe(PLAIN_RECIPE, ["epochs=10", "warmup_epochs=2", "lr=1", "min_lr=0.1", "precision=fp32"])
+    state = TrainState(torch.nn.Linear(2, 2), recipe, 5)
+    rates = []
+    for update in range(50):
+        rates.append(state.lr)
+        state.scheduler.step_update(update + 1)
+    rising = [0.01 + 0.099 * step for step in range(10)]
+    falling = [0.1 + 0.45 * (1 + np.cos(np.pi * step / 50)) for step in range(10, 50)]
+    np.testing.assert_allclose(rates, rising + falling)
+
+
+def test_label_smoothing_reaches_the_loss() -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+    images, labels = torch.randn(4, 3, 2, 2), torch.arange(4)
+    for smoothing in (0.0, 0.1):
+        state = TrainState(net, load_recipe(PLAIN_RECIPE, [f"label_smoothing={smoothing}", "precision=fp32"]), 1)
+        loss, _ = state.accumulate([(images, labels)], 4)
+        expected = torch.nn.functional.cross_entropy(net(images), labels, label_smoothing=smoothing, reduction="sum")
+        torch.testing.assert_close(loss, expected.double())
+
+
 def test_a_compiled_net_learns_the_same(
     recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled for a backend that runs the captured operations as they are, so that every bit has to agree."""
     recipe = replace(recipe, epochs=1, warmup_epochs=0.0, batch_size=48)  # the last batch of 16 is not compiled
     recipe = replace(recipe, model_args={"attn_layer": "none"})  # ConAM's own backward pass is not the compiled one
-    real, modes = torch.compile, []
+    real, modes, sizes = torch.compile, [], []
 
     def recording_compile(net, *, dynamic: bool, mode: str):
         modes.append(mode)
-        return real(net, dynamic=dynamic, backend="eager")
+        compiled = real(net, dynamic=dynamic, backend="eager")
+        return lambda images: sizes.append(len(images)) or compiled(images)
 
     monkeypatch.setattr(torch, "compile", recording_compile)
     compiled = train(recipe, small_data, tmp_path / "compiled", compile=True)
     eager = train(recipe, small_data, tmp_path / "eager")
     assert modes == ["default"]  # CUDA graphs are for GPUs
+    assert sizes == [48, 48, 48]
     assert compiled["sha256"] == eager["sha256"]
     assert compiled["compile_seconds"] > 0
     assert eager["compile_seconds"] is None

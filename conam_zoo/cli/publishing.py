@@ -84,6 +84,10 @@ def publish(
         need_onnx(", or leave these files out with --no-onnx")
     manifest_path = checkout / "weights_manifest.json"
     manifest = load_manifest(manifest_path)
+    if manifest.code_repository is None and not dry_run:
+        raise UserError(
+            f"The model cards would not say where the code is: set code_repository in {manifest_path} first."
+        )
     tag = "v" + tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     for done in run_publish(
         names,

@@ -199,14 +199,12 @@ def median_side(source: LazyImages) -> float:
 def read_source(source: LazyImages, size: int) -> tuple[ImageSplit, list[Unreadable]]:
     """Read all images at a size, on as many threads as there are cores; those that cannot be read are listed.
 
-    The split holds the readable ones in the order of the source. One that would take more than half of the free memory
-    is refused.
+    The split holds the readable ones in the order of the source. One that the free memory does not hold is refused.
     """
-    if not fits(len(source), size, free := free_bytes("cpu")):
+    if (needed := 3 * len(source) * size * size) > (free := free_bytes("cpu")):
         raise UserError(
-            f"{source.source} needs {3 * len(source) * size * size / 1e9:.1f} GB for its {len(source):,} images of "
-            f"{size} x {size} pixels, more than half of the {free / 1e9:.1f} GB of memory that are free: use fewer or "
-            "smaller images."
+            f"{source.source} needs {needed / 1e9:.1f} GB for its {len(source):,} images of {size} x {size} pixels, "
+            f"but {free / 1e9:.1f} GB of memory are free: use fewer or smaller images."
         )
     labels, names, notes = torch.from_numpy(source.labels), tuple(source.names), source.notes
     stored = source.read.images if isinstance(source.read, ArrayReader) else np.empty(0)

@@ -25,8 +25,7 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.deploy.runtime import FORMAT, need_onnx, open_classifier, open_session
 from conam_zoo.errors import UserError
 from conam_zoo.files import expand_path, write_atomically
-from conam_zoo.layers.conam import ConAM
-from conam_zoo.layers.confidence import recorded_confidences
+from conam_zoo.layers.confidence import has_confidence, recorded_confidences
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import check_takes_rgb, open_model, weights_sha256
 from conam_zoo.training.evaluate import check_preparation, evaluate
@@ -110,10 +109,14 @@ def export(
         raise UserError(f"{output} cannot be int8: only .onnx files are quantised.")
     if kind == ".onnx":
         need_onnx()
+    elif opset != EXPORT_OPSET:
+        raise UserError(f"{output} has no ONNX operator set: leave opset {opset} out.")
     if model.in_chans != (stated := model.pretrained_cfg["input_size"][0]):
         raise UserError(f"The net takes {model.in_chans} channels, but its input_size states {stated}: correct that.")
     net = copy.deepcopy(model).cpu().float().eval()
-    sites = [name for name, module in net.named_modules() if isinstance(module, ConAM)] if confidence else []
+    sites = [name for name, module in net.named_modules() if has_confidence(module)] if confidence else []
+    if confidence and not sites:
+        raise UserError(f"A net with attn_layer {net.attn_layer!r} has no confidences: export it without them.")
     graph = _Graph(net, pixels, sites).eval()
     names = ("logits", *(f"confidence.{site}" for site in sites))
     difference = 0.0

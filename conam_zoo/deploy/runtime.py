@@ -30,7 +30,7 @@ def open_classifier(name: str) -> StagedClassifier:
 
     Such a file stands in for a net where logits and configuration are all that is asked for.
     """
-    if ":" not in name and name.lower().endswith(".onnx"):
+    if not name.startswith(("local-dir:", "hf-hub:")) and name.lower().endswith(".onnx"):
         return cast(StagedClassifier, OnnxClassifier(name).eval())
     return open_model(name)
 

@@ -205,8 +205,9 @@ class StagedClassifier(nn.Module):
         """As PyTorch's; a file that timm reads itself, for ``checkpoint_path``, is checked like those that we read."""
         caller = sys._getframe(1)  # timm hands over the tensors alone; a test holds it to these two names
         path = caller.f_locals.get("checkpoint_path")
-        if path and caller.f_globals.get("__name__") == "timm.models._helpers" and str(path).endswith(".safetensors"):
-            read_safetensors(Path(path))
+        if path and caller.f_globals.get("__name__") == "timm.models._helpers":
+            if str(path).endswith(".safetensors"):
+                read_safetensors(Path(path))
             check_patch_sizes(Path(path), self.patch_sizes)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 

@@ -102,9 +102,9 @@ def build(
     stem and stages are so many ``levels``; ``defaults`` are those of the builder, where they are not the class's.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    _check_config(cfg, pretrained, kwargs.get("pretrained_model_args") or {}, pretrained_cfg_overlay or {}, cache_dir)
+    saved = _check_config(cfg, pretrained, kwargs.get("pretrained_model_args"), pretrained_cfg_overlay or {}, cache_dir)
     entry = load_manifest().entries.get(f"{variant}.{cfg.tag}") if pretrained else None
-    kwargs = {**(defaults or {}), **(entry.model_args if entry else {}), **kwargs}
+    kwargs = {**(defaults or {}), **(entry.model_args if entry else {}), **saved, **kwargs}
     overlay = dict(pretrained_cfg_overlay or {})
     if pretrained:
         overlay |= {"state_dict": _state_dict(variant, cfg, cache_dir), "source": None}
@@ -120,35 +120,40 @@ def build(
         **kwargs,
     )
     stated = cfg.to_dict()  # what was asked for, without the tensors
-    model.pretrained_cfg = pretrained_cfg_for_features(stated) if kwargs.get("features_only") else stated
-    model.default_cfg = model.pretrained_cfg
+    stated = pretrained_cfg_for_features(stated) if kwargs.get("features_only") else stated
+    for net in (model, *(inner for inner in model.children() if hasattr(inner, "pretrained_cfg"))):
+        net.pretrained_cfg = net.default_cfg = stated
     return model
 
 
 def _check_config(
     cfg: PretrainedCfg,
     pretrained: bool,
-    read_args: Mapping[str, Any],
+    read_args: Mapping[str, Any] | None,
     overlay: Mapping[str, Any],
     cache_dir: str | Path | None,
-) -> None:
-    """Refuse the config.json that timm has read if anything is wrong with it.
+) -> dict[str, Any]:
+    """Refuse the config.json that timm has read if anything is wrong with it; gives the arguments that it states.
 
     timm takes the one in the Hub cache as it is. Here a damaged one is fetched anew, and what was read from it is not
-    used.
+    used. ``read_args`` are None where timm read none, since a net's ``pretrained_cfg`` was passed instead of its name.
     """
     if cfg.source == "local-dir" and cfg.file:
-        load_config(Path(cfg.file))
+        config = load_config(Path(cfg.file))
     elif cfg.source == "hf-hub" and cfg.hf_hub_id and pretrained:
         config = load_config(fetch_config(cfg.hf_hub_id, cache_dir).parent)
         stated = config["pretrained_cfg"] | {k: config[k] for k in ("num_classes", "label_names") if k in config}
         keys = {"num_classes", "label_names", "input_size", "mean", "std"} & stated.keys() - overlay.keys()
         same = all(as_json(getattr(cfg, key)) == stated[key] for key in keys)
-        if not same or dict(read_args) != config.get("model_args", {}):
+        if not same or (read_args is not None and dict(read_args) != config.get("model_args", {})):
             raise WeightsError(
                 f"The config.json of {cfg.hf_hub_id} in the Hub cache was damaged, and is fetched anew now: open the "
                 "model again."
             )
+    else:
+        return {}
+    arguments: dict[str, Any] = config.get("model_args", {})
+    return arguments
 
 
 def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg: PretrainedCfg) -> dict[str, Tensor]:

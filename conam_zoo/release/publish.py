@@ -179,7 +179,8 @@ def _publish_one(api: "HfApi", upload: _Upload, tag: str, private: bool, up: lis
     with _step("creating its repository", upload, up):
         api.create_repo(hub_id, private=private, exist_ok=True)
         info = api.model_info(hub_id)
-        there = [file.rfilename for file in info.siblings or [] if file.rfilename.startswith(ONNX_FOLDER)]
+        there = [file.rfilename for file in info.siblings or []]
+        there = [name for name in there if name.startswith(ONNX_FOLDER) or ".safetensors" in name]
     up.append(f"the repository {hub_id}")
     with _step(f"looking for the tag {tag}", upload, up):
         tagged = _is_tagged(api, upload, tag)
@@ -188,7 +189,7 @@ def _publish_one(api: "HfApi", upload: _Upload, tag: str, private: bool, up: lis
             hub_id,
             [
                 *(CommitOperationAdd(name, content) for name, content in upload.contents.items()),
-                *(CommitOperationDelete(name) for name in there if name not in (upload.onnx or {})),
+                *(CommitOperationDelete(n) for n in there if n not in upload.contents and n not in (upload.onnx or {})),
             ],
             commit_message=f"{entry.name}, conam_zoo {tag}",
             parent_commit=info.sha,
