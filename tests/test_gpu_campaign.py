@@ -4,8 +4,10 @@ import json
 import os
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import write_arrays
@@ -180,10 +182,16 @@ def test_tasks_wait_for_what_they_need_and_failures_hold_up_no_others(work: Path
 
 
 @pytest.mark.slow
-def test_when_the_time_is_up_trainings_save_and_the_next_call_goes_on(work: Path) -> None:
+def test_when_the_time_is_up_trainings_save_and_the_next_call_goes_on(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = "signal.signal(15, lambda *_: ((run / 'checkpoint.safetensors').write_bytes(b'x'), sys.exit(143)))\n"
     script += "(run / 'began').touch()\nif not (run / 'checkpoint.safetensors').exists(): time.sleep(60)"
-    state = run_tasks([_task(work, "long", script)], work, seconds=1.5, parallel=1)
+    began = work / "runs" / "long" / "began"
+    clock = SimpleNamespace(sleep=time.sleep, monotonic=lambda: 100.0 * began.exists())  # the time is up once it began
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.gpu.campaign.time", clock)
+        state = run_tasks([_task(work, "long", script)], work, seconds=50, parallel=1)
     assert state == {"long": "stopped"}
     assert (work / "runs" / "long" / "checkpoint.safetensors").is_file()
     assert run_tasks([_task(work, "long", script)], work, seconds=60, parallel=1) == {"long": "done"}

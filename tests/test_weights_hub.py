@@ -480,28 +480,16 @@ def test_what_the_hub_announces_wrongly_is_not_even_downloaded(tmp_path: Path, e
 @pytest.mark.parametrize(
     ("mode", "says"),
     [
-        ("no-repository", f"no repository {HUB_ID}"),
-        ("no-revision", f"no revision {REVISION}"),
-        ("no-file", "no file model.safetensors"),
-        ("gated", "wants its terms accepted"),
-        ("503", "status 503"),
         ("503-on-get", "status 503"),
-        ("no-etag", "no ETag"),
-        ("silent", "could not be fetched"),
         ("refuse", "could not be fetched"),
-        ("unresolved", "could not be fetched"),
-        ("offline", "HF_HUB_OFFLINE is set"),
     ],
 )
 def test_nothing_anywhere_is_one_sentence_within_ten_seconds(
     tmp_path: Path, entry: WeightEntry, data: bytes, mode: Any, says: str
 ) -> None:
-    endpoints = {"refuse": refusing_url(), "unresolved": "http://hub.invalid"}
     with serving(data, mode) as server:
-        client = Client(tmp_path, entry, endpoints.get(mode, server.url))
-        start = time.monotonic()
-        answer = client.find(**({"HF_HUB_OFFLINE": "1"} if mode == "offline" else {}))
-        seconds = time.monotonic() - start
+        client = Client(tmp_path, entry, refusing_url() if mode == "refuse" else server.url)
+        answer = client.find()
     assert answer["error"] == "WeightsError"
     for part in (
         says,
@@ -512,7 +500,7 @@ def test_nothing_anywhere_is_one_sentence_within_ten_seconds(
         "go online",
     ):
         assert part in answer["message"]
-    assert answer["seconds"] < 10, (answer, seconds)
+    assert answer["seconds"] < 10, answer
     assert "Traceback" not in answer["log"]
 
 
