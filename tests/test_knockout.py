@@ -11,6 +11,7 @@ import conam_zoo
 from conam_zoo.data import ImageSplit
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
+from experiments.accuracy import knockout
 from experiments.accuracy.knockout import CHANGES, EVERY_SITE, knocked_out, knockout_table, measure_knockout
 
 NAME = "resnet20_conam.cifar10"
@@ -64,8 +65,32 @@ def test_every_site_and_each_alone_are_measured() -> None:
     for row in found["sites"]:
         assert set(row) == {"site", "largest_percent", *CHANGES}
         assert row["removed"]["nll"] != found["unchanged"]["nll"]
+        for change in CHANGES:
+            moved = row[change]["gained"] - row[change]["lost"]
+            assert row[change]["top1_percent"] == pytest.approx(found["unchanged"]["top1_percent"] + 100 * moved / 40)
     with pytest.raises(UserError, match="has no ConAM"):
         measure_knockout(timm.create_model(NAME, attn_layer="none"), split)
+
+
+def test_confidences_are_exchanged_within_a_class_or_across_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = timm.create_model(NAME)
+    images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
+    split = ImageSplit(images, torch.arange(40) % 10, DATASETS["cifar10"].classes, "noise")
+    seen: list[torch.Tensor] = []
+    logits_on = knockout.logits_on
+    monkeypatch.setattr(knockout, "logits_on", lambda net, split: seen.append(split.labels) or logits_on(net, split))
+    measure_knockout(net, split)
+    orders = dict(zip(["unchanged", *CHANGES], seen, strict=False))
+    for change, labels in orders.items():
+        same = (labels == labels.roll(1)).float().mean()
+        assert same == 0 if change == "across" else same > 0.5
+
+
+def test_an_interval_follows_from_the_answers_that_changed() -> None:
+    found = {"top1_percent": 92.0, "nll": 0.3, "lost": 160, "gained": 60}
+    assert knockout._cell(found, 93.0, 10_000) == "92.00 (-1.00 ± 0.29)"
+    del found["lost"], found["gained"]
+    assert knockout._cell(found, 93.0, 10_000) == "92.00 (-1.00)"
 
 
 def test_the_command_writes_what_the_table_is_made_from(experiments, small_data: Path, tmp_path: Path) -> None:

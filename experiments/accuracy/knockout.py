@@ -10,6 +10,7 @@ Nothing is trained. Each change keeps the weights of the net and replaces the fa
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +27,21 @@ from conam_zoo.layers.conam_equations import recalibrate
 from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model
-from conam_zoo.training.evaluate import evaluate_on
+from conam_zoo.training.engine import score
+from conam_zoo.training.evaluate import logits_on
 from conam_zoo.training.run_folder import describe_environment
 from experiments.speed.record import command_today
 
 __all__ = ["CHANGES", "EVERY_SITE", "benchmark_knockout", "knocked_out", "knockout_table", "measure_knockout"]
 
-CHANGES = ("even", "exchanged", "shuffled", "removed")
+# What replaces the confidences, with the heading of its column.
+CHANGES = {
+    "even": "even",
+    "exchanged": "exchanged within a class",
+    "across": "exchanged across classes",
+    "shuffled": "shuffled",
+    "removed": "removed",
+}
 EVERY_SITE = "every site"
 
 
@@ -41,7 +50,7 @@ def _replaced(confidence: Tensor, change: str, generator: torch.Generator) -> Te
     count = confidence[0].numel()
     if change == "even":
         return torch.full_like(confidence, 1 / count)
-    if change == "exchanged":
+    if change in ("exchanged", "across"):  # the order of the images decides between the two
         return confidence.roll(1, dims=0)
     if change == "shuffled":
         order = torch.rand(len(confidence), count, generator=generator).argsort(1).to(confidence.device)
@@ -56,7 +65,7 @@ def knocked_out(model: nn.Module, sites: Collection[str], change: str, seed: int
     Args:
         model: A net with ConAM.
         sites: Names of the modules.
-        change: One of ``CHANGES``.
+        change: One of ``CHANGES``. Exchanged confidences are those of the image before in the batch.
         seed: Seed of ``shuffled``.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +95,7 @@ def measure_knockout(
     Returns:
         ``images``, ``unchanged`` (``top1_percent`` and ``nll``), and ``sites``: for each one ``site``,
         ``largest_percent`` (the mean over the images of the largest confidence; None for all sites together), and for
-        each change ``top1_percent`` and ``nll``.
+        each change ``top1_percent``, ``nll``, and how many right answers were ``lost`` and ``gained``.
 
     Raises:
         UserError: If the net has no ConAM, or the images do not fit it.
@@ -95,23 +104,35 @@ def measure_knockout(
     if not names:
         raise UserError("The net has no ConAM whose confidences could be replaced: choose one with attn_layer='conam'.")
 
-    def scores() -> dict[str, float]:
-        found = evaluate_on(model, split)
-        return {"top1_percent": found.top1_percent, "nll": found.nll}
+    def scores(split: ImageSplit) -> tuple[dict[str, float], Tensor]:
+        logits, labels = logits_on(model, split).cpu(), split.labels.cpu()
+        found = score(logits, labels)
+        return {"top1_percent": found.top1_percent, "nll": found.nll}, logits.argmax(1) == labels
 
     split = split.select(split.labels.argsort(stable=True))
+    across = _across_classes(split.labels)
     progress("as it was trained")
-    unchanged = scores()
+    unchanged, right = scores(split)
     largest = _largest_percent(model, split)
     rows = []
     for site in [EVERY_SITE, *names] if len(names) > 1 else names:
         row: dict[str, Any] = {"site": site, "largest_percent": largest.get(site)}
         for change in CHANGES:
             progress(f"{site}, {change}")
+            order = across if change == "across" else torch.arange(len(split))
             with knocked_out(model, names if site == EVERY_SITE else [site], change):
-                row[change] = scores()
+                measured, now = scores(split.select(order))
+            before = right[order]
+            row[change] = {**measured, "lost": int((before & ~now).sum()), "gained": int((now & ~before).sum())}
         rows.append(row)
     return {"images": len(split), "unchanged": unchanged, "sites": rows}
+
+
+def _across_classes(labels: Tensor) -> Tensor:
+    """An order of sorted labels (N,) in which neighbours are of different classes, as far as there are such."""
+    counts = labels.unique_consecutive(return_counts=True)[1]
+    places = torch.cat([torch.arange(count) for count in counts.tolist()])  # of each image within its class
+    return places.argsort(stable=True)
 
 
 def _largest_percent(model: StagedClassifier, split: ImageSplit, batch_size: int = 500) -> dict[str, float]:
@@ -159,9 +180,10 @@ def knockout_table(document: dict[str, Any]) -> str:
     """The measurements as a Markdown table, with the sentence that says where they were made."""
     where = f"`{command_today(document['command'])}` on {document['hardware']}."
     lines = [
-        f"{where} Top-1 in percent on the test images, and in brackets the difference to the net as it was trained.",
+        f"{where} Top-1 in percent on the test images, and in brackets the difference to the net as it was trained, "
+        "with the 95 % interval that follows from the images whose answer changed, where these were counted.",
         "",
-        "| model | as trained | replaced at | largest confidence | " + " | ".join(CHANGES) + " |",
+        "| model | as trained | replaced at | largest confidence | " + " | ".join(CHANGES.values()) + " |",
         "| --- | --: | --- | --: | " + " | ".join(["--:"] * len(CHANGES)) + " |",
     ]
     for model in document["models"]:
@@ -169,7 +191,16 @@ def knockout_table(document: dict[str, Any]) -> str:
         for index, row in enumerate(model["sites"]):
             first = f"`{model['model']}` | {base:.2f}" if index == 0 else " | "
             largest = "-" if row["largest_percent"] is None else f"{row['largest_percent']:.1f} %"
-            cells = [f"{row[c]['top1_percent']:.2f} ({row[c]['top1_percent'] - base:+.2f})" for c in CHANGES]
+            cells = [_cell(row[change], base, model["images"]) if change in row else "-" for change in CHANGES]
             site = row["site"] if row["site"] == EVERY_SITE else f"`{row['site'].removesuffix('.attn')}`"
             lines.append(f"| {first} | {site} | {largest} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(found: dict[str, Any], base: float, images: int) -> str:
+    difference = f"{found['top1_percent'] - base:+.2f}"
+    if "lost" in found:  # a paired comparison: only images whose answer became right or wrong tell the nets apart
+        lost, gained = found["lost"], found["gained"]
+        deviation = math.sqrt(lost + gained - (lost - gained) ** 2 / images)
+        difference += f" ± {100 * 1.96 * deviation / images:.2f}"
+    return f"{found['top1_percent']:.2f} ({difference})"
