@@ -369,6 +369,17 @@ def test_many_gradients_at_once_are_those_one_by_one(layout: torch.memory_format
     torch.testing.assert_close(together, torch.autograd.functional.jacobian(module, x))
 
 
+def test_a_backward_pass_under_vmap_gives_the_gradients_one_by_one() -> None:
+    module, x = attention().double(), noise(*DIVIDED, dtype=torch.double).requires_grad_()
+    y = module(x)
+    directions = noise(3, *y.shape, seed=1, dtype=torch.double)
+
+    def gradient(direction: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, direction, retain_graph=True)[0]
+
+    torch.testing.assert_close(torch.func.vmap(gradient)(directions), torch.stack([*map(gradient, directions)]))
+
+
 def test_a_backward_pass_within_autocast_stays_in_float32() -> None:
     module, x = attention(), noise(*DIVIDED)
     expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))

@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import json
+import os
 import re
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -126,6 +128,13 @@ def test_shells_complete_commands(shell: str, conam, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "conam ver")
     monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
     assert "verify" in conam()[1]
+
+
+def test_windows_patterns_are_expanded(conam, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["predict", "resnet20_conam.cifar10", str(photo.with_name("*.jpg")), "--json", "-"]
+    assert conam(*arguments)[0] == 2
+    monkeypatch.setattr("conam_zoo.cli.os", SimpleNamespace(**vars(os) | {"name": "nt"}))
+    assert conam(*arguments)[0] == 0
 
 
 COMMANDS = [*typer.main.get_group(app).commands, ""]

@@ -9,8 +9,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from conam_zoo.release.publish import publish
 from conam_zoo.weights.credentials import check_endpoint, redact, tells_secrets, token_in_use, token_to_send
-from conam_zoo.weights.errors import HubError
+from conam_zoo.weights.errors import HubError, WeightsError
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +120,11 @@ def test_no_token_is_sent_unasked_where_huggingface_hub_would_send_none(monkeypa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     assert token_to_send() is None
     check_endpoint()
+
+
+def test_publishing_takes_a_token_that_may_be_sent(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_ofSomeLab")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    options = {"namespace": "some-lab", "card": lambda entry: "", "tag": "v1", "onnx": "none"}
+    with pytest.raises(WeightsError, match="leave HF_HUB_DISABLE_IMPLICIT_TOKEN unset"):
+        publish(["resnet20_conam.cifar10"], manifest_path=checkout / "weights_manifest.json", **options)

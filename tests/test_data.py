@@ -187,5 +187,7 @@ def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -
     }
     monkeypatch.setattr("conam_zoo.data.dataset._lines", lambda path: texts.get(path, []))
     assert free_bytes("cpu") == 2_000_000
+    texts["/sys/fs/cgroup/memory.stat"] = ["anon 1", "inactive_file 400000", "active_file 1"]
+    assert free_bytes("cpu") == 2_400_000
     texts["/sys/fs/cgroup/memory.max"] = ["max"]
     assert free_bytes("cpu") == 5000 * 1024

@@ -445,6 +445,13 @@ def test_a_folder_of_torchvision_is_read_as_any_other(tmp_path: Path, monkeypatc
     assert any(p.size == (20, 40) and p.getpixel((0, 0)) == (255, 255, 255) for p in pictures)
 
 
+def test_a_folder_without_splits_is_no_test_split_of_torchvision(tmp_path: Path) -> None:
+    tree(tmp_path)
+    data = open_images(f"torch/image_folder@{tmp_path}")
+    assert data.test is None
+    assert any("it holds the training images" in note for note in data.notes)
+
+
 def test_dark_pictures_are_told_of_sets_that_do_not_fit_into_memory(tmp_path: Path) -> None:
     tree(tmp_path)
     Image.fromarray(np.full((32, 32), 200, np.uint16)).save(tmp_path / "cat" / "dark.png")

@@ -20,7 +20,8 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from PIL import Image
 
-from conam_zoo.deploy.demo import look
+from conam_zoo.deploy.demo import build_page, look
+from conam_zoo.errors import UserError
 from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.predict import percent, predict
 
@@ -279,7 +280,11 @@ def test_the_space_has_the_header_and_the_packages_that_the_hub_needs() -> None:
 def test_without_gradio_it_is_one_sentence(conam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     code, out, err = conam("demo")
-    assert (code, out, err) == (2, "", "conam: The page needs gradio: pip install gradio.\n")
+    assert (code, out, err) == (2, "", "conam: The page needs gradio: pip install 'gradio>=6.31'.\n")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("conam_zoo.deploy.demo.version", lambda name: "6.9.1")
+    with pytest.raises(UserError, match=r"pip install 'gradio>=6\.31'"):
+        build_page()
 
 
 def test_an_address_that_cannot_be_served_is_one_sentence(conam: Any) -> None:

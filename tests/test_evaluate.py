@@ -104,6 +104,12 @@ def test_new_pictures_are_evaluated_even_if_there_is_one_of_each_class(run, cona
     assert f"all images of {data}: 2" in out
 
 
+def test_a_set_of_as_many_pictures_as_the_run_trained_on_is_not_the_run_s(run, tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "new", ("cat", "dog"), 7, seed=3)
+    found = evaluate(open_model(f"local-dir:{run[1] / 'final'}"), data, run=run[1])
+    assert (found.part, len(found.split), found.trained_on) == ("all", 14, 0)
+
+
 def test_a_run_of_an_earlier_version_takes_its_split_as_well(run, tmp_path: Path) -> None:
     data, folder, report = run
     old = tmp_path / "old"

@@ -96,6 +96,7 @@ def test_a_folder_gives_the_pictures_that_fine_tuning_would_take(conam, tmp_path
     (tmp_path / "pictures" / "folder.jpg").mkdir()
     code, _, err = conam("features", NET, tmp_path / "pictures", "--output", tmp_path / "f.npz")
     assert code == 0, err
+    assert "1 folders of the system left out, such as __MACOSX" in err
     with np.load(tmp_path / "f.npz") as arrays:
         assert len(arrays["names"]) == 6
 

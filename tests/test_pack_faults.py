@@ -1,7 +1,9 @@
 """What packing refuses, and what it mends: damaged or mixed run folders, kills, two at once."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Callable
@@ -221,6 +223,27 @@ def test_a_readme_without_its_table_is_told_before_anything_changes(
     with pytest.raises(UserError, match="no place for its table results"):
         pack(tmp_path / "run", small_data, checkout)
     assert not (checkout / "weights").exists()
+
+
+def test_ctrl_c_waits_until_weights_and_manifest_agree(tmp_path: Path) -> None:
+    new, destination, scratch = (tmp_path / name for name in ("new", "weights/net", "scratch"))
+    for folder, text in ((new, "new"), (destination, "old")):
+        folder.mkdir(parents=True)
+        (folder / "text").write_text(text)
+    scratch.mkdir()
+
+    def confirm() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        (tmp_path / "manifest").write_text("new")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            exchange_module.exchange(new, destination, scratch, confirm)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (destination / "text").read_text() == (tmp_path / "manifest").read_text() == "new"
 
 
 def test_waiting_for_another_process_is_told(

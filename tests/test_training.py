@@ -27,6 +27,7 @@ from conam_zoo.training.engine import NonFiniteLossError, score
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.fit import fit
 from conam_zoo.training.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict
+from conam_zoo.training.run_folder import describe_environment
 from conam_zoo.training.train import assemble, dry_run, train
 from conam_zoo.training.train_state import MovingAverage, TrainState
 
@@ -430,6 +431,12 @@ def test_the_moving_average_is_that_of_timm() -> None:
     for name, tensor in theirs.module.state_dict().items():
         assert torch.equal(ours.module.state_dict()[name], tensor), name
     assert ours.module[1].num_batches_tracked == 4
+
+
+def test_the_commit_is_that_of_a_checkout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe_environment()["code_commit"]
+    monkeypatch.setattr("conam_zoo.training.run_folder.find_checkout", lambda: None)
+    assert describe_environment()["code_commit"] is None
 
 
 def test_the_rate_rises_linearly_and_falls_along_a_cosine() -> None:

@@ -1,6 +1,7 @@
 """The ``conam`` command: arguments in, calls out. ``conam --help`` lists the commands in the order of the imports."""
 
 # ruff: noqa: I001 (the order of the imports is that of the help)
+import glob
 import io
 import logging
 import os
@@ -48,8 +49,11 @@ def _run(app: typer.Typer, name: str) -> None:
     _make_output_safe()
     _silence_libraries()
     try:
+        arguments = sys.argv[1:]
+        if os.name == "nt":  # whose shells leave patterns to the program
+            arguments = [match for each in arguments for match in sorted(glob.glob(each)) or [each]]
         try:
-            app(args=_with_json_place(sys.argv[1:]), prog_name=name)
+            app(args=_with_json_place(arguments), prog_name=name)
         finally:
             _flush_output()
     except (UserError, WeightsError, ManifestError, NonFiniteLossError) as error:

@@ -57,7 +57,7 @@ def conam(
 MODEL_HELP = "A name such as resnet20_conam.cifar10, local-dir:FOLDER for a model of your own, or hf-hub:OWNER/NAME."
 DATA_HELP = (
     "A folder with train/CLASS/* and test/CLASS/* pictures, or with arrays, train_images.npy, train_labels.npy and the "
-    "same of test, and classes.txt; or the word cifar10 or cifar100, to have torchvision download it."
+    "same of test, and classes.txt; or the word cifar10 or cifar100, to have torchvision download it into ./data."
 )
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]

@@ -95,7 +95,7 @@ def predict(
 ) -> None:
     """Classify pictures: the five most probable classes of each.
 
-    Unreadable pictures are reported and skipped; the exit code is 1 then.
+    Unreadable pictures are reported and skipped; the exit code is 1 then, or 2 if all are unreadable.
     """
     from conam_zoo.deploy.runtime import open_classifier
     from conam_zoo.visualize.plots import THUMBNAIL, draw_sheet
@@ -215,7 +215,7 @@ def features(
 ) -> None:
     """Write the pooled features of pictures: the vectors that the classifier sees.
 
-    Unreadable pictures are reported and skipped; the exit code is 1 then.
+    Unreadable pictures are reported and skipped; the exit code is 1 then, or 2 if all are unreadable.
     """
     import numpy as np
 
@@ -227,7 +227,9 @@ def features(
     check_suffix(output, ".npz")
     paths: list[Path] = []
     for path in map(expand_path, images):
-        inside = pictures_below(path) if path.is_dir() else [path]
+        inside, notes = pictures_below(path) if path.is_dir() else ([path], [])
+        for note in notes:
+            warn(f"{path}: {note}.")
         if not inside:
             raise UserError(f"The folder {path} holds no pictures: name one that does.")
         paths += inside

@@ -57,7 +57,7 @@ def publish(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Weights of the manifest, such as X.cifar10.")],
     namespace: Annotated[str, typer.Option(help="The Hugging Face account to publish under.")],
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Make ONNX files, float32 and int8, calibrated and measured on this data set, or on those of this "
             "folder by name. Without it, those that are published already stay."

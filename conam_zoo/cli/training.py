@@ -12,7 +12,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from conam_zoo.cli._shared import DATA_HELP, MODEL_HELP, Compile, Data, Settings, app, console
+from conam_zoo.cli._shared import MODEL_HELP, Compile, Data, Settings, app, console
 from conam_zoo.errors import UserError
 from conam_zoo.escape import PlainConsole, for_shell
 from conam_zoo.files import expand_path
@@ -146,7 +146,7 @@ def queue(
     patterns: Annotated[
         list[str] | None, typer.Argument(help="Patterns of packaged recipes, such as 'resnet*'; all if left out.")
     ] = None,
-    data: Annotated[str, typer.Option(help=DATA_HELP)] = "",
+    data: Annotated[str, typer.Option(help="A folder that holds cifar10/ and cifar100/; see --data of train.")] = "",
     output: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs"),
     seeds: Annotated[
         list[int] | None, typer.Option("--seed", help="Seeds of each recipe; its own if left out. Repeatable.")
@@ -190,9 +190,10 @@ def queue(
     def ships_already(job: "Job") -> bool:
         """Whether the manifest has weights of this recipe, or of one of at least as many epochs."""
         try:
-            entry = entries.get(job.weights) if job.ships and not job.is_done() else None
+            done = job.is_done()
         except UserError:
-            return False  # its record is damaged, which fails it alone
+            done = False  # its record is damaged: unless there are weights, the job itself will say so
+        entry = entries.get(job.weights) if job.ships and not done else None
         return entry is not None and (entry.recipe == job.recipe_name or entry.epochs >= job.recipe.epochs)
 
     there = [job for job in jobs if ships_already(job)]

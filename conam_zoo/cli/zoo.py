@@ -15,7 +15,14 @@ from conam_zoo.errors import UserError
 from conam_zoo.escape import for_rich
 from conam_zoo.files import expand_path, refuse_overwriting
 from conam_zoo.layers.confidence import has_confidence
-from conam_zoo.models.registry import check_model_name, count_params_and_macs, model_names, open_model, size_of
+from conam_zoo.models.registry import (
+    check_model_name,
+    count_params_and_macs,
+    model_names,
+    open_model,
+    size_of,
+    weights_sha256,
+)
 from conam_zoo.weights.folder import read_config, read_folder, weights_file
 from conam_zoo.weights.manifest import EVEN
 from conam_zoo.weights.resolve import fill_mirror
@@ -94,6 +101,8 @@ def info(model: Model, json_file: Json = None) -> None:
     }
     if folder is not None:
         facts["weights"] = {model: _folder_facts(folder)}
+    elif model.startswith("hf-hub:"):
+        facts["weights"] = {model: {"sha256": weights_sha256(model)}}
     if json_only(facts, json_file):
         return
     table = Table(box=None, show_header=False)
@@ -118,7 +127,7 @@ def verify(
     mirror: Annotated[Path | None, typer.Option(help="Check what is in this mirror, not in $CONAM_ZOO_MIRROR.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Check every local copy of the weights against the manifest; exit code 1 if one is wrong or none is good.
+    """Check every local copy of the weights against the manifest; exit code 1 if one is wrong or has no good copy.
 
     Of a mirror it is enough that it holds some of them, unless a model is named.
     """

@@ -169,7 +169,9 @@ def free_bytes(device: torch.device | str) -> int:
     free = [int(available[0]) * 1024 if available else UNKNOWN]
     limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
     if limit and used and limit[0] != "max":
-        free.append(max(0, int(limit[0]) - int(used[0])))
+        # Used memory holds pages of files that were read, which the system gives back.
+        pages = [line.split()[1] for line in _lines("/sys/fs/cgroup/memory.stat") if line.startswith("inactive_file ")]
+        free.append(max(0, int(limit[0]) - int(used[0]) + sum(map(int, pages))))
     return min(free)
 
 
@@ -201,7 +203,7 @@ def read_source(source: LazyImages, size: int) -> tuple[ImageSplit, list[Unreada
 
     The split holds the readable ones in the order of the source. One that the free memory does not hold is refused.
     """
-    if (needed := 3 * len(source) * size * size) > (free := free_bytes("cpu")):
+    if (needed := 3 * len(source) * size * size) > (free := free_bytes("cpu")) != UNKNOWN:
         raise UserError(
             f"{source.source} needs {needed / 1e9:.1f} GB for its {len(source):,} images of {size} x {size} pixels, "
             f"but {free / 1e9:.1f} GB of memory are free: use fewer or smaller images."

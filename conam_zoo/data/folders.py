@@ -61,18 +61,18 @@ def folder_sources(root: Path, *, training: bool) -> dict[str, LazyImages]:
     if not sources:
         raise UserError(f"{folder} holds no class folders with images, and no other split does.")
     above = next(iter(folders.values())).parent
-    for reason, paths in walk.left_out.items():
-        notes.append(f"{len(paths)} {reason} left out, such as {os.path.relpath(paths[0], above)}")
+    notes += walk.notes(above)
     first = next(iter(sources))
     sources[first] = replace(sources[first], notes=(*notes, *sources[first].notes))
     return sources
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """The pictures in a folder and below it, sorted, by the rules of ``folder_sources``."""
+def pictures_below(folder: Path) -> tuple[list[Path], list[str]]:
+    """The pictures in a folder and below it, sorted, by the rules of ``folder_sources``; and what was left out."""
     pictures: list[Path] = []
-    _Walk([folder])._collect(folder, pictures, [])
-    return sorted(pictures)
+    walk = _Walk([folder])
+    walk._collect(folder, pictures, [])
+    return sorted(pictures), walk.notes(folder)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -226,6 +226,13 @@ class _Walk:
             return False
         self._seen.add(identity)
         return True
+
+    def notes(self, above: Path) -> list[str]:
+        """What was left out, and why; paths are relative to the folder ``above``."""
+        return [
+            f"{len(paths)} {reason} left out, such as {os.path.relpath(paths[0], above)}"
+            for reason, paths in self.left_out.items()
+        ]
 
     def _note(self, reason: str, entry: os.DirEntry[str]) -> None:
         self.left_out.setdefault(reason, []).append(entry.path)

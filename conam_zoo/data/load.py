@@ -30,7 +30,7 @@ from conam_zoo.data.dataset import (
     stratified_split,
 )
 from conam_zoo.data.folders import folder_sources
-from conam_zoo.data.images import decode_image, reason_of, to_rgb
+from conam_zoo.data.images import decode_image, read_image, reason_of, to_rgb
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.files import expand_path, status
@@ -133,13 +133,19 @@ def _timm_sources(name: str) -> dict[str, LazyImages]:
                 source = _open_timm(name, other)
             except _NotOpenedError as error:
                 if split == "test":
-                    notes.append(f"there is no test split of {name}, or it could not be opened: {error.reason}")
+                    notes.append(
+                        f"there is no test split of {name}, or it could not be opened: {error.reason.rstrip('.')}"
+                    )
             if source is not None and len(source):
                 sources[split] = source
                 break
         if split in sources and sources[split].labels.min() < 0:
             del sources[split]
             notes.append(f"the {split} split of {name} is left out: its labels are kept secret")
+        # timm takes an image folder without splits for each of them.
+        if split in sources and _files(sources[split]) == _files(sources["train"]) is not None:
+            del sources[split]
+            notes.append(f"the {split} split of {name} is left out: it holds the training images")
     train = sources["train"]
     for split, source in sources.items():
         for label in (source.labels.min(initial=0), source.labels.max(initial=0)):
@@ -152,6 +158,12 @@ def _timm_sources(name: str) -> dict[str, LazyImages]:
             sources[split] = replace(source, classes=train.classes)
     sources["train"] = replace(train, notes=(*train.notes, *notes))
     return sources
+
+
+def _files(source: LazyImages) -> list[Any] | None:
+    """Paths and labels of a source that torchvision found in folders."""
+    images = source.read.args[0] if isinstance(source.read, partial) else None
+    return images if isinstance(images, list) else None
 
 
 class _NotOpenedError(UserError):
@@ -189,7 +201,7 @@ def _map(dataset: Any, source: str) -> LazyImages:
     if hasattr(dataset, "targets"):  # torchvision
         images = dataset
         if hasattr(dataset, "loader"):  # an image folder, whose own loader leaves out EXIF and transparency
-            images = [(path, label) for path, label in dataset.samples]
+            images = dataset.imgs
         return _timm_source(dataset.targets, dataset.classes, source, partial(_picture_at, images, source))
     reader = dataset.reader  # not the data set itself, which replaces a damaged image by the next one
     return _timm_source(reader.iter_targets(), _class_names(reader), source, partial(_picture_at, reader, source))
@@ -201,9 +213,11 @@ def _picture_at(images: Any, source: str, index: int) -> Image.Image:
         image = images[index][0]
     except Exception as error:  # whatever the library of the set raises
         raise UserError(f"The image {name} cannot be read ({reason_of(error)}): repair or remove it.") from error
+    if isinstance(image, str):
+        return read_image(image)
     if isinstance(image, Image.Image):
         return to_rgb(ImageOps.exif_transpose(image), f"The image {name}")
-    return decode_image(Path(image) if isinstance(image, str) else image, name)
+    return decode_image(image, name)
 
 
 def _stream(dataset: Any, source: str) -> LazyImages:
@@ -225,7 +239,7 @@ def _stream(dataset: Any, source: str) -> LazyImages:
     stated = getattr(getattr(dataset.reader, "split_info", None), "num_samples", len(labels)) or len(labels)
     result = _timm_source(labels, _class_names(dataset.reader), source, pictures.__getitem__)
     if stated > len(labels):  # timm leaves out what it cannot read
-        note = f"{stated - len(labels)} of the {stated:,} images of {source} cannot be read and are left out"
+        note = f"{source}: {stated - len(labels):,} of {stated:,} images left out as unreadable"
         result = replace(result, notes=(note,))
     return result
 

@@ -201,10 +201,10 @@ class _Pixels(Dataset[Tensor]):
         return self.source.pixels(index, self.size)
 
 
-def _ignore_stops(worker: int) -> None:
-    """A signal to the whole group is this process's parent's concern, which saves its state first."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_first_stop(worker: int) -> None:
+    """Outlive a signal to the whole group, until the parent has saved its state; a second SIGTERM ends the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class WorkerLoader(_AugmentedBatches):
@@ -236,7 +236,7 @@ class WorkerLoader(_AugmentedBatches):
             num_workers=self.workers,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # else the loader would take a number from torch's own stream
-            worker_init_fn=_ignore_stops,
+            worker_init_fn=_outlive_first_stop,
         )
         for images in loader:
             yield images.to(self._device, non_blocking=True), torch.arange(len(images), device=self._device)

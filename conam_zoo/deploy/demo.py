@@ -9,8 +9,10 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from numpy.typing import NDArray
+from packaging.version import Version
 from PIL import Image
 
 from conam_zoo.deploy.runtime import open_classifier
@@ -34,6 +37,7 @@ __all__ = ["build_page", "look", "serve"]
 
 SIDE = 384  # pixels of the picture under a map
 DECODED = 1024  # pixels of the longer side to which a photograph is scaled down
+GRADIO = "6.31"  # or newer
 NO_NET, NO_SITE = "nothing", -1
 FADE = "strength => { document.documentElement.style.setProperty('--strength', strength) }"  # no round trip
 
@@ -49,8 +53,8 @@ def build_page(model: str | None = None, photographs: Path | None = None) -> Any
     ``model`` is chosen first, what ``open_classifier`` opens or the most accurate net; ``photographs`` is a folder of
     pictures to begin with.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("The page needs gradio: pip install gradio.")
+    if importlib.util.find_spec("gradio") is None or Version(version("gradio")) < Version(GRADIO):
+        raise UserError(f"The page needs gradio: pip install 'gradio>={GRADIO}'.")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while it is imported
     import gradio as gr
 
@@ -60,7 +64,7 @@ def build_page(model: str | None = None, photographs: Path | None = None) -> Any
         nets.insert(0, model)
     if not nets:
         raise UserError("The manifest has no weights: name a model, such as local-dir:FOLDER.")
-    opened = lru_cache(maxsize=4)(open_classifier)
+    opened, turn = lru_cache(maxsize=4)(open_classifier), threading.Lock()  # maps are read by hooks on a net
     first = model or nets[0]
     choices = _site_choices(opened(first))
     pictures = list(map(str, pictures_in(photographs))) if photographs else []
@@ -68,9 +72,15 @@ def build_page(model: str | None = None, photographs: Path | None = None) -> Any
     def show(path: str | None, net: str, other: str, site: int) -> tuple[str, Any]:
         if path is None:
             return '<p class="note">Choose a picture; what a net makes of it stands here.</p>', gr.skip()
+        if not Path(path).is_file():
+            return (
+                '<p class="problem" role="alert">The picture was cleared after an hour: choose it again.</p>',
+                gr.skip(),
+            )
         try:
-            chosen = {name: opened(name) for name in (net, other) if name != NO_NET}
-            html = _results(Path(path), chosen, site)
+            with turn:
+                chosen = {name: opened(name) for name in (net, other) if name != NO_NET}
+                html = _results(Path(path), chosen, site)
         except (UserError, WeightsError) as error:
             return f'<p class="problem" role="alert">{_about(path, error)}</p>', gr.skip()
         choices = _site_choices(chosen[net])
@@ -101,7 +111,6 @@ def build_page(model: str | None = None, photographs: Path | None = None) -> Any
                     site = gr.Radio(choices, value=choices[-2:][0][1], label="Confidences of", scale=2, min_width=260)
                     strength = gr.Slider(0, 1, 0.6, step=0.05, label="Overlay", scale=1, min_width=170, buttons=[])
                 results = gr.HTML()
-        # One event for all, since one event runs once at a time: two would mix up the hooks that read the maps.
         gr.on(
             [page.load, picture.change, net.input, other.input, site.input],
             show,
@@ -141,7 +150,8 @@ def serve(model: str | None, host: str, port: int | None, say: Callable[[str], o
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the pictures go then too
         try:
             say(f"The page is at {url} until Ctrl-C.")
-            threading.Event().wait()
+            while True:
+                time.sleep(1)  # on Windows, Ctrl-C does not end a wait for an event
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would leave them
             page.close(verbose=False)

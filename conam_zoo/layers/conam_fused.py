@@ -213,10 +213,7 @@ def _by_the_equations(ctx: Any, gradient: Tensor, x: Tensor, *parameters: Tensor
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: x may itself depend on the parameters, and that path is not this function's.
-        aliases = [
-            tensor.view_as(tensor) if again else tensor.detach().requires_grad_(need)
-            for tensor, need in zip((x, *parameters), needs, strict=True)
-        ]
+        aliases = [tensor.view_as(tensor) for tensor in (x, *parameters)]
         confidence = confidence_map(aliases[0], ctx.patch_size, *aliases[1:])
         output = recalibrate(aliases[0], confidence, ctx.patch_size)
         wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]

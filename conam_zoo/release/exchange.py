@@ -5,7 +5,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -66,17 +68,34 @@ def exchange(new: Path, destination: Path, scratch: Path, confirm: Callable[[], 
     former = scratch / FORMER
     destination.parent.mkdir(exist_ok=True)
     had_former = destination.exists()
-    if had_former:
-        destination.replace(former)
-    try:
-        new.replace(destination)
-        confirm()
-    except BaseException:
-        if destination.exists():
-            destination.replace(new)
+    with _ctrl_c_waits():
         if had_former:
-            former.replace(destination)
-        raise
+            destination.replace(former)
+        try:
+            new.replace(destination)
+            confirm()
+        except BaseException:
+            if destination.exists():
+                destination.replace(new)
+            if had_former:
+                former.replace(destination)
+            raise
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Let Ctrl-C act behind the block, where Python has handlers: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed and before is not signal.SIG_IGN:
+        raise KeyboardInterrupt
 
 
 def _repair(checkout: Path) -> None:

@@ -258,9 +258,14 @@ def remeasure(data: Path, names: list[str] | None = None) -> dict[str, dict[str,
     measured: dict[str, dict[str, Any]] = {}
     for name in names or sorted(manifest.entries):
         training, test = (read_split(data, split, manifest.entry(name).dataset) for split in ("train", "test"))
-        measured[name] = _measure(open_model(f"local-dir:{checkout / 'weights' / name}"), training, test)
+        folder = f"local-dir:{checkout / 'weights' / name}"
+        if (found := weights_sha256(folder)) != manifest.entry(name).sha256:
+            raise UserError(f"{folder} holds other weights than the manifest states (SHA-256 {found}): restore them.")
+        measured[name] = _measure(open_model(folder), training, test)
     with packing(checkout):
-        manifest = load_manifest(path)
-        entries = {n: replace(e, **measured.get(n, {})) for n, e in manifest.entries.items()}
-        dump_manifest(replace(manifest, entries=entries), path)
+        latest = load_manifest(path)
+        if changed := [name for name in measured if latest.entries.get(name) != manifest.entries[name]]:
+            raise UserError(f"The entry of {changed[0]} was changed meanwhile: measure it again.")
+        entries = {n: replace(e, **measured.get(n, {})) for n, e in latest.entries.items()}
+        dump_manifest(replace(latest, entries=entries), path)
     return measured

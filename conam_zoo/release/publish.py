@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Literal
 
 from conam_zoo.release.exchange import packing
 from conam_zoo.weights.client import ask_hub, download
-from conam_zoo.weights.credentials import check_endpoint, redact, tells_secrets, token_in_use
+from conam_zoo.weights.credentials import check_endpoint, redact, tells_secrets, token_to_send
 from conam_zoo.weights.errors import HubError, WeightsError, WrongWeightsError, in_brief
 from conam_zoo.weights.manifest import (
+    FILE_PATTERN,
     HUB_NAME_PATTERN,
     ONNX_FILES,
     OnnxFile,
@@ -90,7 +91,7 @@ def publish(
     ``namespace`` is the Hub account, and has to be the manifest's if that has one; ``tag`` names the release. ``onnx``
     makes the ONNX files of an entry from its folder; with ``"published"`` the repository keeps those that the manifest
     knows, which all entries need to have, and with ``"none"`` it has none. ONNX files that the manifest does not know
-    are removed. ``dry_run`` checks all files and sends nothing.
+    are removed, and weights beside those that are sent. ``dry_run`` checks all files and sends nothing.
     """
     manifest = load_manifest(manifest_path)
     if re.fullmatch(HUB_NAME_PATTERN, namespace) is None:
@@ -100,10 +101,11 @@ def publish(
             f"The manifest says that the weights are published by {manifest.hub_namespace}, not by {namespace}: "
             "publish there, or change its hub_namespace first."
         )
-    token = token_in_use()
+    token = token_to_send()
     if token is None and not dry_run:
         raise WeightsError(
-            f"Publishing to {namespace} takes a token that may write there: run 'hf auth login', or set HF_TOKEN."
+            f"Publishing to {namespace} takes a token that may write there: run 'hf auth login', or set HF_TOKEN, and "
+            "leave HF_HUB_DISABLE_IMPLICIT_TOKEN unset."
         )
     entries = [manifest.entry(name) for name in dict.fromkeys(names)]
     if onnx == "published" and (without := [entry.name for entry in entries if entry.onnx is None]):
@@ -180,7 +182,7 @@ def _publish_one(api: "HfApi", upload: _Upload, tag: str, private: bool, up: lis
         api.create_repo(hub_id, private=private, exist_ok=True)
         info = api.model_info(hub_id)
         there = [file.rfilename for file in info.siblings or []]
-        there = [name for name in there if name.startswith(ONNX_FOLDER) or ".safetensors" in name]
+        there = [name for name in there if name.startswith(ONNX_FOLDER) or re.fullmatch(FILE_PATTERN, name)]
     up.append(f"the repository {hub_id}")
     with _step(f"looking for the tag {tag}", upload, up):
         tagged = _is_tagged(api, upload, tag)

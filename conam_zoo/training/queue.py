@@ -290,7 +290,8 @@ def _end(running: dict[Job, "subprocess.Popen[bytes]"]) -> None:
 def _stop_requests() -> Iterator[list[int]]:
     """A list that stays empty until a signal asks for an end."""
     received: list[int] = []
-    heard = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+    heard = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in heard}
     try:
         yield received

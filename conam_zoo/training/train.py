@@ -1,7 +1,6 @@
 """A whole training: from a recipe and a data folder to a run folder; its dry run, and its teacher's outputs alone."""
 
 import itertools
-import resource
 import statistics
 import sys
 import time
@@ -256,6 +255,8 @@ def _peak_memory_bytes(device: torch.device) -> int:
     """Of the device on a GPU; of the whole process on a CPU, libraries and data included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 

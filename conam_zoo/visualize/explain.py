@@ -89,7 +89,7 @@ def explain_each(
         raise UserError(
             f"A net with attn_layer {model.attn_layer!r} has no confidence maps to explain: use 'conam predict'."
         )
-    wanted = list(dict.fromkeys(site if site.endswith("attn") else f"{site}.attn" for site in sites or known))
+    wanted = list(dict.fromkeys(site if site in known else f"{site}.attn" for site in sites or known))
     for site in wanted:
         if site not in known:
             raise UserError(f"There is no ConAM at {site!r}: the net has {', '.join(known)}.")

@@ -180,7 +180,8 @@ def _fetch_blob(announced: Announced, blob: Path, limit_bytes: int, sha256: str 
                 raise
             time.sleep(RETRY_AFTER_S)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
     kind = "SHA-256" if len(expected) == 64 else "git hash"
     raise WrongWeightsError(
         f"The Hub repository {announced.hub_id} at {announced.commit} delivered another file for {announced.file} than "
@@ -212,6 +213,7 @@ def _get(announced: Announced, path: Path, limit_bytes: int, alive: Callable[[],
             raise HubError(f"{said} answered with status {response.status_code}")
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise HubError(f"{said} sends {announced.file} compressed, although it was asked not to")
+        alive()  # nothing is written once the caller has given up
         with path.open("wb") as file:
             for chunk in response.iter_raw():
                 alive()
@@ -334,7 +336,7 @@ def _write_reference(repository: Path, announced: Announced) -> None:
         return
     with contextlib.suppress(OSError):
         reference = repository / "refs" / name
-        if not reference.is_file() or reference.read_text() != announced.commit:
+        if not reference.is_file() or reference.read_bytes() != announced.commit.encode():
             _make_folder(reference.parent, repository)
             reference.unlink(missing_ok=True)
             reference.write_text(announced.commit)

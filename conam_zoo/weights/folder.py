@@ -117,7 +117,7 @@ def _fetch(
         cached = cached_file(repository, file, revision or None, cache_dir)
         if cached is not None and is_intact(cached) is False:
             cached = None
-        if cached is not None and shard is not None:  # where a cache has no symbolic links, nothing else tells its hash
+        if cached is not None and shard is not None and not cached.is_symlink():  # else its name is its hash
             cached = cached if hashlib.sha256(cached.read_bytes()).hexdigest() == shard.sha256 else None
         if cached is not None and re.fullmatch(REVISION_PATTERN, revision) and not afresh:
             return cached
