@@ -1,5 +1,8 @@
 """Augmented batches: what they show, that they are functions of seed, epoch and step, and how ranks share them."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from conam_zoo.data import (
     ImageSplit,
     WorkerLoader,
     create_loader,
+    loaders,
     normalize,
 )
 from conam_zoo.data.dataset import source_of_split
@@ -338,6 +342,22 @@ def test_a_recipe_s_alternate_flip_and_mix_share_reach_the_batches() -> None:
         recipe = load_recipe(PLAIN_RECIPE, [*given, "flip=false", "cutmix=1.0", f"mix_share={share}"])
         made = DeviceLoader(split, batch_settings(recipe, MEAN, STD, here))
         assert low <= sum(targets.is_floating_point() for _, targets in made.epoch(0)) <= high
+
+
+@pytest.mark.forks
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_worker_outlives_the_signals_of_a_supervisor_but_not_a_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (child := os.fork()) == 0:
+        try:
+            loaders._outlive_supervisors(0)
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            loaders.TOGETHER_SECONDS = -1.0
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

@@ -431,25 +431,36 @@ def test_a_test_split_that_cannot_be_opened_is_told(monkeypatch: pytest.MonkeyPa
     assert any("no test split" in note and "the network is down" in note for note in notes)
 
 
-def test_a_folder_of_torchvision_is_read_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_torchvision_is_read_as_any_other(tmp_path: Path) -> None:
     tree(tmp_path / "train")
-    sideways = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    sideways.save(tmp_path / "train" / "cat" / "turned.png", exif=exif)
-    direct, through = (find_sources(name)["train"] for name in (tmp_path, f"torch/image_folder@{tmp_path / 'train'}"))
-    place = next(i for i, name in enumerate(direct.names) if "turned" in name)
-    pictures = [through.picture(i) for i in range(len(through))]
-    assert direct.picture(place).size == (20, 40)
-    assert direct.picture(place).getpixel((0, 0)) == (255, 255, 255)
-    assert any(p.size == (20, 40) and p.getpixel((0, 0)) == (255, 255, 255) for p in pictures)
-
-
-def test_a_folder_without_splits_is_no_test_split_of_torchvision(tmp_path: Path) -> None:
-    tree(tmp_path)
+    tree(tmp_path / "test", count=3)
     data = open_images(f"torch/image_folder@{tmp_path}")
-    assert data.test is None
-    assert any("it holds the training images" in note for note in data.notes)
+    assert data.test is not None
+    assert (data.classes, len(data.test)) == (("cat", "dog"), 6)
+
+
+def test_files_that_torchvision_lists_are_read_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listed:
+        """What of torchvision's ``ImageNet`` and ``Places365`` is used."""
+
+        loader = None
+
+        def __init__(self, root: Path) -> None:
+            sideways, exif = Image.new("RGBA", (40, 20), (0, 0, 0, 0)), Image.Exif()
+            exif[0x0112] = 6
+            sideways.save(root / "turned.png", exif=exif)
+            self.imgs = [(str(root / "turned.png"), 0), (str(root / "missing.png"), 1)]
+            self.targets, self.classes = [0, 1], ["one", "two"]
+
+        def __len__(self) -> int:
+            return 2
+
+    monkeypatch.setattr("timm.data.create_dataset", lambda name, split, **rest: Listed(tmp_path))
+    source = find_sources("torch/imagenet@somewhere")["train"]
+    assert source.picture(0).size == (20, 40)
+    assert source.picture(0).getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(UserError, match=r"missing\.png"):
+        source.picture(1)
 
 
 def test_dark_pictures_are_told_of_sets_that_do_not_fit_into_memory(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_sites_can_be_chosen_and_every_block_has_one() -> None:
     assert len(explain(model, [PHOTOS / "dog.jpg"])[0].sites) == 9
     (one,) = explain(model, [PHOTOS / "dog.jpg"], sites=["layer2.1", "layer3.0.attn"])
     assert [site.site for site in one.sites] == ["layer2.1.attn", "layer3.0.attn"]
-    with pytest.raises(UserError, match=r"There is no ConAM at 'layer9.attn': the net has layer1.0.attn, "):
+    with pytest.raises(UserError, match=r"There is no ConAM at 'layer9': the net has layer1.0.attn, "):
         explain(model, [PHOTOS / "dog.jpg"], sites=["layer9"])
 
 
@@ -196,7 +196,7 @@ def test_a_folder_becomes_a_contact_sheet(conam: Conam, tmp_path: Path) -> None:
     [
         ([PHOTOS, PHOTOS / "dog.jpg"], "A folder is explained alone"),
         (["nothing.png"], "no image file nothing.png"),
-        ([PHOTOS / "dog.jpg", "--site", "layer4"], "There is no ConAM at 'layer4.attn'"),
+        ([PHOTOS / "dog.jpg", "--site", "layer4"], "There is no ConAM at 'layer4'"),
     ],
 )
 def test_bad_input_gives_one_sentence(conam: Conam, tmp_path: Path, arguments: list, sentence: str) -> None:

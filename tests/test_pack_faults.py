@@ -237,13 +237,19 @@ def test_ctrl_c_waits_until_weights_and_manifest_agree(tmp_path: Path) -> None:
         (tmp_path / "manifest").write_text("new")
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    noted: list[int] = []
     try:
         with pytest.raises(KeyboardInterrupt):
             exchange_module.exchange(new, destination, scratch, confirm)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))  # as conam queue does
+        shutil.copytree(destination, new)
+        shutil.rmtree(scratch / exchange_module.FORMER)
+        exchange_module.exchange(new, destination, scratch, confirm)
     finally:
         signal.signal(signal.SIGINT, before)
     assert (destination / "text").read_text() == (tmp_path / "manifest").read_text() == "new"
+    assert noted == [signal.SIGINT]
 
 
 def test_waiting_for_another_process_is_told(

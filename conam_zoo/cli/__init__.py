@@ -38,6 +38,15 @@ def run_app(app: typer.Typer, name: str) -> None:
         sys.exit(130)
 
 
+def _matching(argument: str) -> list[str]:
+    """The pictures that a pattern such as ``*.jpg`` means; anything else as it is."""
+    from conam_zoo.data.images import PICTURE_SUFFIXES
+
+    if os.path.lexists(argument) or os.path.splitext(argument)[1].lower() not in PICTURE_SUFFIXES:
+        return [argument]
+    return sorted(glob.glob(argument)) or [argument]
+
+
 def _run(app: typer.Typer, name: str) -> None:
     from conam_zoo.training.engine import NonFiniteLossError
     from conam_zoo.training.checkpoint import TrainingStopped
@@ -50,8 +59,8 @@ def _run(app: typer.Typer, name: str) -> None:
     _silence_libraries()
     try:
         arguments = sys.argv[1:]
-        if os.name == "nt":  # whose shells leave patterns to the program
-            arguments = [match for each in arguments for match in sorted(glob.glob(each)) or [each]]
+        if os.name == "nt":  # whose shells leave patterns of files to the program
+            arguments = [match for each in arguments for match in _matching(each)]
         try:
             app(args=_with_json_place(arguments), prog_name=name)
         finally:

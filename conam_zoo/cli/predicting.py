@@ -150,7 +150,7 @@ def explain(
     """Draw where each ConAM is confident, and what changes when its most confident patch is blurred.
 
     The least confident patch is blurred too, for comparison. Unreadable pictures are reported and skipped; the exit
-    code is 1 then.
+    code is 1 then, or 2 if all are unreadable.
     """
     from conam_zoo.models.registry import open_model
     from conam_zoo.visualize.explain import explain_each

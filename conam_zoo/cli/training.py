@@ -1,6 +1,7 @@
 """Commands that train: train, record-teacher, distill, and queue for many recipes."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -71,7 +72,7 @@ def train(
     compiling = ", and {compile_seconds:.0f} s for torch.compile" if compile else ""
     values = plan | {
         "milliseconds": 1000 * plan["seconds_per_step"],
-        "mebibytes": plan["peak_memory_bytes"] / 2**20,
+        "mebibytes": (plan["peak_memory_bytes"] or math.nan) / 2**20,
         "made": ", ".join(plan["files"]),
     }
     table = Table(box=None, show_header=False)

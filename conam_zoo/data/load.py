@@ -71,6 +71,9 @@ def find_sources(
         training: Whether there have to be training images.
         splits: Those of ``cifar10`` and ``cifar100`` that are wanted; of ``.npy`` arrays, whether only ``train`` is.
     """
+    kind, _, folder = str(data).partition("@")
+    if kind in ("torch/image_folder", "torch/folder") and folder:
+        data = folder  # of which timm would take the whole for any split that it does not find
     path, named = expand_path(data), str(data).startswith(NAME_PREFIXES)
     found = status(path) if not named or path.exists() else None
     if found is not None and path.is_dir():
@@ -133,19 +136,14 @@ def _timm_sources(name: str) -> dict[str, LazyImages]:
                 source = _open_timm(name, other)
             except _NotOpenedError as error:
                 if split == "test":
-                    notes.append(
-                        f"there is no test split of {name}, or it could not be opened: {error.reason.rstrip('.')}"
-                    )
+                    reason = error.reason.rstrip(".")
+                    notes.append(f"there is no test split of {name}, or it could not be opened: {reason}")
             if source is not None and len(source):
                 sources[split] = source
                 break
         if split in sources and sources[split].labels.min() < 0:
             del sources[split]
             notes.append(f"the {split} split of {name} is left out: its labels are kept secret")
-        # timm takes an image folder without splits for each of them.
-        if split in sources and _files(sources[split]) == _files(sources["train"]) is not None:
-            del sources[split]
-            notes.append(f"the {split} split of {name} is left out: it holds the training images")
     train = sources["train"]
     for split, source in sources.items():
         for label in (source.labels.min(initial=0), source.labels.max(initial=0)):
@@ -158,12 +156,6 @@ def _timm_sources(name: str) -> dict[str, LazyImages]:
             sources[split] = replace(source, classes=train.classes)
     sources["train"] = replace(train, notes=(*train.notes, *notes))
     return sources
-
-
-def _files(source: LazyImages) -> list[Any] | None:
-    """Paths and labels of a source that torchvision found in folders."""
-    images = source.read.args[0] if isinstance(source.read, partial) else None
-    return images if isinstance(images, list) else None
 
 
 class _NotOpenedError(UserError):
@@ -200,7 +192,7 @@ def _map(dataset: Any, source: str) -> LazyImages:
     """A set with random access."""
     if hasattr(dataset, "targets"):  # torchvision
         images = dataset
-        if hasattr(dataset, "loader"):  # an image folder, whose own loader leaves out EXIF and transparency
+        if hasattr(dataset, "loader"):  # of files: its own loader leaves out EXIF and transparency
             images = dataset.imgs
         return _timm_source(dataset.targets, dataset.classes, source, partial(_picture_at, images, source))
     reader = dataset.reader  # not the data set itself, which replaces a damaged image by the next one

@@ -8,6 +8,7 @@ device.
 
 import os
 import signal
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from conam_zoo.errors import UserError
 
 __all__ = ["BatchSettings", "Batches", "DeviceLoader", "Shards", "WorkerLoader", "create_loader", "epoch_order"]
 
+TOGETHER_SECONDS = 4.0  # less than torch waits before it ends a worker
 MAX_WORKERS = 16
 
 
@@ -201,10 +203,20 @@ class _Pixels(Dataset[Tensor]):
         return self.source.pixels(index, self.size)
 
 
-def _outlive_first_stop(worker: int) -> None:
-    """Outlive a signal to the whole group, until the parent has saved its state; a second SIGTERM ends the worker."""
+def _outlive_supervisors(worker: int) -> None:
+    """Outlive the signals of a supervisor to the whole group, after which the parent saves its state.
+
+    They come together. A later SIGTERM is the parent's own, to a worker that hangs.
+    """
+    first: list[float] = []
+
+    def stop(*_: object) -> None:
+        first.append(time.monotonic())
+        if first[-1] - first[0] > TOGETHER_SECONDS:
+            os._exit(128 + signal.SIGTERM)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, stop)
 
 
 class WorkerLoader(_AugmentedBatches):
@@ -236,7 +248,7 @@ class WorkerLoader(_AugmentedBatches):
             num_workers=self.workers,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # else the loader would take a number from torch's own stream
-            worker_init_fn=_outlive_first_stop,
+            worker_init_fn=_outlive_supervisors,
         )
         for images in loader:
             yield images.to(self._device, non_blocking=True), torch.arange(len(images), device=self._device)

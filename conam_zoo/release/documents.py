@@ -113,6 +113,7 @@ def model_card(entry: WeightEntry, manifest: Manifest, namespace: str | None = N
         recipe=load_recipe(entry.recipe) if entry.recipe in list_recipes() else None,
         hub_id=entry.hub_id(namespace) if namespace else None,
         code=manifest.code_repository or "OWNER/REPOSITORY",
+        published_code=manifest.code_repository is not None,
         peers=[(label, peer.to_markdown()) for label, peer in peers if peer is not None],
         hardware=for_markdown(entry.hardware),
         versions=for_markdown(versions),

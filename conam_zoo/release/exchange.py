@@ -84,7 +84,7 @@ def exchange(new: Path, destination: Path, scratch: Path, confirm: Callable[[], 
 
 @contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
-    """Let Ctrl-C act behind the block, where Python has handlers: in the main thread."""
+    """Let Ctrl-C act behind the block as it would have in it; only the main thread has handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -93,9 +93,9 @@ def _ctrl_c_waits() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed and before is not signal.SIG_IGN:
-        raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _repair(checkout: Path) -> None:

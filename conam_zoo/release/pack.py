@@ -264,8 +264,9 @@ def remeasure(data: Path, names: list[str] | None = None) -> dict[str, dict[str,
         measured[name] = _measure(open_model(folder), training, test)
     with packing(checkout):
         latest = load_manifest(path)
-        if changed := [name for name in measured if latest.entries.get(name) != manifest.entries[name]]:
-            raise UserError(f"The entry of {changed[0]} was changed meanwhile: measure it again.")
+        hashes = {name: entry.sha256 for name, entry in latest.entries.items()}
+        if changed := [name for name in measured if hashes.get(name) != manifest.entries[name].sha256]:
+            raise UserError(f"The weights {changed[0]} were replaced meanwhile: measure again.")
         entries = {n: replace(e, **measured.get(n, {})) for n, e in latest.entries.items()}
         dump_manifest(replace(latest, entries=entries), path)
     return measured

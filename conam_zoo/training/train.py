@@ -251,12 +251,14 @@ def _time_steps(state: TrainState, batches: Batches, first_epoch: int) -> float:
     return statistics.median(times[WARM_UP_STEPS:])
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Of the device on a GPU; of the whole process on a CPU, libraries and data included."""
+def _peak_memory_bytes(device: torch.device) -> int | None:
+    """Of the device on a GPU; of the whole process on a CPU, libraries and data included; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 

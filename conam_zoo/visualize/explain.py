@@ -89,12 +89,13 @@ def explain_each(
         raise UserError(
             f"A net with attn_layer {model.attn_layer!r} has no confidence maps to explain: use 'conam predict'."
         )
-    wanted = list(dict.fromkeys(site if site in known else f"{site}.attn" for site in sites or known))
-    for site in wanted:
-        if site not in known:
+    wanted: dict[str, None] = {}
+    for site in sites or known:
+        if not (found := [name for name in (site, f"{site}.attn") if name in known]):
             raise UserError(f"There is no ConAM at {site!r}: the net has {', '.join(known)}.")
+        wanted |= dict.fromkeys(found)
     for prediction in predict_each(model, paths, side=side, skip=skip):
-        yield _explain(model, prediction, wanted)
+        yield _explain(model, prediction, list(wanted))
 
 
 def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) -> Explanation:

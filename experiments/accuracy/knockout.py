@@ -179,19 +179,24 @@ def benchmark_knockout(
 def knockout_table(document: dict[str, Any]) -> str:
     """The measurements as a Markdown table, with the sentence that says where they were made."""
     where = f"`{command_today(document['command'])}` on {document['hardware']}."
+    rows = [row for model in document["models"] for row in model["sites"]]
+    changes = [change for change in CHANGES if any(change in row for row in rows)]
+    counted = any("lost" in row[change] for row in rows for change in changes if change in row)
     lines = [
-        f"{where} Top-1 in percent on the test images, and in brackets the difference to the net as it was trained, "
-        "with the 95 % interval that follows from the images whose answer changed, where these were counted.",
+        f"{where} Top-1 in percent on the test images, and in brackets the difference to the net as it was trained"
+        + (", with the 95 % interval that follows from the images whose answer changed." if counted else "."),
         "",
-        "| model | as trained | replaced at | largest confidence | " + " | ".join(CHANGES.values()) + " |",
-        "| --- | --: | --- | --: | " + " | ".join(["--:"] * len(CHANGES)) + " |",
+        "| model | as trained | replaced at | largest confidence | "
+        + " | ".join(CHANGES[change] for change in changes)
+        + " |",
+        "| --- | --: | --- | --: | " + " | ".join(["--:"] * len(changes)) + " |",
     ]
     for model in document["models"]:
         base = model["unchanged"]["top1_percent"]
         for index, row in enumerate(model["sites"]):
             first = f"`{model['model']}` | {base:.2f}" if index == 0 else " | "
             largest = "-" if row["largest_percent"] is None else f"{row['largest_percent']:.1f} %"
-            cells = [_cell(row[change], base, model["images"]) if change in row else "-" for change in CHANGES]
+            cells = [_cell(row[change], base, model["images"]) if change in row else "-" for change in changes]
             site = row["site"] if row["site"] == EVERY_SITE else f"`{row['site'].removesuffix('.attn')}`"
             lines.append(f"| {first} | {site} | {largest} | {' | '.join(cells)} |")
     return "\n".join(lines)

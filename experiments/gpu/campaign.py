@@ -136,6 +136,7 @@ def _start(task: Task, work: Path, parallel: int) -> subprocess.Popen[bytes]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(threads),
+        "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled"),  # a training that goes on need not compile again
     }
     with _log(task, work).open("ab") as log:
