@@ -116,9 +116,14 @@ def test_a_student_reads_the_same_bank_whoever_else_is_named(work: Path) -> None
     teacher, student = "wide_resnet16_4_conam.cifar10", "resnet20_conam.cifar10"
     (bank,) = bank_of(student, list(NETS))
     assert bank_of(student, [teacher, student]) == (bank,)
-    assert bank_of(student, [student]) == ()  # of a teacher that is not trained here there is none
+    record, _ = plan_tasks(work, nets=[student], length="campaign")
+    assert (record.name, record.needs) == (bank, ())  # of the shipped teacher
+    assert bank_of(student, [student]) == (bank,)
     (work / "code" / f"{teacher}.packed").touch()
     assert bank_of(student, [student]) == (bank,)
+    assert {task.name: task for task in plan_tasks(work, nets=[student], length="campaign")}[bank].needs == (
+        f"{teacher} packed",
+    )
 
 
 def test_the_plan_is_teachers_banks_students_in_the_tables_order(work: Path) -> None:
@@ -150,8 +155,8 @@ def test_the_plan_is_teachers_banks_students_in_the_tables_order(work: Path) -> 
 def test_long_recipes_are_preferred_and_bad_choices_refused(work: Path) -> None:
     (task,) = plan_tasks(work, nets=["wide_resnet16_4_conam.cifar10"])
     assert "wide_resnet16_4_conam.cifar10.long" in task.command()
-    (task,) = plan_tasks(work, nets=["resnet56_conam.cifar100"], compile=True)  # its teacher is one of the package
-    assert task.needs == ()
+    record, task = plan_tasks(work, nets=["resnet56_conam.cifar100"], compile=True)
+    assert task.needs == (record.name,)
     assert task.command()[-1] == "--compile"
     with pytest.raises(UserError, match="'resnet21' is not in the table"):
         plan_tasks(work, nets=["resnet21"])

@@ -68,6 +68,8 @@ def plan_tasks(
 ) -> list[Task]:
     """All tasks in the order in which they start: teachers, banks of their logits, the other nets.
 
+    A teacher that is not among ``nets`` is the one whose weights the code has.
+
     Args:
         work: The folder of the campaign: ``code``, ``data``, ``runs``, ``banks``, ``logs``.
         nets: Some of ``NETS``.
@@ -95,7 +97,7 @@ def plan_tasks(
         run = work / "runs" / f"{name}{'.plain' if net.endswith(' plain') else ''}"
         needs: tuple[str, ...] = ()
         options = ["--set", PLAIN] if net.endswith(" plain") else []
-        if recipe.teacher in taught:
+        if recipe.teacher:
             shown = _shown(recipe)
             digest = hashlib.sha256(shown.encode()).hexdigest()
             bank = banks.setdefault(shown, f"{recipe.teacher}.bank-{digest[:8]}")
@@ -114,7 +116,8 @@ def plan_tasks(
                 "since every image is shown both ways in two epochs."
             )
         epochs = min(bank_epochs, longest)
-        recording.append(_record(work, bank, epochs, *pupils[0]))
+        needs = (f"{pupils[0][1].teacher} packed",) if pupils[0][1].teacher in taught else ()
+        recording.append(_record(work, bank, epochs, needs, *pupils[0]))
     return [*teachers, *packing, *recording, *students]
 
 
@@ -151,8 +154,7 @@ def _pack(work: Path, teacher: Task) -> Task:
     return Task(f"{teacher.name} packed", teacher.dataset, lambda: _conam(*arguments), done, (teacher.name,))
 
 
-def _record(work: Path, bank: str, epochs: int, name: str, recipe: Recipe) -> Task:
+def _record(work: Path, bank: str, epochs: int, needs: tuple[str, ...], name: str, recipe: Recipe) -> Task:
     folder = work / "banks" / bank
     places = ("--data", work / "data" / recipe.dataset, "--output", folder, "--epochs", epochs)
-    needs = (f"{recipe.teacher} packed",)
     return Task(bank, recipe.dataset, lambda: _conam("record-teacher", name, *places), folder / f"{epochs}.done", needs)
