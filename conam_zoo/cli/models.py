@@ -33,7 +33,7 @@ def evaluate(
     data: Data,
     split: Annotated[
         str | None,
-        typer.Option(help="test, val or train; the first of them that there is, or all images, if left out."),
+        typer.Option(help="test, val or train; by default the first that exists, else all images."),
     ] = None,
     corrupt: Annotated[
         str | None,
@@ -110,17 +110,17 @@ def finetune(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images; 20 if left out.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images in a step; 32, 16 or 8 by the number of images if left out.")
+        int | None, typer.Option(help="Images per step; by default 32, 16 or 8, depending on their number.")
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(help="Side that images are resized to; 32 or 64 by the size of the images if left out."),
+        typer.Option(help="Side to resize images to; by default 32 or 64, depending on their size."),
     ] = None,
     freeze: Annotated[
         str, typer.Option(help="Layers that are not trained: none, stem, a stage such as layer2, or backbone.")
     ] = "none",
     layer_decay: Annotated[
-        float, typer.Option(help="Each layer learns this much slower than the one behind it; 1 for none.")
+        float, typer.Option(help="Learning-rate factor of each layer relative to the next; 1 for none.")
     ] = 1.0,
     balance: Annotated[bool, typer.Option("--balance", help="Show every class equally often.")] = False,
     flip: Annotated[
@@ -129,7 +129,7 @@ def finetune(
     val_share: Annotated[
         float, typer.Option(help="Share of each class for validation, where there is no validation split.")
     ] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of the split, the new head, order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seeds the split, new head, order and augmentation.")] = 0,
     corrupt: Annotated[str, typer.Option(help="What to do about images that cannot be read: stop or skip.")] = "stop",
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Begin with random weights, for comparison.")

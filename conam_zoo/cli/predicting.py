@@ -138,9 +138,7 @@ def explain(
     ],
     output: Annotated[
         Path,
-        typer.Option(
-            help="The PNG to write; of a folder it is a contact sheet with one row for each picture. " + SEVERAL
-        ),
+        typer.Option(help="The PNG to write; for a folder, a contact sheet with one row per picture.  " + SEVERAL),
     ],
     sites: Annotated[
         list[str] | None, typer.Option("--site", help="Show only this ConAM, such as layer3.0. Repeatable.")
@@ -209,7 +207,7 @@ def features(
     model: Model,
     images: Annotated[
         list[Path],
-        typer.Argument(readable=False, help="Pictures, and folders, of which all pictures at any depth are taken."),
+        typer.Argument(readable=False, help="Pictures, and folders, which are searched at any depth."),
     ],
     output: Annotated[Path, typer.Option(help="The .npz file: features (N, channels) as float32, and names (N,).")],
 ) -> None:
@@ -248,7 +246,7 @@ def demo(
     ] = None,
     host: Annotated[str, typer.Option(help="Where to serve: 0.0.0.0 for other machines too.")] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Of the page; the first free one from 7860.")
+        int | None, typer.Option(min=1, max=65535, help="Port; the first free one from 7860 by default.")
     ] = None,
 ) -> None:
     """Serve a page to try nets in: classes of a picture, and ConAM's confidences over it, for one net or two."""

@@ -17,7 +17,7 @@ def pack(
     run: Annotated[Path, typer.Argument(help="A finished run folder, trained on all training images.")],
     data: Data,
     allow_even_sites: Annotated[
-        bool, typer.Option("--allow-even-sites", help="Pack a net with a ConAM that is the same for all patches, too.")
+        bool, typer.Option("--allow-even-sites", help="Pack even if a ConAM's confidences are equal for all patches.")
     ] = False,
 ) -> None:
     """Turn a run into weights/NAME.TAG of the checkout and an entry of the manifest."""
@@ -40,7 +40,7 @@ def measure(
     data: Annotated[Path, typer.Option(help="A data set, or a folder of data sets by name.")],
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Weights; all if left out.")] = None,
 ) -> None:
-    """Measure again the liveness of weights and their answers to 1,000 test images, for the manifest."""
+    """Remeasure, for the manifest, the weights' liveness and predictions on 1,000 test images."""
     from conam_zoo.release.pack import remeasure
 
     for name, measured in remeasure(data, names).items():

@@ -28,7 +28,7 @@ Output = Annotated[Path, typer.Option(help="The run folder: checkpoints, logs, c
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the run folder.")]
 CheckpointMinutes = Annotated[
     float,
-    typer.Option(min=0, metavar="MINUTES", help="Save the state this often within an epoch, too; 0 for every step."),
+    typer.Option(min=0, metavar="MINUTES", help="Also save the state this often within an epoch; 0 for every step."),
 ]
 TeacherBank = Annotated[
     Path | None,
@@ -106,9 +106,9 @@ def record_teacher(
         int | None, typer.Option(min=1, help="How many epochs; those of the recipe if not given.")
     ] = None,
 ) -> None:
-    """Keep a teacher's outputs on a recipe's batches, for any number of trainings.
+    """Record a teacher's outputs on a recipe's batches, for any number of trainings.
 
-    The same command goes on after an interruption. conam train --teacher-bank reads the bank.
+    Repeat the command after an interruption. conam train --teacher-bank reads the bank.
     """
     from conam_zoo.training.recipe import load_recipe
     from conam_zoo.training.train import record_teacher as record
@@ -133,7 +133,7 @@ def distill(
 ) -> None:
     """Train a recipe whose net also learns from the outputs of a teacher.
 
-    The settings distill_weight and distill_temperature say how much, and of how soft an output.
+    distill_weight sets how much, and distill_temperature how far the outputs are softened.
     """
     settings = [*(settings or []), f"teacher={json.dumps(teacher)}"]
     train(recipe, data, output, settings, None, resume, dry_run, compile, checkpoint_minutes)
@@ -166,9 +166,9 @@ def queue(
     compile: Compile = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what is done and what would be trained.")] = False,
 ) -> None:
-    """Train all recipes whose weights are not there yet, one after the other or several at a time, and pack them.
+    """Train all recipes that have no weights yet, one or several at a time, and pack the weights.
 
-    Called again, it goes on where it ended. A recipe whose weights are in the manifest is not trained again. The
+    Run again, it resumes where it stopped. A recipe whose weights are in the manifest is not trained again. The
     weights of the recipe's own seed are packed.
     """
     from conam_zoo.training.queue import plan_queue, run_queue

@@ -129,7 +129,7 @@ def verify(
 ) -> None:
     """Check every local copy of the weights against the manifest; exit code 1 if one is wrong or has no good copy.
 
-    Of a mirror it is enough that it holds some of them, unless a model is named.
+    A mirror need hold only some of them, unless a model is named.
     """
     manifest = weights.load_manifest()
     mirror = mirror and expand_path(mirror)
