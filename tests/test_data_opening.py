@@ -456,7 +456,7 @@ def test_files_that_torchvision_lists_are_read_as_any_other(tmp_path: Path, monk
             return 2
 
     monkeypatch.setattr("timm.data.create_dataset", lambda name, split, **rest: Listed(tmp_path))
-    source = find_sources("torch/imagenet@somewhere")["train"]
+    source = find_sources(f"torch/imagenet@{tmp_path}")["train"]
     assert source.picture(0).size == (20, 40)
     assert source.picture(0).getpixel((0, 0)) == (255, 255, 255)
     with pytest.raises(UserError, match=r"missing\.png"):
