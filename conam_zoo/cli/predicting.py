@@ -138,7 +138,7 @@ def explain(
     ],
     output: Annotated[
         Path,
-        typer.Option(help="The PNG to write; for a folder, a contact sheet with one row per picture.  " + SEVERAL),
+        typer.Option(help="The PNG to write; for a folder, a contact sheet with one row per picture. " + SEVERAL),
     ],
     sites: Annotated[
         list[str] | None, typer.Option("--site", help="Show only this ConAM, such as layer3.0. Repeatable.")
