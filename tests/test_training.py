@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -437,6 +438,32 @@ def test_the_commit_is_that_of_a_checkout_alone(monkeypatch: pytest.MonkeyPatch)
     assert describe_environment()["code_commit"]
     monkeypatch.setattr("conam_zoo.training.run_folder.find_checkout", lambda: None)
     assert describe_environment()["code_commit"] is None
+
+
+def test_records_and_documents_leave_the_commit_clean_and_code_and_weights_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    kept = ("conam_zoo/a.py", "weights_manifest.json", "docs/a.md", "README.md", "experiments/results/a.json")
+    for name in kept:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    git("init"), git("add", "."), git("commit", "-m", "all")
+    monkeypatch.setattr("conam_zoo.training.run_folder.__file__", str(tmp_path / "conam_zoo" / "a.py"))
+    clean = describe_environment()["code_commit"]
+    assert clean
+    assert "dirty" not in clean
+    for name in kept[2:]:
+        (tmp_path / name).write_text("after")
+    assert describe_environment()["code_commit"] == clean
+    for name in kept[:2]:
+        (tmp_path / name).write_text("after")
+        assert describe_environment()["code_commit"] == f"{clean}-dirty", name
+        (tmp_path / name).write_text("before")
 
 
 def test_the_rate_rises_linearly_and_falls_along_a_cosine() -> None:

@@ -270,10 +270,17 @@ def _hardware() -> str:
 
 
 def _commit() -> str | None:
+    """The commit, with ``-dirty`` if code or weights differ from it: documents and records change nothing measured."""
     if find_checkout() is None:  # an installed package may lie in the repository of another project
         return None
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+
+    def git(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(Path(__file__).parent), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10)
+
     try:
-        return subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        commit = git("describe", "--always", "--abbrev=12").stdout.strip()
+        dirty = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)*.md", ":(top,exclude)experiments/results")
     except (OSError, subprocess.TimeoutExpired):
         return None
+    return f"{commit}{'-dirty' if dirty.returncode else ''}" if commit else None
