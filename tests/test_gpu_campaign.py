@@ -110,24 +110,22 @@ def test_of_two_deliveries_of_a_run_the_newer_one_is_kept(tmp_path: Path) -> Non
 
 def test_a_student_reads_the_same_bank_whoever_else_is_named(work: Path) -> None:
     def bank_of(net: str, nets: list[str]) -> tuple[str, ...]:
-        (task,) = (task for task in plan_tasks(work, nets=nets, length="campaign") if task.name == net)
+        (task,) = (task for task in plan_tasks(work, nets=nets) if task.name == net)
         return task.needs
 
     teacher, student = "wide_resnet16_4_conam.cifar10", "resnet20_conam.cifar10"
     (bank,) = bank_of(student, list(NETS))
     assert bank_of(student, [teacher, student]) == (bank,)
-    record, _ = plan_tasks(work, nets=[student], length="campaign")
+    record, _ = plan_tasks(work, nets=[student])
     assert (record.name, record.needs) == (bank, ())  # of the shipped teacher
     assert bank_of(student, [student]) == (bank,)
     (work / "code" / f"{teacher}.packed").touch()
     assert bank_of(student, [student]) == (bank,)
-    assert {task.name: task for task in plan_tasks(work, nets=[student], length="campaign")}[bank].needs == (
-        f"{teacher} packed",
-    )
+    assert {task.name: task for task in plan_tasks(work, nets=[student])}[bank].needs == (f"{teacher} packed",)
 
 
 def test_the_plan_is_teachers_banks_students_in_the_tables_order(work: Path) -> None:
-    tasks = plan_tasks(work, length="campaign")
+    tasks = plan_tasks(work)
     names = [task.name for task in tasks]
     assert names[:2] == list(NETS)[:2]
     assert names[2:4] == [f"{net} packed" for net in list(NETS)[:2]]
@@ -152,9 +150,11 @@ def test_the_plan_is_teachers_banks_students_in_the_tables_order(work: Path) -> 
     assert banks[0].command()[-2:] == ["--epochs", "100"]
 
 
-def test_long_recipes_are_preferred_and_bad_choices_refused(work: Path) -> None:
-    (task,) = plan_tasks(work, nets=["wide_resnet16_4_conam.cifar10"])
-    assert "wide_resnet16_4_conam.cifar10.long" in task.command()
+def test_long_recipes_are_taken_on_request_and_bad_choices_refused(work: Path) -> None:
+    net = "wide_resnet16_4_conam.cifar10"
+    for length, recipe in (("campaign", net), ("long", f"{net}.long")):
+        (task,) = plan_tasks(work, nets=[net], length=length)
+        assert recipe in task.command()
     record, task = plan_tasks(work, nets=["resnet56_conam.cifar100"], compile=True)
     assert task.needs == (record.name,)
     assert task.command()[-1] == "--compile"
@@ -257,7 +257,7 @@ def test_a_trial_on_the_cpu_goes_through_teacher_bank_and_student(
     home = tmp_path / "home"
     assert experiments("gpu", "take", out, home)[0] == 0
     runs = {run.name: json.loads((run / "run.json").read_text()) for run in (home / "runs").iterdir()}
-    student = runs["resnet20_conam.cifar10.long"]
+    student = runs["resnet20_conam.cifar10.campaign"]
     assert student["teacher"]["name"] == "wide_resnet16_4_conam.cifar10"
     assert student["teacher_bank"]["epochs"] == 1
     entry = json.loads((work / "code" / "weights_manifest.json").read_text())["entries"][

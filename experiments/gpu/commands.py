@@ -66,7 +66,7 @@ def train(
         list[str] | None,
         typer.Option("--net", help="Weights of the table; repeatable. Default: all."),
     ] = None,
-    length: Annotated[str, typer.Option(help="Which recipe where a net has several: campaign, or long.")] = "long",
+    length: Annotated[str, typer.Option(help="Which recipe where a net has several: campaign, or long.")] = "campaign",
     bank_epochs: Annotated[
         int, typer.Option(min=1, help="Epochs of a bank, an even number; students with more epochs start it over.")
     ] = 100,

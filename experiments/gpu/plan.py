@@ -62,7 +62,7 @@ def plan_tasks(
     work: Path,
     *,
     nets: Collection[str] = tuple(NETS),
-    length: str = "long",
+    length: str = "campaign",
     bank_epochs: int = 100,
     compile: bool = False,
 ) -> list[Task]:
