@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.models.registry import count_params_and_macs, export_model, model_names
@@ -55,6 +56,18 @@ def test_the_size_in_a_builders_docstring_is_its_size(name: str) -> None:
     stated = re.search(r"([\d.]+) M parameters", timm.model_entrypoint(name).__doc__)
     decimals = len(stated[1].partition(".")[2])
     assert stated[1] == f"{count_params_and_macs(name)[0] / 1e6:.{decimals}f}"
+
+
+def test_a_file_of_a_repository_cannot_be_chosen_past_its_config() -> None:
+    overlay = {"hf_hub_id": "someone/net", "hf_hub_filename": "best.safetensors", "tag": None}
+    with pytest.raises(WeightsError, match=r"hf_hub_filename is 'best\.safetensors'.*leave it out"):
+        timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_a_folder_of_pickled_weights_says_how_to_save_it(tmp_path: Path) -> None:
+    save_for_hf(timm.create_model(NAME), str(tmp_path), safe_serialization=False)
+    with pytest.raises(WeightsError, match="safe_serialization=True"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
 def test_a_url_is_not_read() -> None:

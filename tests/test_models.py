@@ -16,7 +16,7 @@ import torch
 from golden.make import MODELS_WITH_OUTPUTS, count, fill, image, logits, read_golden
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import save_for_hf
+from timm.models import get_model_args, save_for_hf
 from timm.models._manipulate import group_parameters
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -609,13 +609,27 @@ def test_a_net_that_no_load_would_take_is_not_saved(
     assert not (tmp_path / "net").exists()
 
 
+def test_a_scripted_net_takes_the_tensors_of_another() -> None:
+    scripted, other = torch.jit.script(timm.create_model("resnet20_conam")), timm.create_model("resnet20_conam")
+    scripted.load_state_dict(other.state_dict())
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in scripted.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet18_conam", "resnet50_conam"])
+def test_widths_are_those_asked_for(name: str) -> None:
+    net = timm.create_model(name, widths=(8, 16, 32, 64), device="meta")
+    assert net.num_features == 64 * (4 if name == "resnet50_conam" else 1)
+
+
 def test_the_manifests_arguments_come_before_the_builders_own(monkeypatch: pytest.MonkeyPatch) -> None:
     name, sides = "resnet18_conam.cifar10", (4, 4, 2, 0)
     entry = SimpleNamespace(model_args={"patch_sizes": list(sides)})
     monkeypatch.setattr(builder, "load_manifest", lambda: SimpleNamespace(entries={name: entry}))
     state = make(name).state_dict()
     monkeypatch.setattr(builder, "_state_dict", lambda *_: state)
-    assert timm.create_model(name, pretrained=True).patch_sizes == sides
+    net = timm.create_model(name, pretrained=True)
+    assert net.patch_sizes == sides
+    assert get_model_args(net)["patch_sizes"] == list(sides)  # what timm rebuilds it from
     assert timm.create_model(name, pretrained=True, patch_sizes=(8, 8, 2, 0)).patch_sizes == (8, 8, 2, 0)
     assert timm.create_model(name).patch_sizes == (8, 8, 4, 0)
 

@@ -1,10 +1,12 @@
 """Weight decay leaves attention alone, also by timm's own means; runs begun under another grouping keep theirs."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import PLAIN_RECIPE
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -154,6 +156,17 @@ def test_a_run_of_the_old_grouping_goes_on_to_the_same_bits(family: str, kind: s
     assert resumed.lr == old.lr
     for name, tensor in old.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "getter", "fx", "hook"])
+def test_a_feature_net_exempts_its_attention_too(feature_cls: str) -> None:
+    net = timm.create_model("resnet20_conam", features_only=True, feature_cls=feature_cls)
+    optimizer = create_optimizer_v2(copy.deepcopy(net), opt="sgd", lr=LR, weight_decay=DECAY)
+    decayed = [p.shape for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+    own = {name: p.shape for name, p in net.named_parameters() if p.ndim > 1}
+    attention = [shape for name, shape in own.items() if ".attn." in name]
+    assert len(attention) == 6
+    assert sorted(decayed) == sorted(shape for name, shape in own.items() if ".attn." not in name)
 
 
 def test_a_run_of_today_goes_on_without_decay_of_its_attention() -> None:

@@ -50,6 +50,11 @@ class AttendedBlock(nn.Module):
         return x
 
 
+def attention_parameters(model: nn.Module) -> set[str]:
+    """Names of all parameters of attention layers."""
+    return {name for name, _ in model.named_parameters() if "attn" in name.split(".")[:-1]}
+
+
 class StagedClassifier(nn.Module):
     """An image classifier made of a stem and stages, with a pooled linear head called ``fc``.
 
@@ -209,7 +214,8 @@ class StagedClassifier(nn.Module):
             if str(path).endswith(".safetensors"):
                 read_safetensors(Path(path))
             check_patch_sizes(Path(path), self.patch_sizes)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        # Not by super(), which a scripted net lacks: TorchScript hands it this method as it is.
+        return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -218,7 +224,7 @@ class StagedClassifier(nn.Module):
         Decay makes ConAM uniform: its agreement is of degree four in the weights, so that near zero the gradient is
         weaker than any decay.
         """
-        return {name for name, _ in self.named_parameters() if "attn" in name.split(".")[:-1]}
+        return attention_parameters(self)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

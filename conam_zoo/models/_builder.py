@@ -15,6 +15,7 @@ from timm.models._builder import pretrained_cfg_for_features
 from torch import Tensor, nn
 
 from conam_zoo.datasets import DATASETS
+from conam_zoo.models._base import attention_parameters
 from conam_zoo.models.config_schema import as_json, check_patch_sizes, load_config
 from conam_zoo.weights import (
     Manifest,
@@ -26,7 +27,7 @@ from conam_zoo.weights import (
     read_safetensors,
     read_verified,
 )
-from conam_zoo.weights.folder import fetch_config, read_folder, read_hub_folder
+from conam_zoo.weights.folder import WEIGHTS_FILE, fetch_config, read_folder, read_hub_folder
 from conam_zoo.weights.verify import check_values
 
 __all__ = ["build", "dataset_cfgs"]
@@ -106,6 +107,12 @@ def build(
     entry = load_manifest().entries.get(f"{variant}.{cfg.tag}") if pretrained else None
     kwargs = {**(defaults or {}), **(entry.model_args if entry else {}), **saved, **kwargs}
     overlay = dict(pretrained_cfg_overlay or {})
+    asked = overlay.get("hf_hub_filename")
+    if pretrained and asked and asked not in (WEIGHTS_FILE, entry.file if entry else None):
+        raise WeightsError(
+            f"hf_hub_filename is {asked!r}, but the file of a repository is the one that its config.json names as "
+            "weights_file: leave it out."
+        )
     if pretrained:
         overlay |= {"state_dict": _state_dict(variant, cfg, cache_dir), "source": None}
     model = build_model_with_cfg(
@@ -123,6 +130,10 @@ def build(
     stated = pretrained_cfg_for_features(stated) if kwargs.get("features_only") else stated
     for net in (model, *(inner for inner in model.children() if hasattr(inner, "pretrained_cfg"))):
         net.pretrained_cfg = net.default_cfg = stated
+    if kwargs.get("features_only"):  # timm's wrappers hide the net's own
+        model.no_weight_decay = partial(attention_parameters, model)
+    if entry and entry.model_args:
+        model._model_args = dict(entry.model_args)  # which timm rebuilds a net from, with the caller's arguments
     return model
 
 

@@ -158,9 +158,8 @@ def _thin(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> ConAMRes
 
 def _wide(variant: str, pretrained: bool, block: str, layers: Sequence[int], **kwargs: Any) -> ConAMResNet:
     """A four-stage net with the ConAM authors' patch sides."""
-    defaults = {"patch_sizes": (8, 8, 4, 0)}
-    kwargs |= {"block": block, "layers": layers, "widths": (64, 128, 256, 512)}
-    return build(ConAMResNet, variant, pretrained, levels=5, defaults=defaults, **kwargs)
+    defaults = {"patch_sizes": (8, 8, 4, 0), "widths": (64, 128, 256, 512)}
+    return build(ConAMResNet, variant, pretrained, block=block, layers=layers, levels=5, defaults=defaults, **kwargs)
 
 
 @register_model

@@ -57,7 +57,10 @@ def read_folder(folder: Path) -> dict[str, "Tensor"]:
     try:
         data = read_file(path, LARGEST_WEIGHTS_BYTES)
     except OSError as error:
-        raise WeightsError(f"{folder} has no readable {path.name} ({in_brief(error)}): check the path.") from error
+        remedy = "check the path"
+        if path.name == WEIGHTS_FILE and (folder / "pytorch_model.bin").exists():
+            remedy = "pickled weights are not read, so save the model with safe_serialization=True"
+        raise WeightsError(f"{folder} has no readable {path.name} ({in_brief(error)}): {remedy}.") from error
     found = hashlib.sha256(data).hexdigest()
     if stated is not None and found != stated:
         raise WrongWeightsError(
