@@ -28,6 +28,27 @@ def test_a_split_that_is_wrapped_in_its_own_name(tmp_path: Path) -> None:
     assert (data.classes, len(data.test or ())) == (("cat", "dog"), 4)
 
 
+def test_splits_whose_names_begin_alike_are_no_classes(tmp_path: Path) -> None:
+    tree(tmp_path / "intel" / "seg_train" / "seg_train", count=4)
+    tree(tmp_path / "intel" / "seg_test" / "seg_test", count=2)
+    tree(tmp_path / "intel" / "seg_pred", ("seg_pred",), 3)
+    data = open_images(tmp_path / "intel")
+    assert (data.classes, len(data.test or ())) == (("cat", "dog"), 4)
+    assert any("left out beside the splits: seg_pred" in note for note in data.notes)
+    tree(tmp_path / "asl" / "asl_alphabet_train" / "asl_alphabet_train", count=4)
+    tree(tmp_path / "asl" / "asl_alphabet_test", ("asl_alphabet_test",), 3)
+    data = open_images(tmp_path / "asl")
+    assert (data.classes, data.test) == (("cat", "dog"), None)
+    assert any("asl_alphabet_test was left out, because it holds no class folders" in note for note in data.notes)
+
+
+def test_a_class_whose_name_ends_like_a_split_stays_one(tmp_path: Path) -> None:
+    tree(tmp_path, ("bus", "steam_train"), 4)
+    assert open_images(tmp_path).classes == ("bus", "steam_train")
+    tree(tmp_path, ("screen_test", "blood_test"), 4)
+    assert open_images(tmp_path).classes == ("blood_test", "bus", "screen_test", "steam_train")
+
+
 def test_a_class_called_train_does_not_hide_the_others(tmp_path: Path) -> None:
     tree(tmp_path, ("bus", "car"), 4)
     tree(tmp_path / "train", ("diesel", "steam"), 4)
@@ -79,6 +100,7 @@ def test_what_is_no_class_is_left_out_and_told(tmp_path: Path) -> None:
     picture(tmp_path / "cat" / ".ipynb_checkpoints" / "1.png")
     picture(tmp_path / "cat" / ".thumbnails" / "1.png")
     picture(tmp_path / "dog" / "@eaDir" / "1.png")
+    (tmp_path / "dog" / "log.csv").write_text("a camera's")
     data = open_images(tmp_path, val_share=0)
     assert (data.classes, data.counts) == (("cat", "dog"), (4, 4))
     assert any("1 run folders left out, such as" in note for note in data.notes)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from conam_zoo.data.images import NOTE, decode_image, full_scale, read_image, resize_image
 from conam_zoo.errors import UserError
@@ -47,11 +47,23 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
     assert np.asarray(read_image(tmp_path / "clear.png")).min() == 255
 
 
-def test_exif_rotation_is_applied(tmp_path: Path) -> None:
-    image = Image.new("RGB", (6, 3), "white")
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_rotation_is_applied(orientation: int, tmp_path: Path) -> None:
+    image = Image.fromarray(np.arange(6 * 3 * 3, dtype=np.uint8).reshape(3, 6, 3))
     exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
+    exif[0x0112] = orientation
+    image.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as saved:
+        assert np.array_equal(read_image(tmp_path / "turned.png"), ImageOps.exif_transpose(saved))
+
+
+def test_a_picture_is_turned_whatever_its_other_tags_hold(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = 6, "someone"
+    text, ratio = struct.pack(">HHI", 0x013B, 2, 8), struct.pack(">HHI", 0x013B, 5, 1)
+    assert text in exif.tobytes()
+    image = Image.new("RGB", (6, 3), "white")
+    image.save(tmp_path / "turned.jpg", exif=exif.tobytes().replace(text, ratio))  # the artist's name as a number
     assert read_image(tmp_path / "turned.jpg").size == (3, 6)
 
 

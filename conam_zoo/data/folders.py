@@ -26,7 +26,7 @@ SPLIT_NAMES = {
 # What systems and unpackers put beside pictures; what begins with a dot is left out, too.
 FOREIGN = frozenset(("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"))
 # A folder with one of these is the run folder of a training, which writes pictures of its own.
-RUN_FILES = ("run.json", "log.csv", "checkpoint.safetensors")
+RUN_FILES = (".conam-lock", "run.json", "checkpoint.safetensors")
 
 
 def folder_sources(root: Path, *, training: bool) -> dict[str, LazyImages]:
@@ -136,9 +136,10 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     """The folders of the splits, by split, if ``root`` holds such; and what a person should know."""
     folders = _sub_folders(root)
     named = [(split, folder) for folder in folders if (split := _split_of(folder.name)) is not None]
+    named = named or _splits_with_a_prefix(folders)
     found = [(split, folder) for split, folder in named if _sub_folders(folder)]
     flat = [folder for _, folder in named if not _sub_folders(folder) and _has_pictures(folder)]
-    others = [folder for folder in folders if _split_of(folder.name) is None]
+    others = [folder for folder in folders if folder not in [each for _, each in named]]
     if named and not found and not others:
         names = " and ".join(folder.name for _, folder in named)
         raise UserError(
@@ -155,15 +156,31 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
         if split in splits:
             raise UserError(f"{root} holds both {splits[split].name} and {folder.name}: keep one of them.")
         inner = _sub_folders(folder)
-        while len(inner) == 1 and _split_of(inner[0].name) == split:  # training_set/training_set/CLASS
+        # training_set/training_set/CLASS
+        while len(inner) == 1 and (_split_of(inner[0].name) == split or inner[0].name == folder.name):
             folder, inner = inner[0], _sub_folders(inner[0])
-        splits[split] = folder
+        if inner or split == "train":
+            splits[split] = folder
+        else:
+            flat.append(folder)
     notes = [f"{root}: {folder.name} was left out, because it holds no class folders" for folder in flat]
     if others:
         names = ", ".join(folder.name for folder in others[:5]) + (", …" if len(others) > 5 else "")
         notes.append(f"{root}: left out beside the splits: {names}")
     order = [split for split in SPLIT_NAMES if split in splits]
     return {split: splits[split] for split in order}, notes
+
+
+def _splits_with_a_prefix(folders: list[Path]) -> list[tuple[str, Path]]:
+    """Folders such as ``seg_train`` and ``seg_test``: the training images and others, with one name before both."""
+    found: dict[str, list[tuple[str, Path]]] = {}
+    for folder in folders:
+        for separator in re.finditer("[ _-]", folder.name):
+            if split := _split_of(folder.name[separator.end() :]):
+                found.setdefault(folder.name[: separator.start()].lower(), []).append((split, folder))
+                break
+    groups = [group for group in found.values() if {split for split, _ in group} > {"train"}]
+    return groups[0] if len(groups) == 1 else []
 
 
 class _Walk:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from conam_zoo.errors import UserError
 from conam_zoo.files import check_file, expand_path
@@ -37,6 +37,17 @@ NOTE = "conam_note"  # key in ``Image.info``: what a person should know about ho
 HALF_STEP = 1 / 510  # of 8 bits, as a share of the full scale: what interpolation may overshoot without harm
 BLOCK = 2**22  # values that are scaled at a time
 
+# By the orientation that EXIF states, what turns a picture upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 # What Pillow thinks of a file is either no concern of the user's or becomes a sentence below.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -55,7 +66,7 @@ def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
         with Image.open(file, formats=FORMATS) as image:
             check_size(*image.size, f"The image {name}")
             image.load()
-            picture = ImageOps.exif_transpose(image)
+            picture = upright(image)
             if image.format == "PPM" and picture.mode == "I":  # Pillow stretches these to 16 bits
                 picture = Image.fromarray(np.asarray(picture).astype(np.uint16))
             return to_rgb(picture, f"The image {name}")
@@ -65,6 +76,18 @@ def decode_image(file: Path | BinaryIO, name: str) -> Image.Image:
         raise UserError(f"{name} is not an image that is read here: convert it to PNG or JPEG.") from error
     except Exception as error:  # a decoder raises whatever its parser ran into: struct.error, zlib.error, IndexError...
         raise UserError(f"The image {name} is damaged or too large ({reason_of(error)}): replace it.") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF tag says, if that can be read.
+
+    Unlike Pillow's ``exif_transpose`` this leaves the other tags alone, which it writes anew and may fail at.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # whatever the parser ran into
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def reason_of(error: BaseException) -> str:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
 
 from conam_zoo.data.dataset import ImageSplit, LazyImages, free_bytes
-from conam_zoo.data.images import decode_image, read_image, reason_of, to_rgb
+from conam_zoo.data.images import decode_image, read_image, reason_of, to_rgb, upright
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 
@@ -138,7 +138,7 @@ def _picture_at(images: Any, source: str, index: int) -> Image.Image:
     if isinstance(image, str):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image), f"The image {name}")
+        return to_rgb(upright(image), f"The image {name}")
     return decode_image(image, name)
 
 
@@ -150,7 +150,7 @@ def _stream(dataset: Any, source: str) -> LazyImages:
     pictures: list[Image.Image] = []
     labels: list[int] = []
     for picture, label, *_ in dataset:
-        pictures.append(to_rgb(ImageOps.exif_transpose(picture), f"The image {source} {len(labels)}"))
+        pictures.append(to_rgb(upright(picture), f"The image {source} {len(labels)}"))
         labels.append(label)
         used += 3 * picture.width * picture.height
         if used > budget:
