@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 from conftest import PLAIN_RECIPE, write_arrays
 from PIL import Image
@@ -148,6 +149,33 @@ def test_help_is_whole_on_eighty_columns(command: str, conam, monkeypatch: pytes
     assert code == 0
     assert max(map(len, out.split("\n"))) <= 80
     assert not re.findall(r"[^\s,]+…", out)  # what is cut; a list that goes on has a comma before its dots
+
+
+def test_weights_that_do_not_exist_are_missed_before_any_image_is_read(conam, tmp_path: Path) -> None:
+    call = ["finetune", tmp_path / "nowhere", "--model", "resnet110_conam.cifar10", "--output", tmp_path / "run"]
+    code, _, err = conam(*call)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "There are no pretrained weights for resnet110_conam.cifar10" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc.cpp:9] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_sentence(error: Exception, conam, photo: Path, monkeypatch) -> None:
+    def fails(*_, **__) -> None:
+        raise error
+
+    monkeypatch.setattr("conam_zoo.deploy.runtime.open_classifier", fails)
+    code, _, err = conam("predict", "resnet20_conam.cifar10", photo)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "There is not enough memory" in err
+    assert "lower the batch size or the image size" in err
 
 
 @pytest.mark.parametrize("command", ["train", "finetune", "distill", "record-teacher", "queue"])

@@ -11,11 +11,14 @@ import timm
 import torch
 from torch import nn
 
+from conam_zoo.data.dataset import image_hashes
+from conam_zoo.data.load import find_sources
 from conam_zoo.deploy.export import calibration_images, export
 from conam_zoo.deploy.runtime import OnnxClassifier
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import export_model
+from conam_zoo.training.evaluate import TRAINED_ON
 
 MEAN, STD = (0.4914, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159)
 
@@ -164,11 +167,15 @@ def test_the_command_exports_a_folder_and_evaluates_and_predicts_with_the_file(
         np.save(data / f"{split}_images.npy", images(40).numpy())
         np.save(data / f"{split}_labels.npy", labels)
     (data / "classes.txt").write_text("\n".join(net.pretrained_cfg["label_names"]) + "\n")
+    hashes = image_hashes(find_sources(data)["test"], 32)
+    np.save(tmp_path / TRAINED_ON, np.sort(hashes)[:30])
+    (tmp_path / "run.json").write_text("{}")
     target = tmp_path / "net.onnx"
     code, out, err = conam("export", f"local-dir:{tmp_path / 'final'}", "--output", target, "--int8", "--data", data)
     assert code == 0, err
     assert "calibrated on 40 images" in out
     assert "top-1 on 40 test images" in out
+    assert "The net was trained on 30 of these 40 images" in out  # of which its run folder tells
     code, out, err = conam("evaluate", target, "--data", data, "--json", "-")
     assert code == 0, err
     assert json.loads(out)["images"] == 40

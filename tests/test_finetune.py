@@ -14,6 +14,7 @@ from PIL import Image
 import conam_zoo  # noqa: F401 (registers the models)
 import experiments.accuracy.finetune as finetune_module
 from conam_zoo.data import ImageData, ImageSplit, open_images, read_split
+from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.finetuning.net import finetune_recipe, freeze_layers, net_for_data, train_on
 from conam_zoo.finetuning.run import finetune
@@ -128,7 +129,7 @@ def test_a_run_continues_where_it_was_and_nowhere_else(finished: tuple[Path, Pat
 def made_up(count: int = 12, size: int = 32, classes: int = 2) -> ImageData:
     images = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(count) % classes
-    split = ImageSplit(images, labels, tuple("abcdefgh"[:classes]), "made up")
+    split = ImageSplit(images, labels, tuple("abcdefghij"[:classes]), "made up")
     return ImageData(split, None, split, split.classes, (count // classes,) * classes, size, size, "made up")
 
 
@@ -219,6 +220,21 @@ def test_a_net_from_scratch_takes_the_statistics_of_the_images() -> None:
     np.testing.assert_allclose(net.model.pretrained_cfg["mean"], pixels.mean((0, 1, 2)), atol=1e-9)
     np.testing.assert_allclose(net.model.pretrained_cfg["std"], pixels.std((0, 1, 2), correction=0), atol=1e-9)
     assert net.started_from == "random numbers"
+
+
+def test_the_head_is_new_for_as_many_other_classes_and_kept_for_the_same() -> None:
+    head = open_model(PRETRAINED).fc.weight
+    data = made_up(20, classes=10)
+    first, again, other = (net_for_data(PRETRAINED, data, recipe_for(data, seed=seed)) for seed in (0, 0, 1))
+    assert first.new_head
+    assert not torch.equal(first.model.fc.weight, head)
+    assert torch.equal(first.model.fc.weight, again.model.fc.weight)
+    assert not torch.equal(first.model.fc.weight, other.model.fc.weight)
+    same = replace(data, classes=DATASETS["cifar10"].classes)
+    kept = net_for_data(PRETRAINED, same, recipe_for(data))
+    assert not kept.new_head
+    assert torch.equal(kept.model.fc.weight, head)
+    assert net_for_data(PRETRAINED, same, recipe_for(data), from_scratch=True).new_head
 
 
 def test_mixed_targets_and_balance_train(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def _run(app: typer.Typer, name: str) -> None:
     from conam_zoo.training.engine import NonFiniteLossError
     from conam_zoo.training.checkpoint import TrainingStopped
     from conam_zoo.weights import ManifestError, WeightsError
+    from conam_zoo.weights.errors import in_brief
 
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lasts)
@@ -71,6 +72,14 @@ def _run(app: typer.Typer, name: str) -> None:
     except TrainingStopped as stop:
         sys.stderr.write(f"conam: {for_terminal(stop)}\n")
         sys.exit(stop.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        sys.stderr.write(
+            f"conam: There is not enough memory ({for_terminal(in_brief(error))}): lower the batch size or the image "
+            "size, or free some.\n"
+        )
+        sys.exit(2)
     except BrokenPipeError:  # the reader has had enough
         _give_up_output()
         sys.exit(1)
@@ -79,6 +88,13 @@ def _run(app: typer.Typer, name: str) -> None:
         place = f"{error.filename}: " if error.filename is not None else ""
         sys.stderr.write(f"conam: {for_terminal(place)}{for_terminal(error.strerror or error)}\n")
         sys.exit(2)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or PyTorch on any device, has run out of memory."""
+    text = str(error).lower()  # of the CPU's allocator, which raises a plain RuntimeError
+    said = any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
+    return isinstance(error, MemoryError) or said
 
 
 def _with_json_place(arguments: list[str]) -> list[str]:

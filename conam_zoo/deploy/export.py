@@ -28,7 +28,7 @@ from conam_zoo.files import expand_path, write_atomically
 from conam_zoo.layers.confidence import has_confidence, recorded_confidences
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import check_takes_rgb, open_model, weights_sha256
-from conam_zoo.training.evaluate import check_preparation, evaluate
+from conam_zoo.training.evaluate import check_preparation, evaluate, evaluate_on, run_folder_of
 from conam_zoo.weights import load_manifest
 
 __all__ = ["EXPORT_OPSET", "Exported", "calibration_images", "dataset_of", "export", "export_named"]
@@ -292,8 +292,8 @@ def export_named(
 ) -> Iterator[str]:
     """``export`` of a model by its name, ``local-dir:FOLDER`` or ``hf-hub:OWNER/NAME``.
 
-    With ``int8``, training images of ``data`` calibrate it, and its test images give top-1 before and after. What it
-    yields are lines for a person.
+    With ``int8``, training images of ``data`` calibrate it, and its test images, or the images that the report of a
+    fine-tuned net is on, give top-1 before and after. What it yields are lines for a person.
     """
     if int8 and data is None:
         raise UserError("--int8 is calibrated on training images: say where they are with --data.")
@@ -318,15 +318,17 @@ def export_named(
         return
     yield f"calibrated on {len(calibration):,} images; logits within {done.largest_difference:.2f} of the net's"
     try:
-        before = evaluate(model, data, dataset)
+        before = evaluate(model, data, dataset, run=run_folder_of(name))
     except UserError as error:
         yield f"top-1 not measured: {error}"
         return
-    after = evaluate(open_classifier(str(output)), data, dataset)
+    after = evaluate_on(open_classifier(str(output)), before.split)
+    which = "" if before.part == "all" else f"{before.part} "
     yield (
-        f"top-1 on {len(before.split):,} {before.part} images: {before.scores.top1_percent:.2f} % before, "
-        f"{after.scores.top1_percent:.2f} % in int8"
+        f"top-1 on {len(before.split):,} {which}images: {before.scores.top1_percent:.2f} % before, "
+        f"{after.top1_percent:.2f} % in int8"
     )
+    yield from before.notes
 
 
 def dataset_of(model: StagedClassifier) -> str | None:

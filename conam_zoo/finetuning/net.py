@@ -70,7 +70,8 @@ CROP_SHARE = 8  # the crop's padding is the image size divided by this, as 4 is 
 class NetForData:
     """A net made for a data set."""
 
-    model: StagedClassifier  # with a new head; its ``pretrained_cfg`` holds classes, image size and statistics
+    model: StagedClassifier  # its ``pretrained_cfg`` holds classes, image size and statistics
+    new_head: bool  # or that of the weights, whose classes are the same
     started_from: str  # what its weights are
     statistics_from: str  # where mean and deviation of the pixels come from
 
@@ -124,10 +125,11 @@ def finetune_recipe(
 
 
 def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bool = False) -> NetForData:
-    """Make a net for a data set: new head, image size, ConAM's patches, statistics, class names.
+    """Make a net for a data set: head, image size, ConAM's patches, statistics, class names.
 
-    The patch sides grow with the images, so that there are as many patches as before. Mean and deviation are those that
-    the weights were trained with, because the first layer knows them; from scratch, those of the training images.
+    The head is new, unless the weights are of the very same classes. The patch sides grow with the images, so that
+    there are as many patches as before. Mean and deviation are those that the weights were trained with, because the
+    first layer knows them; from scratch, those of the training images.
     """
     plain = open_model(name, pretrained=False, **({} if ":" in name else {"device": "meta"}))
     check_takes_rgb(plain)
@@ -144,6 +146,9 @@ def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bo
         if isinstance(error, UserError):
             raise
         raise UserError(f"The setting model_args is {recipe.model_args}, which {name} refuses: {error}") from error
+    new_head = from_scratch or tuple(cfg.get("label_names") or ()) != data.classes
+    if new_head and not from_scratch and cfg["num_classes"] == len(data.classes):  # where timm keeps the head
+        model.reset_classifier(len(data.classes))
     mean, std = (cfg["mean"], cfg["std"]) if not from_scratch else _statistics(data.train, size)
     if min(std) == 0:
         raise UserError(f"The images of {data.source} have a single colour value in a channel: check them.")
@@ -153,6 +158,7 @@ def net_for_data(name: str, data: ImageData, recipe: Recipe, *, from_scratch: bo
     model.pretrained_cfg.update(own | nowhere | grown | {"mean": tuple(mean), "std": tuple(std)})
     return NetForData(
         model,
+        new_head,
         "random numbers" if from_scratch else name,
         "the training images" if from_scratch else f"{name}, whose first layer knows them",
     )

@@ -78,7 +78,7 @@ def finetune(
     recipe = recipe_for(image_size=image_size or 32, images=1_000)
     check_optimizer(recipe)
     check_layer_decay(layer_decay, recipe)
-    freeze_layers(open_model(model, pretrained=False), freeze)
+    freeze_layers(open_model(model, pretrained=not from_scratch), freeze)
     environment = describe_environment()
     console.print(f"Reading {data}")
     images = open_images(data, image_size=image_size, val_share=val_share, seed=recipe.seed, corrupt=corrupt)
@@ -140,8 +140,9 @@ def _choices(
         (f"CutMix {recipe.cutmix:g}", recipe.cutmix),
     )
     names = ", ".join(images.classes[:6]) + (", …" if len(images.classes) > 6 else "")
+    head = "a new head" if net.new_head else "the head of the weights, which know the same classes"
     rows = [
-        ("net", f"{recipe.model} with a new head; {trained:,} parameters learn"),
+        ("net", f"{recipe.model} with {head}; {trained:,} parameters learn"),
         ("weights to start from", net.started_from),
         ("mean and deviation", f"({mean}) and ({deviation}), of {net.statistics_from}"),
         ("classes", f"{len(images.classes)}: {names}"),
