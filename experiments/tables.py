@@ -41,7 +41,18 @@ def _starts(results: Path) -> str:
 
 def _finetune(results: Path) -> str:
     path = results / "finetune.json"
-    return finetune_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else NOT_MEASURED
+    if not path.is_file():
+        return NOT_MEASURED
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return finetune_table(record, replaced=_is_replaced(record["model"], record.get("sha256"), None, results))
+
+
+def _is_replaced(name: str, sha256: str | None, top1_percent: float | None, results: Path) -> bool:
+    """Whether the manifest has other weights of a name today; where no hash was recorded, top-1 has to tell."""
+    entry = load_manifest(results.parents[1] / "weights_manifest.json").entries.get(name)
+    if entry is None or sha256 is not None:
+        return entry is not None and entry.sha256 != sha256
+    return top1_percent is None or round(entry.metrics.top1_percent, 2) != round(top1_percent, 2)
 
 
 def _speed(results: Path) -> str:
@@ -90,8 +101,16 @@ def _images_per_second(record: Path) -> dict[str, float]:
 
 
 def _knockout(results: Path) -> str:
-    paths = sorted(results.glob("knockout*.json"))
-    return "\n\n".join(knockout_table(json.loads(path.read_text(encoding="utf-8"))) for path in paths) or NOT_MEASURED
+    tables = []
+    for path in sorted(results.glob("knockout*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        replaced = {
+            model["model"]
+            for model in document["models"]
+            if _is_replaced(model["model"], model.get("sha256"), model["unchanged"]["top1_percent"], results)
+        }
+        tables.append(knockout_table(document, replaced))
+    return "\n\n".join(tables) or NOT_MEASURED
 
 
 def _benchmark(name: str) -> Callable[[Path], str]:

@@ -166,6 +166,14 @@ def test_long_recipes_are_taken_on_request_and_bad_choices_refused(work: Path) -
         plan_tasks(work, bank_epochs=33)
 
 
+def test_another_length_has_teachers_and_banks_of_its_own(work: Path) -> None:
+    nets = ["wide_resnet16_4_conam.cifar10", "resnet20_conam.cifar10"]
+    for task in plan_tasks(work, nets=nets):
+        task.done.parent.mkdir(parents=True, exist_ok=True)
+        task.done.touch()
+    assert not any(task.done.exists() for task in plan_tasks(work, nets=nets, length="long"))
+
+
 def test_tasks_wait_for_what_they_need_and_failures_hold_up_no_others(work: Path) -> None:
     told: list[str] = []
     (work / "data" / "cifar100").rmdir()

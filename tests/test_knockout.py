@@ -11,6 +11,7 @@ import conam_zoo
 from conam_zoo.data import ImageSplit
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
+from conam_zoo.weights import load_manifest
 from experiments.accuracy import knockout
 from experiments.accuracy.knockout import CHANGES, EVERY_SITE, knocked_out, knockout_table, measure_knockout
 
@@ -101,6 +102,8 @@ def test_the_command_writes_what_the_table_is_made_from(experiments, small_data:
     assert document["models"][0]["images"] == 60
     table = knockout_table(document)
     assert len(table.splitlines()) == 4 + 4
-    assert f"`{NAME}`" in table
+    assert f"| `{NAME}` |" in table
+    assert document["models"][0]["sha256"] == load_manifest().entry(NAME).sha256
+    assert f"| `{NAME}`, earlier weights |" in knockout_table(document, {NAME})
     assert "`layer1.0`" in table
     assert "every site" in out

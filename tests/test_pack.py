@@ -14,7 +14,7 @@ import conam_zoo.release.pack as pack_module
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import open_model
 from conam_zoo.release.documents import generated_files
-from conam_zoo.release.pack import pack
+from conam_zoo.release.pack import PACKED, pack
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.recipe import load_recipe
 from conam_zoo.training.train import train
@@ -54,6 +54,7 @@ def test_a_run_becomes_verified_weights(small_data: Path, empty_checkout: Path, 
     run = _run(small_data, tmp_path / "run", "seed=5")
     entry = pack(run, small_data, empty_checkout, allow_even_sites=True)
     assert load_manifest(empty_checkout / "weights_manifest.json").entries == {NAME: entry}
+    assert (run / PACKED).read_text() == json.loads((run / "run.json").read_text())["sha256"]  # for conam queue
     folder = empty_checkout / "weights" / NAME
     assert {p.name for p in folder.iterdir()} == {
         "model.safetensors",

@@ -16,10 +16,11 @@ import torch
 
 import conam_zoo.cli.training as training_commands
 from conam_zoo.errors import UserError
+from conam_zoo.release.pack import PACKED
 from conam_zoo.training.queue import Job, Progress, plan_queue, run_queue
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.training.teacher_bank import write_epoch
-from conam_zoo.weights import ManifestError, WeightsError
+from conam_zoo.weights import ManifestError, WeightsError, load_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -338,13 +339,38 @@ def test_the_recipe_s_own_seed_alone_is_packed_and_once(
     write = "folder.mkdir(parents=True); (folder / 'run.json').write_text('{\"sha256\": \"ab\"}'); sys.exit(0)"
     acted({"resnet32_conam.cifar100": write})
     packed: list[str] = []
-    monkeypatch.setattr("conam_zoo.cli.publishing.pack", lambda run, data: packed.append(run.name))
+
+    def pack(run: Path, data: object) -> None:
+        packed.append(run.name)
+        (run / PACKED).write_text("ab")
+
+    monkeypatch.setattr("conam_zoo.cli.publishing.pack", pack)
     arguments = ["queue", "resnet32_conam.cifar100", "--seed", "0", "--seed", "1", "--data", tmp_path]
     for _ in range(2):
         code, out, err = conam(*arguments, "--output", tmp_path / "runs")
         assert code == 0, err
         assert out.splitlines()[-1] == "2 done, 0 in the manifest, 0 not done"
     assert packed == ["resnet32_conam.cifar100.seed0"]
+
+
+def test_a_longer_training_is_not_replaced_by_a_shorter_one(
+    conam: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    acted: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "resnet20_conam.cifar10"
+    acted({})
+    folder = tmp_path / "runs" / f"{name}.campaign.seed0"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"sha256": "ab"}')
+    manifest = load_manifest()
+    entry = replace(manifest.entry(name), recipe=f"{name}.long", epochs=300)
+    monkeypatch.setattr("conam_zoo.weights.load_manifest", lambda: replace(manifest, entries={name: entry}))
+    monkeypatch.setattr("conam_zoo.cli.publishing.pack", lambda run, data: pytest.fail("packed"))
+    code, out, err = conam("queue", f"{name}.campaign", "--data", tmp_path, "--output", tmp_path / "runs")
+    assert code == 0, err
+    assert f"not packed, for the weights of {name}.long had 300 epochs" in " ".join(out.split())
 
 
 def test_a_damaged_record_does_not_stop_the_command(

@@ -32,10 +32,22 @@ def test_seeds_are_gathered_and_averaged(tmp_path: Path) -> None:
     results = read_seeds(path)
     assert list(results[NAME]) == ["2", "10"]
     assert f"| `{NAME}` | 2 | 92.40 ± 0.28 % | 92.20 (2), 92.60 (10) | 1 x device |" in seed_table(results)
-    for changed in ({"recipe": {**recipe, "seed": 3, "epochs": 5}}, {"teacher": {"sha256": "0"}}):
+    for changed in (
+        {"recipe": {**recipe, "seed": 3, "epochs": 9}},
+        {"teacher": {"sha256": "0"}},
+        {"precision": "fp32"},
+        {"teacher_bank": {"epochs": 8}},
+    ):
         with pytest.raises(UserError, match=f"other seeds of {NAME} that were trained otherwise"):
             add_seed(path, NAME, {**run, "recipe": {**recipe, "seed": 3}, **changed})
     assert read_seeds(path) == results
+    add_seed(path, NAME, {**run, "recipe": {k: v for k, v in recipe.items() if k != "image_size"} | {"seed": 3}})
+    results = read_seeds(path)
+    assert list(results[NAME]) == ["2", "3", "10"]  # a setting that a run does not name has its default
+    del results[NAME]["3"]["trained_by"]
+    path.write_text(json.dumps({"recipes": results}))
+    with pytest.raises(UserError, match=f"does not say how seed 3 of {NAME} was trained"):
+        add_seed(path, NAME, {**run, "recipe": {**recipe, "seed": 4}})
     path.write_text("[]")
     with pytest.raises(UserError, match="restore it"):
         read_seeds(path)

@@ -84,7 +84,7 @@ def upright(image: Image.Image) -> Image.Image:
     Unlike Pillow's ``exif_transpose`` this leaves the other tags alone, which it writes anew and may fail at.
     """
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever the parser ran into
         turn = None
     return image.copy() if turn is None else image.transpose(turn)

@@ -171,8 +171,9 @@ def recipe_head(name: str, manifest: Manifest) -> str:
         time = f"{entry.train_minutes:.0f} minutes for {entry.epochs} epochs"
         result = f"{entry.metrics.top1_percent:.2f} % top-1 on the test images, last epoch, seed {entry.seed}"
     dataset = name.split(".")[1]
+    other_seed = f" --set seed={entry.seed}" if entry is not None and entry.seed != load_recipe(name).seed else ""
     return (
-        f"# Command   conam train {name} --data {dataset} --output runs/{name}\n"
+        f"# Command   conam train {name} --data {dataset} --output runs/{name}{other_seed}\n"
         f"# Hardware  {hardware}\n# Time      {time}\n# Result    {result}\n"
     )
 

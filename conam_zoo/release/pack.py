@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from conam_zoo.weights.manifest import EVEN
 __all__ = ["pack", "remeasure"]
 
 LICENCE = "Apache-2.0"
+PACKED = "packed"  # in a run folder: the hash of its weights, once they are packed
 HALF_PRECISION_TOLERANCE = 0.02  # points of top-1 that storing float16 may change
 MAX_TOTAL_BYTES = 96 * 2**20  # of the whole folder weights/
 MAX_SHARD_BYTES = 15 * 2**20  # of tensors in one file; its header comes on top, and no file may have more than 16 MiB
@@ -116,6 +118,8 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_eve
         _check_size(folder, destination)
         updated = replace(manifest, entries={**manifest.entries, name: entry})
         exchange(folder, destination, scratch, lambda: dump_manifest(updated, manifest_path))
+    with suppress(UserError):  # where the run may not be written into, conam queue packs it again
+        write_text(run / PACKED, record["sha256"])
     return entry
 
 

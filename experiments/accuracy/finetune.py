@@ -22,6 +22,7 @@ from conam_zoo.data.dataset import read_source
 from conam_zoo.data.transforms import SPLITTING, random_stream
 from conam_zoo.errors import UserError
 from conam_zoo.finetuning.net import finetune_recipe, net_for_data, train_on
+from conam_zoo.models.registry import weights_sha256
 from conam_zoo.training.run_folder import describe_environment
 
 __all__ = ["FewImages", "benchmark_finetune", "digits", "faces", "few_of_cifar100", "finetune_table"]
@@ -175,6 +176,7 @@ def benchmark_finetune(
     return {
         "benchmark": "finetune",
         "model": model,
+        "sha256": weights_sha256(model),
         "epochs": epochs,
         "seeds": seeds,
         "rows": rows,
@@ -221,8 +223,11 @@ def _mean_and_deviation(values: list[float]) -> str:
     return f"{fmean(values):.1f}{spread} %"
 
 
-def finetune_table(benchmark: dict[str, Any]) -> str:
-    """The record of ``benchmark_finetune`` as a table in Markdown, with what it was measured on below it."""
+def finetune_table(benchmark: dict[str, Any], *, replaced: bool = False) -> str:
+    """The record of ``benchmark_finetune`` as a table in Markdown, with what it was measured on below it.
+
+    Weights that are ``replaced`` since are called earlier ones.
+    """
     lines = ["| set | training images | test images | from our weights | from scratch | difference |"]
     lines.append("| --- | --: | --: | --: | --: | --: |")
     for row in benchmark["rows"]:
@@ -233,10 +238,11 @@ def finetune_table(benchmark: dict[str, Any]) -> str:
             f"{_mean_and_deviation(differences).replace(' %', '')} |"
         )
     versions = ", ".join(f"{name} {number}" for name, number in benchmark["library_versions"].items())
+    whose = "earlier weights of " if replaced else ""
     lines += [
         "",
-        f"Test accuracy of `{benchmark['model']}` after {benchmark['epochs']} epochs, mean and standard deviation over "
-        f"{benchmark['seeds']} seeds; the difference is in percentage points, seed by seed. Measured on "
+        f"Test accuracy of {whose}`{benchmark['model']}` after {benchmark['epochs']} epochs, mean and standard "
+        f"deviation over {benchmark['seeds']} seeds; the difference is in percentage points, seed by seed. Measured on "
         f"{benchmark['hardware']}, with {versions}.",
     ]
     return "\n".join(lines) + "\n"

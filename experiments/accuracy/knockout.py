@@ -26,7 +26,7 @@ from conam_zoo.layers.conam import ConAM
 from conam_zoo.layers.conam_equations import recalibrate
 from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
-from conam_zoo.models.registry import open_model
+from conam_zoo.models.registry import open_model, weights_sha256
 from conam_zoo.training.engine import score
 from conam_zoo.training.evaluate import logits_on
 from conam_zoo.training.run_folder import describe_environment
@@ -160,7 +160,7 @@ def benchmark_knockout(
 
     Returns:
         What ``results/knockout*.json`` hold: ``what``, ``command``, the environment, and for each of ``models`` its
-        ``model`` and what ``measure_knockout`` gives.
+        ``model``, ``sha256`` of its weights, and what ``measure_knockout`` gives.
 
     Raises:
         UserError: If a net or its data cannot be read, or it has no ConAM.
@@ -171,13 +171,16 @@ def benchmark_knockout(
         known = dataset_of(net)
         split = read_split(data, "test", known, image_size=None if known else net.pretrained_cfg["input_size"][1])
         found = measure_knockout(net, split, lambda text, name=name: progress(f"{name}: {text}"))  # type: ignore[misc]
-        measured.append({"model": name, **found})
+        measured.append({"model": name, "sha256": weights_sha256(name), **found})
     rounded = json.loads(json.dumps(measured), parse_float=lambda text: round(float(text), 4))
     return {"what": "knockout", "command": command, **describe_environment(), "models": rounded}
 
 
-def knockout_table(document: dict[str, Any]) -> str:
-    """The measurements as a Markdown table, with the sentence that says where they were made."""
+def knockout_table(document: dict[str, Any], replaced: Collection[str] = ()) -> str:
+    """The measurements as a Markdown table, with the sentence that says where they were made.
+
+    Nets that are ``replaced`` since are marked.
+    """
     where = f"`{command_today(document['command'])}` on {document['hardware']}."
     rows = [row for model in document["models"] for row in model["sites"]]
     changes = [change for change in CHANGES if any(change in row for row in rows)]
@@ -194,7 +197,8 @@ def knockout_table(document: dict[str, Any]) -> str:
     for model in document["models"]:
         base = model["unchanged"]["top1_percent"]
         for index, row in enumerate(model["sites"]):
-            first = f"`{model['model']}` | {base:.2f}" if index == 0 else " | "
+            name = f"`{model['model']}`{', earlier weights' if model['model'] in replaced else ''}"
+            first = f"{name} | {base:.2f}" if index == 0 else " | "
             largest = "-" if row["largest_percent"] is None else f"{row['largest_percent']:.1f} %"
             cells = [_cell(row[change], base, model["images"]) if change in row else "-" for change in changes]
             site = row["site"] if row["site"] == EVERY_SITE else f"`{row['site'].removesuffix('.attn')}`"

@@ -36,9 +36,22 @@ def add_seed(path: Path, recipe: str, run: dict[str, Any]) -> None:
     results = read_seeds(path)
     seeds = results.setdefault(recipe, {})
     seed = str(run["recipe"]["seed"])
-    trained_by = {"recipe": {**run["recipe"], "seed": None}, "teacher": run.get("teacher")}
-    if any(other.get("trained_by") != trained_by for key, other in seeds.items() if key != seed):
-        raise UserError(f"{path} holds other seeds of {recipe} that were trained otherwise: remove them from it first.")
+    trained_by = {
+        "recipe": recipe_from_dict(run["recipe"], "of the run").to_dict() | {"seed": None},
+        "teacher": run.get("teacher"),
+        "bank_epochs": (run.get("teacher_bank") or {}).get("epochs"),
+        "precision": run.get("precision"),
+    }
+    for key, other in seeds.items():
+        if key != seed and "trained_by" not in other:
+            raise UserError(
+                f"{path} does not say how seed {key} of {recipe} was trained, so its teacher may have been another: "
+                "train that seed again, or remove it."
+            )
+        if key != seed and other["trained_by"] != trained_by:
+            raise UserError(
+                f"{path} holds other seeds of {recipe} that were trained otherwise: remove them from it first."
+            )
     seeds[seed] = {
         "trained_by": trained_by,
         "top1_percent": run["scores"]["top1_percent"],
@@ -48,7 +61,6 @@ def add_seed(path: Path, recipe: str, run: dict[str, Any]) -> None:
         "epochs": run["recipe"]["epochs"],
         "train_minutes": round(run["train_minutes"], 1),
         "hardware": run["hardware"],
-        "precision": run.get("precision"),
         "library_versions": run["library_versions"],
         "code_commit": run["code_commit"],
     }
