@@ -1,6 +1,7 @@
 """Stopping a training in every way there is, and going on as if it had never been stopped."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import PLAIN_RECIPE
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from conam_zoo.errors import UserError
 from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, TrainingStopped, load_checkpoint, save_checkpoint
@@ -322,15 +324,13 @@ def test_a_flipped_bit_is_told_and_the_checkpoint_before_is_taken(
 
 
 def _rewrite(path: Path, change: Callable[[dict], None]) -> None:
-    """Change what a checkpoint says besides its tensors, as the first versions wrote it: without a hash."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
+    """Change what a checkpoint says besides its tensors, with a hash that is right."""
     with safe_open(path, framework="pt") as file:
         skeleton = json.loads(file.metadata()["state"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     change(skeleton)
-    save_file(tensors, path, metadata={"state": json.dumps(skeleton)})
+    data = save(tensors, metadata={"state": json.dumps(skeleton), "sha256": "0" * 64})
+    path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1))
 
 
 def _items(node: dict) -> dict:
@@ -365,7 +365,8 @@ MALFORMED = {
     "a row of text": _fact("log", {"list": [{"value": "row"}]}),
     "an empty row": _fact("log", {"list": [{"items": []}]}),
     "sums without names": _fact("sums", {"list": [{"value": 1.0}]}),
-    "sums of text": _fact("sums", {"items": [["loss", {"value": "low"}], ["hits", {"value": 1}]]}),
+    "sums of text": _fact("sums", {"items": [["loss", {"value": "low"}], ["correct", {"value": 1}]]}),
+    "a history of text": _fact("history", {"list": [{"value": "here"}]}),
     "a recipe of text": _fact("recipe", {"value": "resnet"}),
     "momenta of other layers": _other_momentum,
     "a tensor that is not there": lambda skeleton: _items(skeleton)["model"][1]["items"][0].__setitem__(
@@ -390,18 +391,40 @@ def test_a_state_that_is_none_ends_in_one_sentence(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_checkpoint_without_a_hash_resumes_to_the_same_bits(
-    interrupted: tuple[Path, Recipe, str], tmp_path: Path
+def test_a_checkpoint_that_states_no_hash_is_refused(tmp_path: Path) -> None:
+    save_file({"value": torch.ones(1)}, tmp_path / CHECKPOINT, metadata={"state": "{}"})
+    with pytest.raises(UserError, match="it states no hash"):
+        load_checkpoint(tmp_path / CHECKPOINT)
+
+
+def test_where_a_training_ran_is_told_over_its_interruptions(
+    recipe: Recipe, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after
 ) -> None:
-    root, recipe, sha256 = interrupted
-    shutil.copytree(root / "run", tmp_path / "cut")
+    def describe(hardware: str) -> None:
+        facts = {"hardware": hardware, "library_versions": {"torch": hardware}, "code_commit": hardware}
+        monkeypatch.setattr("conam_zoo.training.train.describe_environment", lambda: facts)
 
-    def as_before(skeleton: dict) -> None:
-        record = _items(_items(skeleton)["facts"][1])["record"][1]["items"]
-        record[:] = [pair for pair in record if pair[0] != "data_sha256"]
+    def dies() -> None:
+        raise KeyboardInterrupt
 
-    _rewrite(tmp_path / "cut" / CHECKPOINT, as_before)
-    assert train(recipe, root / "data", tmp_path / "cut", resume=True)["sha256"] == sha256
+    describe("one thread")
+    whole = train(recipe, tiny_data, tmp_path / "whole")
+    assert (whole["hardware"], "history" in whole) == ("one thread", False)
+    for step in (STEPS + 1, 1):  # in the second epoch, and at once
+        stop_after(step, dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tiny_data, tmp_path / "run", resume=step == 1)
+        monkeypatch.undo()
+        describe("two threads")
+    run = train(recipe, tiny_data, tmp_path / "run", resume=True)
+    assert (run["hardware"], run["code_commit"]) == ("one thread, then two threads", "two threads")
+    assert [(part["begun_in_epoch"], part["hardware"]) for part in run["history"]] == [
+        (1, "one thread"), (2, "two threads"),
+    ]  # fmt: skip
+    assert run["sha256"] == whole["sha256"]
+    describe("three threads")  # which train nothing
+    again = train(recipe, tiny_data, tmp_path / "run", resume=True)
+    assert {**again, "command": ""} == {**run, "command": ""}
 
 
 @pytest.mark.parametrize("what", ["images", "labels"])
@@ -507,38 +530,6 @@ def test_a_file_that_the_system_refuses_to_grow_is_reported_too(tmp_path: Path) 
     assert "the checkpoints before are kept" in (tmp_path / "sentence").read_text()
     assert _value(tmp_path / CHECKPOINT) == 1.0
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, "sentence"]
-
-
-def test_a_checkpoint_of_the_first_version_still_resumes(
-    recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after
-) -> None:
-    """It names only the recipe's first settings and the log, and stands at the end of an epoch."""
-    recipe = load_recipe(PLAIN_RECIPE, ["epochs=2", "batch_size=8", "warmup_epochs=0.5"])
-    whole = train(recipe, tiny_data, tmp_path / "whole")
-    run = tmp_path / "run"
-
-    def dies() -> None:
-        raise KeyboardInterrupt
-
-    stop_after(STEPS + 1, dies)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, tiny_data, run)
-    _to_first_version(run / CHECKPOINT)
-    assert train(recipe, tiny_data, run, resume=True)["sha256"] == whole["sha256"]
-
-
-def _to_first_version(path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with safe_open(path, framework="pt") as file:
-        skeleton = json.loads(file.metadata()["state"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    items = dict(skeleton["items"])
-    facts = dict(items["facts"]["items"])
-    settings = [pair for pair in facts["recipe"]["items"] if pair[0] not in ("cutout", "teacher", "grad_accumulation")]
-    items["facts"] = {"items": [["recipe", {"items": settings}], ["log", facts["log"]]]}
-    save_file(tensors, path, metadata={"state": json.dumps({"items": [list(item) for item in items.items()]})})
 
 
 def test_resuming_on_other_data_is_refused(recipe: Recipe, tiny_data: Path, tmp_path: Path) -> None:

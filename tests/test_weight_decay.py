@@ -1,4 +1,4 @@
-"""Weight decay leaves attention alone, also by timm's own means; runs begun under another grouping keep theirs."""
+"""Weight decay leaves attention alone, also by timm's own means."""
 
 import copy
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import PLAIN_RECIPE
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor
 
 from conam_zoo.models.conam_densenet import ConAMDenseNet
@@ -109,23 +109,6 @@ def test_attention_takes_its_own_share_of_a_step(family: str, layer: str) -> Non
     assert all(whole[name].abs().amax() > 1e-6 for name in attention if name.endswith("fc2.bias"))
 
 
-# Runs begun before attention was exempt
-
-
-def old_groups(kind: str, net: torch.nn.Module) -> list[dict[str, Any]]:
-    if kind == "weight decay":
-        return param_groups_weight_decay(net, weight_decay=recipe().weight_decay)
-    return param_groups_layer_decay(net, weight_decay=recipe().weight_decay, layer_decay=0.7)
-
-
-def new_groups(kind: str, net: torch.nn.Module) -> list[dict[str, Any]] | None:
-    if kind == "weight decay":
-        return None
-    return param_groups_layer_decay(
-        net, weight_decay=recipe().weight_decay, layer_decay=0.7, no_weight_decay_list=net.no_weight_decay()
-    )
-
-
 def snapshot(state: TrainState) -> dict[str, Any]:
     copied = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     optimizer = state.optimizer.state_dict()
@@ -134,28 +117,6 @@ def snapshot(state: TrainState) -> dict[str, Any]:
         for number, values in optimizer["state"].items()
     }
     return {"model": copied, "ema": None, "optimizer": {**optimizer, "state": buffers}}
-
-
-@pytest.mark.parametrize("kind", ["weight decay", "layer decay"])
-@pytest.mark.parametrize("family", NETS)
-def test_a_run_of_the_old_grouping_goes_on_to_the_same_bits(family: str, kind: str) -> None:
-    torch.manual_seed(0)
-    net = NETS[family]()
-    old = TrainState(net, recipe(), 6, param_groups=old_groups(kind, net))
-    steps(old, 0, 5)
-    saved = snapshot(old)
-    steps(old, 5, 9)
-
-    other = NETS[family]()
-    resumed = TrainState(other, recipe(), 6, param_groups=new_groups(kind, other))
-    sizes = [len(group["params"]) for group in saved["optimizer"]["param_groups"]]
-    assert [len(group["params"]) for group in resumed.optimizer.param_groups] != sizes
-    resumed.load(saved, 5)
-    assert [len(group["params"]) for group in resumed.optimizer.param_groups] == sizes
-    steps(resumed, 5, 9)
-    assert resumed.lr == old.lr
-    for name, tensor in old.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "getter", "fx", "hook"])

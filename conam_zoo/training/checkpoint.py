@@ -50,7 +50,6 @@ HASH = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 # What a damaged state leads to; RuntimeError where it is nested too deeply, or has the tensors of another net.
 DAMAGE = (SafetensorError, OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LATER_FACTS = {"data_sha256", "teacher_precision"}  # runs that were begun before they were recorded go on without them
 
 
 class TrainingStopped(Exception):  # noqa: N818 (it was asked for, so it is no error)
@@ -125,6 +124,8 @@ class Checkpointer(StopRequest):
     step: int = 0  # steps of the present epoch that are done
     sums: EpochSums = EpochSums()  # of these steps
     rows: list[dict[str, Any]] = field(default_factory=list)  # the log, one for each epoch that is done
+    # Where the training ran: facts such as its hardware, and ``begun_in_epoch``, for each process with others
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -133,6 +134,11 @@ class Checkpointer(StopRequest):
     def requests(self) -> tuple[bool, int]:
         """Whether this rank finds that the state should be saved, and the number of the signal to stop for, or 0."""
         return ranks().first and time.monotonic() - self._saved_at >= 60 * self.minutes, self.signal_number
+
+    def note(self, environment: dict[str, Any]) -> None:
+        """Keep where this process trains, from the present epoch on, unless the one before trained in the same."""
+        if not self.history or {**self.history[-1], **environment} != self.history[-1]:
+            self.history.append({"begun_in_epoch": self.epoch + 1, **environment})
 
     def end_epoch(self) -> None:
         """Save the state at an epoch's end, once its row is in ``rows``."""
@@ -143,15 +149,18 @@ class Checkpointer(StopRequest):
         """Save the state after ``step`` steps of the present epoch; called on every rank, with the sums over all."""
         self.step, self.sums = step, sums
         if ranks().first:
-            facts = asdict(sums)
-            facts["hits"] = facts.pop("correct")  # as it was called in the first files
-            position = {"epoch": self.epoch, "step": step, "sums": facts, "log": self.rows}
+            position = {"epoch": self.epoch, "step": step, "sums": asdict(sums), "log": self.rows}
             save_checkpoint(
                 self.folder / CHECKPOINT,
                 model=self.state.model,
                 ema=self.state.ema.module if self.state.ema else None,
                 optimizer=self.state.optimizer,
-                facts={"recipe": self.state.recipe.to_dict(), "record": self.record, **position},
+                facts={
+                    "recipe": self.state.recipe.to_dict(),
+                    "record": self.record,
+                    "history": self.history,
+                    **position,
+                },
             )
         self._saved_at = time.monotonic()
 
@@ -184,26 +193,23 @@ class Checkpointer(StopRequest):
     def _take_up(self, saved: dict[str, Any]) -> None:
         """Put a state into the net and what changes it, all of it checked, whatever wrote it."""
         facts, recipe, steps = saved["facts"], self.state.recipe, self.state.steps_per_epoch
-        rows, record = facts["log"], facts.get("record", self.record)
+        rows = facts["log"]
         before = recipe_from_dict(facts["recipe"], "in it").to_dict()
         _check_same(f"{self.folder} was begun with another recipe", before, recipe.to_dict())
-        known = {key: value for key, value in self.record.items() if key in record or key not in LATER_FACTS}
-        _check_same(f"{self.folder} was begun on other data", record, known)
-        epoch, step = facts.get("epoch", len(rows)), facts.get("step", 0)
+        _check_same(f"{self.folder} was begun on other data", facts["record"], self.record)
+        epoch, step = facts["epoch"], facts["step"]
         numbered = [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
         if not numbered or epoch != len(rows) or epoch > recipe.epochs:
             raise ValueError(f"its epoch is {epoch!r}, but its log has {len(rows)} rows")
         if step not in range(steps + 1 if epoch < recipe.epochs else 1):
             raise ValueError(f"its step is {step!r}")
-        sums = dict(facts.get("sums", {}))
-        if "hits" in sums:
-            sums["correct"] = sums.pop("hits")
-        totals = EpochSums(**sums)
+        totals = EpochSums(**facts["sums"])
         good = math.isfinite(totals.loss + totals.seconds) and 0 <= totals.correct <= totals.seen
         if not good or (totals.seen == 0) != (step == 0):
             raise ValueError("its epoch totals do not match its steps")
         self.state.load(saved, epoch * steps + step)
         self.epoch, self.step, self.sums, self.rows = epoch, step, totals, rows
+        self.history = [dict(part) for part in facts["history"]]
 
 
 def _check_same(begun: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -235,9 +241,8 @@ def save_checkpoint(
     # Copies: safetensors refuses tensors that share memory.
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(tensors, metadata={"state": skeleton, "sha256": "0" * 64})
-    place = _place_of_hash(data)
-    assert place is not None
-    sealed = data[: place[0]], hashlib.sha256(data).hexdigest().encode(), data[place[1] :]
+    begin, end = _place_of_hash(data)
+    sealed = data[:begin], hashlib.sha256(data).hexdigest().encode(), data[end:]
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -263,17 +268,14 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
     """
     try:
         data = path.read_bytes()
-        if place := _place_of_hash(data):
-            begin, end = place
-            digest = hashlib.sha256(data[:begin])
-            digest.update(b"0" * 64)
-            digest.update(memoryview(data)[end:])
-            if digest.hexdigest().encode() != data[begin:end]:
-                raise ValueError("its bytes do not have the hash that it states")
+        begin, end = _place_of_hash(data)
+        digest = hashlib.sha256(data[:begin])
+        digest.update(b"0" * 64)
+        digest.update(memoryview(data)[end:])
+        if digest.hexdigest().encode() != data[begin:end]:
+            raise ValueError("its bytes do not have the hash that it states")
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        if set(header["__metadata__"]) != ({"state", "sha256"} if place else {"state"}):
-            raise ValueError("its header is damaged")
         state: dict[str, Any] = _unflatten(json.loads(header["__metadata__"]["state"]), tensors)
         check(state)
     except OtherTrainingError:
@@ -288,10 +290,12 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
     return state
 
 
-def _place_of_hash(data: bytes) -> tuple[int, int] | None:
-    """Where the digits of the hash stand in a file; None in files of the first versions."""
+def _place_of_hash(data: bytes) -> tuple[int, int]:
+    """Where the digits of the hash stand in a file."""
     found = HASH.search(data, 8, 8 + int.from_bytes(data[:8], "little"))
-    return found.span(1) if found else None
+    if found is None:
+        raise ValueError("it states no hash")
+    return found.span(1)
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -38,6 +38,7 @@ def fit(
     param_groups: Iterable[dict[str, Any]] | None = None,
     resume: bool = False,
     record: dict[str, Any] | None = None,
+    environment: dict[str, Any] | None = None,
     compile: bool = False,
     checkpoint_minutes: float = 10.0,
 ) -> FitResult:
@@ -48,7 +49,8 @@ def fit(
     group all ranks call this. ``model`` is moved to the training device, where ``teacher`` is, and trained in place; of
     ``recipe`` its model, data, ``holdout`` and augmentation do not count here. After every epoch the accuracy on
     ``holdout`` and the liveness of each ConAM on ``monitor`` are logged; nothing is chosen by them. ``record`` holds
-    plain facts that a resumed training must share. For the other arguments see ``TrainState`` and ``train``.
+    plain facts that a resumed training must share; ``environment`` those that it need not, such as its hardware, which
+    the result's ``history`` keeps. For the other arguments see ``TrainState`` and ``train``.
 
     Raises:
         NonFiniteLossError: If the training diverges; the last good checkpoint is kept.
@@ -70,6 +72,8 @@ def fit(
             checkpointer.resume(console.print)
             after = f", after step {checkpointer.step} of {state.steps_per_epoch}" if checkpointer.step else ""
             console.print(f"going on in epoch {checkpointer.epoch + 1}{after}")
+        if checkpointer.epoch < recipe.epochs:
+            checkpointer.note(json.loads(json.dumps(environment or {})))
         first, rows = checkpointer.epoch, checkpointer.rows
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
         log = stack.enter_context(RunLog(output, rows)) if here.first else None
@@ -117,4 +121,5 @@ def fit(
             checkpointer.stop(int(stop))
     broadcast_weights(final)
     minutes = sum(row["seconds"] for row in rows) / 60
-    return FitResult(final, model, state.ema.module if state.ema else None, rows, minutes, state.compile_seconds)
+    average = state.ema.module if state.ema else None
+    return FitResult(final, model, average, rows, checkpointer.history, minutes, state.compile_seconds)

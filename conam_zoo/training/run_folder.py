@@ -229,6 +229,7 @@ class FitResult:
     raw: StagedClassifier  # as the optimiser left it
     ema: StagedClassifier | None  # the moving average over the steps
     log: list[dict[str, Any]]  # one row for each epoch, as RunLog takes it
+    history: list[dict[str, Any]]  # the environments that it ran in, each with the epoch that it began in
     train_minutes: float  # that the epochs took, over all interruptions
     compile_seconds: float | None  # of the first step, most of it compilation; None without compile
 

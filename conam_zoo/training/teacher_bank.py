@@ -115,7 +115,7 @@ class TeacherBank:
 
     folder: Path
     epochs: int  # how many of the bank's the student reads
-    # teacher, with name and hash; teacher_bank, with the hash over the epochs read; teacher_precision, if known
+    # teacher, with name and hash; teacher_bank, with the hash over the epochs read; teacher_precision
     record: dict[str, Any]
 
     @classmethod
@@ -134,14 +134,14 @@ class TeacherBank:
         if held < planned and held < recipe.epochs:
             raise UserError(f"{folder} holds {held} of {planned} epochs: let conam record-teacher finish it first.")
         used, hashes, facts = min(held, recipe.epochs), [], bank_facts(recipe, split, cfg)
-        precisions: set[str | None] = set()
+        precisions: set[str] = set()
         for epoch in range(used):
             _, recorded, digest = read_epoch(folder, epoch)
             for key, value in facts.items():
                 if recorded["recipe"].get(key) != value:
                     raise UserError(f"{folder} was recorded {_difference(key, recorded['recipe'].get(key), value)}")
             hashes.append(digest)
-            precisions.add(recorded.get("computed_in"))
+            precisions.add(recorded["computed_in"])
         teacher, today = recorded["teacher"], known_sha256(recipe.teacher)
         if None not in (today, teacher["sha256"]) and today != teacher["sha256"]:
             raise UserError(
@@ -160,8 +160,7 @@ class TeacherBank:
             )
         together = hashlib.sha256("".join(hashes).encode()).hexdigest()
         record: dict[str, Any] = {"teacher": teacher, "teacher_bank": {"sha256": together, "epochs": used}}
-        if None not in precisions:
-            record["teacher_precision"] = sorted(filter(None, precisions))
+        record["teacher_precision"] = sorted(precisions)
         return cls(folder, used, record)
 
 

@@ -58,10 +58,11 @@ def train(
     output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
     with process_group() as here:
         run_on_primary(lambda: check_free(output, resume))
-        environment = describe_environment()  # now: the checkout may have moved on when the training is done
+        # Now: the checkout may have moved on when the training is done.
+        environment = {"precision": precision_on(here.device, recipe.precision), **describe_environment()}
         parts = assemble(recipe, data, here, teacher_bank)
         console = PlainConsole(quiet=not here.first, soft_wrap=True)
-        precision = precision_on(here.device, recipe.precision)
+        precision = environment["precision"]
         params = sum(p.numel() for p in parts.model.parameters())
         console.print(
             f"{recipe.model} ({params:,} parameters) on {parts.batches.num_images:,} images of {parts.batches.source}, "
@@ -89,6 +90,7 @@ def train(
                 teacher=parts.teacher,
                 resume=resume,
                 record=record,
+                environment=environment,
                 compile=compile,
                 checkpoint_minutes=checkpoint_minutes,
             )
@@ -105,14 +107,21 @@ def train(
                 "train_minutes": result.train_minutes,
                 "compile_seconds": result.compile_seconds,
                 "world_size": here.world_size,
-                "precision": precision,
                 "command": command,
                 **parts.facts,
-                **environment,
+                **where_it_ran(result.history),
             }
             run = run_on_primary(lambda: export_run(result, recipe, output, run))
         console.print(f"written: {output / RUN}, weights in {output / 'final'}")
         return run
+
+
+def where_it_ran(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The environment of a training for its record; of several the last, hardware and precision of all, and each."""
+    if len(history) == 1:
+        return {key: value for key, value in history[0].items() if key != "begun_in_epoch"}
+    joined = {key: ", then ".join(dict.fromkeys(part[key] for part in history)) for key in ("hardware", "precision")}
+    return {**{key: history[-1][key] for key in ("library_versions", "code_commit")}, **joined, "history": history}
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,17 @@ class TrainState:
         bf16 = precision_on(self.device, recipe.precision) == "bf16"
         self._autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
         self.steps_per_epoch, self._updates = math.ceil(batches_per_epoch / recipe.grad_accumulation), 0
-        self._start_optimizer(param_groups)
+        if param_groups is None and recipe.attn_lr_scale != 1:
+            param_groups = _groups_with_slow_attention(model, recipe)
+        self.optimizer = _optimizer(model, recipe, param_groups)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=recipe.epochs * self.steps_per_epoch,
+            lr_min=recipe.min_lr,
+            warmup_t=int(recipe.warmup_epochs * self.steps_per_epoch),
+            warmup_lr_init=recipe.lr / 100,
+            t_in_epochs=False,
+        )
         self.ema = MovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
         # Batch norm uses each process's own images; its running statistics are those of rank 0.
         here = ranks()
@@ -125,20 +135,6 @@ class TrainState:
             # batch would overwrite the gradients of the first in the graph's memory.
             graphs = self.device.type == "cuda" and self._parallel is None and recipe.grad_accumulation == 1
             self._network = torch.compile(self._eager, dynamic=False, mode="reduce-overhead" if graphs else "default")
-
-    def _start_optimizer(self, param_groups: Iterable[dict[str, Any]] | None) -> None:
-        recipe, steps = self.recipe, self.steps_per_epoch
-        if param_groups is None and recipe.attn_lr_scale != 1:
-            param_groups = _groups_with_slow_attention(self.model, recipe)
-        self.optimizer = _optimizer(self.model, recipe, param_groups)
-        self.scheduler = CosineLRScheduler(
-            self.optimizer,
-            t_initial=recipe.epochs * steps,
-            lr_min=recipe.min_lr,
-            warmup_t=int(recipe.warmup_epochs * steps),
-            warmup_lr_init=recipe.lr / 100,
-            t_in_epochs=False,
-        )
 
     @property
     def lr(self) -> float:
@@ -217,8 +213,6 @@ class TrainState:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        if groups := _groups_with_decayed_attention(self.model, self.optimizer, state["optimizer"]["param_groups"]):
-            self._start_optimizer(groups)
         self.optimizer.load_state_dict(state["optimizer"])
         # Fused optimisers want their buffers laid out as the weights are.
         for parameter, buffers in self.optimizer.state.items():
@@ -230,26 +224,6 @@ class TrainState:
         self._updates = updates
         if updates:
             self.scheduler.step_update(updates)
-
-
-def _groups_with_decayed_attention(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]
-) -> list[dict[str, Any]] | None:
-    """The groups of a run begun when attention weights were still decayed, if ``saved`` is one."""
-    exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    current = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    groups: list[dict[str, Any]] = [{**group, "params": []} for group in saved]
-    for name, parameter in model.named_parameters():
-        if parameter in current:
-            decayed = current[parameter]["weight_decay"] > 0 or (name in exempt and parameter.ndim > 1)
-            key = (decayed, current[parameter].get("lr_scale", 1.0))
-            for group in groups:
-                if key == (group["weight_decay"] > 0, group.get("lr_scale", 1.0)):
-                    group["params"].append(parameter)
-    sizes = [len(group["params"]) for group in saved]
-    if sizes == [len(group["params"]) for group in optimizer.param_groups]:
-        return None
-    return groups if sizes == [len(group["params"]) for group in groups] else None
 
 
 def _groups_with_slow_attention(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
