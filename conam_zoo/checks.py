@@ -8,27 +8,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
-__all__ = [
-    "LARGEST_SIDE",
-    "Check",
-    "CheckError",
-    "as_object",
-    "either",
-    "integer",
-    "line",
-    "matching",
-    "number",
-    "one_of",
-    "optional",
-    "record",
-    "refuse",
-    "row",
-    "string",
-    "table_of",
-    "that",
-    "tuple_of",
-]
-
 Check = Callable[[object, str], Any]
 
 LARGEST_SIDE = 1024  # pixels, of the images that a net is shown

@@ -6,8 +6,6 @@ those of all pixels of the 50,000 training images, per channel (R, G, B), with p
 
 from dataclasses import dataclass
 
-__all__ = ["DATASETS", "DatasetFacts"]
-
 
 @dataclass(frozen=True)
 class DatasetFacts:

@@ -14,8 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["PlainConsole", "for_html", "for_markdown", "for_matplotlib", "for_rich", "for_shell", "for_terminal"]
-
 # Control characters, line separators, what reverses the direction of writing, and lone surrogates.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte of a file name

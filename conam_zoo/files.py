@@ -20,21 +20,6 @@ from conam_zoo.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "check_file",
-    "check_suffix",
-    "clear_temporaries",
-    "expand_path",
-    "make_folder",
-    "refuse_overwriting",
-    "refuse_replacing",
-    "status",
-    "write_atomically",
-    "write_figure",
-    "write_npz",
-    "write_text",
-]
-
 # Folders of ours, in which a file is filled before it is moved to its place, with whatever a library puts beside it.
 _TEMPORARY = re.compile(r"\.conam-tmp-\d+-\w{8}~")
 

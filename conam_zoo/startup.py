@@ -17,8 +17,6 @@ from types import FrameType
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-__all__ = ["begin_command", "interruptible", "is_our_command", "keep_freed_memory"]
-
 EXIT_CODE = 130  # 128 and the number of SIGINT, as shells have it
 
 # Parameters of glibc's mallopt, from its malloc.h.

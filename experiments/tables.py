@@ -17,8 +17,6 @@ from experiments.accuracy.starts import read_starts, start_table
 from experiments.speed.onnx_files import onnx_table
 from experiments.speed.record import benchmark_tables, command_today, read_record
 
-__all__ = ["RESULTS", "WRITTEN_BY", "generated_tables", "results_csv"]
-
 RESULTS = Path("experiments/results")
 WRITTEN_BY = "python -m experiments tables"
 NOT_MEASURED = "Not measured yet."

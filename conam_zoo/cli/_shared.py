@@ -10,21 +10,6 @@ import typer
 
 from conam_zoo.escape import PlainConsole, for_terminal
 
-__all__ = [
-    "DATA_HELP",
-    "MODEL_HELP",
-    "Compile",
-    "Data",
-    "Json",
-    "Model",
-    "Settings",
-    "app",
-    "console",
-    "json_only",
-    "model_files",
-    "warn",
-]
-
 app = typer.Typer(
     name="conam",
     help="Small image classifiers with ConAM, the confidence attention module, registered in timm.",

@@ -14,8 +14,6 @@ from conam_zoo.data.images import check_size, full_scale, reason_of, value_range
 from conam_zoo.errors import UserError
 from conam_zoo.files import check_file, status
 
-__all__ = ["array_source", "has_arrays", "npy_sources", "npz_sources"]
-
 SPLITS = ("train", "val", "test")
 LARGEST_TEXT = 1 << 22  # letters of a classes.txt
 MOST_CLASSES = 100_000  # without names: a label beyond is refused

@@ -18,23 +18,6 @@ from conam_zoo.data.images import NOTE, resize_image, to_rgb, to_uint8
 from conam_zoo.data.transforms import SPLITTING, random_stream
 from conam_zoo.errors import UserError
 
-__all__ = [
-    "ArrayReader",
-    "ImageSplit",
-    "LazyImages",
-    "Unreadable",
-    "data_sha256",
-    "find_unreadable",
-    "fits",
-    "free_bytes",
-    "image_hashes",
-    "median_side",
-    "pixel_statistics",
-    "read_source",
-    "source_of_split",
-    "stratified_split",
-]
-
 BLOCK = 4096  # images whose reading is planned at a time
 PEEKED = 200  # images that are looked at to learn the usual size
 SHARE_OF_MEMORY = 0.5  # of what is free: the rest is for the training

@@ -15,8 +15,6 @@ from conam_zoo.data.dataset import LazyImages
 from conam_zoo.data.images import PICTURE_SUFFIXES, read_image
 from conam_zoo.errors import UserError
 
-__all__ = ["folder_sources", "pictures_below"]
-
 _SET = r"(?:[ _-]?(?:set|data|images|split))?$"
 SPLIT_NAMES = {
     "train": re.compile("(?:train|training)" + _SET, re.IGNORECASE),

@@ -11,20 +11,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from conam_zoo.errors import UserError
 from conam_zoo.files import check_file, expand_path
 
-__all__ = [
-    "NOTE",
-    "PICTURE_SUFFIXES",
-    "check_size",
-    "decode_image",
-    "full_scale",
-    "read_image",
-    "reason_of",
-    "resize_image",
-    "to_rgb",
-    "to_uint8",
-    "value_range",
-]
-
 # The formats that are opened, by what a file holds, not by its name: Pillow runs a program for some of the others.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # What is taken for a picture in a folder; everything else there is left out.

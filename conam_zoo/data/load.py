@@ -29,8 +29,6 @@ from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.files import expand_path, status
 
-__all__ = ["ImageData", "check_image_size", "find_sources", "of_one_size", "open_images", "read_split"]
-
 SMALL_SIDE = 48  # up to this median side, 32 px are taken: CIFAR's size, at which the weights were trained
 SIZES = (32, 64)
 NAMED_IN_MESSAGES = 3

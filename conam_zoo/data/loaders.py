@@ -35,8 +35,6 @@ from conam_zoo.data.transforms import (
 )
 from conam_zoo.errors import UserError
 
-__all__ = ["BatchSettings", "Batches", "DeviceLoader", "Shards", "WorkerLoader", "create_loader", "epoch_order"]
-
 TOGETHER_SECONDS = 4.0  # less than torch waits before it ends a worker
 MAX_WORKERS = 16
 

@@ -19,8 +19,6 @@ from conam_zoo.data.images import decode_image, read_image, reason_of, to_rgb, u
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 
-__all__ = ["NAME_PREFIXES", "download", "timm_sources"]
-
 NAME_PREFIXES = ("hfds/", "torch/", "wds/", "tfds/", "hfids/")  # of the sets that timm opens
 TORCHVISION_FOLDER = "data"  # for its downloads
 

@@ -15,18 +15,6 @@ from torch import Tensor
 
 from conam_zoo.errors import UserError
 
-__all__ = [
-    "AugmentationSettings",
-    "ImageDraws",
-    "Normalizer",
-    "alternating_flips",
-    "crop_and_flip",
-    "cut_out",
-    "mix",
-    "normalize",
-    "random_stream",
-]
-
 # What a stream of random numbers is for. They start at 1: numpy's seeding cannot tell a missing word from a zero.
 ORDER, IMAGES, MIXING, SPLITTING, FLIPS = 1, 2, 3, 4, 5
 

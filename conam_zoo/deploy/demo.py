@@ -33,8 +33,6 @@ from conam_zoo.visualize.predict import Prediction, class_names, percent, pictur
 from conam_zoo.weights import WeightsError, find_checkout, load_manifest
 from conam_zoo.weights.manifest import EVEN
 
-__all__ = ["build_page", "look", "serve"]
-
 SIDE = 384  # pixels of the picture under a map
 DECODED = 1024  # pixels of the longer side to which a photograph is scaled down
 GRADIO = "6.31"  # or newer

@@ -31,8 +31,6 @@ from conam_zoo.models.registry import check_takes_rgb, open_model, weights_sha25
 from conam_zoo.training.evaluate import check_preparation, evaluate, evaluate_on, run_folder_of
 from conam_zoo.weights import load_manifest
 
-__all__ = ["EXPORT_OPSET", "Exported", "calibration_images", "dataset_of", "export", "export_named"]
-
 EXPORT_OPSET = 18
 CHECKED_BATCHES = (1, 7)
 TOLERANCE = 1e-3  # of the largest logit in size: float32, in another order of additions

@@ -12,8 +12,6 @@ from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import open_model
 
-__all__ = ["FORMAT", "OnnxClassifier", "need_onnx", "open_classifier", "open_session"]
-
 FORMAT = "conam_zoo 1"  # in the metadata of every file that this package exports
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 FACTS = ("architecture", "classes", "num_classes", "input_size", "mean", "std", "layout", "interpolation", "crop_pct")

@@ -24,16 +24,6 @@ from conam_zoo.training.recipe import Recipe, parse_settings, recipe_from_dict
 from conam_zoo.training.train import MONITORED_IMAGES
 from conam_zoo.training.train_state import batch_settings
 
-__all__ = [
-    "FineTuned",
-    "NetForData",
-    "check_layer_decay",
-    "finetune_recipe",
-    "freeze_layers",
-    "net_for_data",
-    "train_on",
-]
-
 SAMPLE = 2_000  # images from which statistics are taken where a set is not in memory
 
 # The peak rates below were chosen on validation images, with few runs; see docs/finetuning.md.

@@ -18,8 +18,6 @@ from conam_zoo.training.run_folder import draw_curves
 from conam_zoo.visualize.plots import class_label
 from conam_zoo.visualize.predict import percent
 
-__all__ = ["ClassScores", "Mistake", "Report", "build_report", "draw_report", "report_markdown"]
-
 MOST_CLASSES = 2_000  # of a confusion matrix: it grows with their square
 MOST_CONFUSIONS = 20
 NUMBERED = 25  # up to so many classes, the cells of the confusion matrix hold their counts

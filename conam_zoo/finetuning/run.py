@@ -33,8 +33,6 @@ from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import check_free, describe_environment, hold
 from conam_zoo.training.train_state import check_optimizer
 
-__all__ = ["finetune"]
-
 COMPARABLE = 3.0  # up to this ratio of the largest to the smallest class, a set counts as balanced
 
 

@@ -11,18 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = [
-    "clamp_gradient",
-    "copy_all",
-    "has_bf16_convolutions",
-    "is_batched",
-    "is_called_plainly",
-    "lerp_all",
-    "saved_tensors_hooks_are_free",
-    "transforms_are_active",
-    "version_of",
-]
-
 _PLAIN_TENSORS: tuple[type, ...] = (Tensor, nn.Parameter, torch.fx.Proxy)
 try:  # what stands for plain tensors while a net is exported
     from torch._subclasses.fake_tensor import FakeTensor

@@ -37,8 +37,6 @@ from conam_zoo.layers._torch_private import is_called_plainly
 from conam_zoo.layers.conam_equations import confidence_between, confidence_map, contexts_of, recalibrate
 from conam_zoo.layers.conam_fused import applies, attend
 
-__all__ = ["ConAM"]
-
 for _name in ("confidence_between", "contexts_of", "recalibrate"):  # leaves for torch.fx in this module, too
     torch.fx.wrap(_name)
 

@@ -32,8 +32,6 @@ from conam_zoo.layers._torch_private import (
 )
 from conam_zoo.layers.conam_equations import LIMIT, confidence_map, patch_means, recalibrate
 
-__all__ = ["applies", "attend", "recompute_rescaled"]
-
 
 def applies(x: Tensor, patch_size: int) -> bool:
     """Whether ``attend`` is to be used: eagerly, on whole patches; with or without gradients, so that both agree.

@@ -7,8 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-__all__ = ["confidence_maps", "has_confidence", "liveness", "recorded_confidences"]
-
 
 def has_confidence(module: nn.Module) -> bool:
     """Whether it is ConAM, or another attention that has a confidence for every patch."""

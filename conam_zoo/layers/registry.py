@@ -10,9 +10,7 @@ from timm.layers import create_attn
 from torch import nn
 
 from conam_zoo.layers.conam import ConAM
-from conam_zoo.layers.simam import SimAM, make_simam
-
-__all__ = ["TIMM_LAYERS", "SimAM", "attention_names", "create_attention", "register_attention"]
+from conam_zoo.layers.simam import make_simam
 
 TIMM_LAYERS = ("se", "eca", "cbam", "gc", "coord")
 

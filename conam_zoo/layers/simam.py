@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SimAM", "make_simam"]
-
 
 @torch.fx.wrap  # a leaf for torch.fx: it looks at the map's size and type
 def _simam_gate(x: Tensor, lambda_: float) -> Tensor:

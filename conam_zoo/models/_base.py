@@ -17,8 +17,6 @@ from conam_zoo.layers.registry import check_attention, create_attention
 from conam_zoo.models.config_schema import check_patch_sizes
 from conam_zoo.weights import read_safetensors
 
-__all__ = ["AttendedBlock", "StagedClassifier"]
-
 ATTENTION_PLACEMENTS = ("stage", "block")
 ATTENTION_SITES = ("before_first_conv", "after_last_norm")
 

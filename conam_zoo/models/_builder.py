@@ -30,8 +30,6 @@ from conam_zoo.weights import (
 from conam_zoo.weights.folder import WEIGHTS_FILE, fetch_config, read_folder, read_hub_folder
 from conam_zoo.weights.verify import check_values
 
-__all__ = ["build", "dataset_cfgs"]
-
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 # A namespace that the Hub refuses as a name: nobody can own it, and it is never contacted.

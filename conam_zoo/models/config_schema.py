@@ -29,8 +29,6 @@ from conam_zoo.weights import WeightsError
 from conam_zoo.weights.folder import read_config
 from conam_zoo.weights.manifest import FILE_PATTERN
 
-__all__ = ["as_json", "check_config", "check_model_args", "check_patch_sizes", "load_config"]
-
 LARGEST_COUNT = 1 << 16  # classes
 UNPOOLED = "global_pool is '', with which there is no classifier"
 

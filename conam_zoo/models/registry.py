@@ -25,17 +25,6 @@ from conam_zoo.weights import load_manifest
 from conam_zoo.weights.folder import WEIGHTS_FILE, fetch_config, read_config, weights_file
 from conam_zoo.weights.verify import INDEX_SUFFIX, Shard, make_index
 
-__all__ = [
-    "check_model_name",
-    "check_takes_rgb",
-    "count_params_and_macs",
-    "export_model",
-    "model_names",
-    "open_model",
-    "size_of",
-    "weights_sha256",
-]
-
 INDEX_FILE = WEIGHTS_FILE.replace(".safetensors", INDEX_SUFFIX)
 
 

@@ -16,19 +16,6 @@ from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.weights import Manifest, WeightEntry, find_checkout, load_manifest
 from conam_zoo.weights.manifest import EVEN
 
-__all__ = [
-    "best_peer",
-    "fill_table",
-    "generated_files",
-    "like_for_like",
-    "model_card",
-    "our_checkout",
-    "recipe_head",
-    "result_table",
-    "rewrite",
-    "rewrite_tables",
-]
-
 
 @dataclass(frozen=True)
 class Peer:

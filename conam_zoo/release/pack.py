@@ -31,8 +31,6 @@ from conam_zoo.weights import Metrics, WeightEntry, WeightsError, dump_manifest,
 from conam_zoo.weights.folder import read_config, weights_file
 from conam_zoo.weights.manifest import EVEN
 
-__all__ = ["pack", "remeasure"]
-
 LICENCE = "Apache-2.0"
 PACKED = "packed"  # in a run folder: the hash of its weights, once they are packed
 HALF_PRECISION_TOLERANCE = 0.02  # points of top-1 that storing float16 may change

@@ -33,8 +33,6 @@ from conam_zoo.weights.verify import Described, is_index, parse_parts, read_part
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["Publication", "make_onnx", "publish", "write_onnx"]
-
 CONFIG, CARD = "config.json", "README.md"
 EXTRAS = ("log.csv", "curves.png", "confidence.png")  # uploaded where they lie beside the weights
 

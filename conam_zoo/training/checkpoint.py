@@ -30,19 +30,6 @@ from conam_zoo.training.distributed import is_lost_peer, ranks, run_on_primary
 from conam_zoo.training.recipe import recipe_from_dict
 from conam_zoo.training.train_state import TrainState
 
-__all__ = [
-    "CHECKPOINT",
-    "PREVIOUS",
-    "Checkpointer",
-    "EpochSums",
-    "StopRequest",
-    "TrainingStopped",
-    "has_checkpoint",
-    "load_checkpoint",
-    "save_checkpoint",
-    "stop_for",
-]
-
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 # In the header. The quotes of the state within it are escaped, so it cannot look like this.

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import open_model, weights_sha256
 
-__all__ = ["Renormalized", "decoupled_loss", "distillation_loss", "known_sha256", "open_teacher"]
-
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 times the Kullback-Leibler divergence of the student's softened outputs from the teacher's, per image.

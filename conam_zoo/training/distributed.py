@@ -20,18 +20,6 @@ from conam_zoo.errors import UserError
 from conam_zoo.layers._torch_private import has_bf16_convolutions
 from conam_zoo.weights.errors import in_brief
 
-__all__ = [
-    "Ranks",
-    "all_reduce_max",
-    "all_reduce_sum",
-    "broadcast_weights",
-    "is_lost_peer",
-    "precision_on",
-    "process_group",
-    "ranks",
-    "run_on_primary",
-]
-
 TIMEOUT = timedelta(minutes=5)  # of one exchange; no rank does anything that takes longer between two of them
 LOST_PEER = re.compile(r"gloo|nccl|connection|socket|timed out|broken pipe|peer", re.IGNORECASE)
 

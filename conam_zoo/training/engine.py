@@ -17,8 +17,6 @@ from conam_zoo.training.distributed import all_reduce_max, all_reduce_sum, ranks
 from conam_zoo.training.train_state import TrainState
 from conam_zoo.weights import Metrics
 
-__all__ = ["NonFiniteLossError", "predict_logits", "score", "train_one_epoch"]
-
 ECE_BINS = 15
 
 

@@ -21,18 +21,6 @@ from conam_zoo.training.engine import predict_logits, score
 from conam_zoo.training.run_folder import RUN, read_run
 from conam_zoo.weights import Metrics
 
-__all__ = [
-    "PREPARATION",
-    "TRAINED_ON",
-    "Evaluation",
-    "check_preparation",
-    "evaluate",
-    "evaluate_on",
-    "logits_on",
-    "run_folder_of",
-    "write_logits",
-]
-
 TRAINED_ON = "trained_on.npy"  # in a run folder: the hashes of its training images, sorted
 PREPARATION = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"}  # of pictures, as resize_image does
 PARTS = {"test": "test", "val": "validation", "train": "training"}

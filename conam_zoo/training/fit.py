@@ -23,8 +23,6 @@ from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.run_folder import LIVENESS, FitResult, RunLog
 from conam_zoo.training.train_state import TrainState
 
-__all__ = ["fit"]
-
 
 def fit(
     model: StagedClassifier,

@@ -23,8 +23,6 @@ from conam_zoo.training.run_folder import LOG, read_log, read_run
 from conam_zoo.training.teacher_bank import epoch_file, read_epoch
 from conam_zoo.weights import ManifestError, WeightsError
 
-__all__ = ["Job", "Progress", "plan_queue", "run_queue"]
-
 POLL_SECONDS = 0.5
 PACE_EPOCHS = 5  # that the time left is reckoned from
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -13,8 +13,6 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import check_file, expand_path
 from conam_zoo.weights.verify import LARGEST_TEXT_BYTES, read_file
 
-__all__ = ["Recipe", "list_recipes", "load_recipe", "parse_settings", "recipe_from_dict"]
-
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 

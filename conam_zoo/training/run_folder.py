@@ -29,23 +29,6 @@ from conam_zoo.training.distributed import ranks, run_on_primary
 from conam_zoo.training.recipe import Recipe
 from conam_zoo.weights.manifest import EVEN, find_checkout
 
-__all__ = [
-    "LIVENESS",
-    "LOG",
-    "LOG_FIELDS",
-    "RECIPE",
-    "RUN",
-    "FitResult",
-    "RunLog",
-    "check_free",
-    "describe_environment",
-    "draw_curves",
-    "export_run",
-    "hold",
-    "read_log",
-    "read_run",
-]
-
 RUN, RECIPE, LOG, EVENTS = "run.json", "recipe.toml", "log.csv", "tensorboard"
 LOCK, HOLDER = ".conam-lock", ".conam-holder"
 # What a training that ended before its first checkpoint may have left, beside its lock. What is written later is not

@@ -25,17 +25,6 @@ from conam_zoo.training.distillation import known_sha256
 from conam_zoo.training.distributed import ranks
 from conam_zoo.training.recipe import Recipe
 
-__all__ = [
-    "BankedBatches",
-    "TeacherBank",
-    "bank_facts",
-    "epoch_file",
-    "holds_epoch",
-    "read_epoch",
-    "to_float16",
-    "write_epoch",
-]
-
 # The settings that decide which images a batch shows, and in which precision the teacher looks at them.
 SETTINGS = (
     *("dataset", "teacher", "seed", "batch_size", "grad_accumulation", "holdout", "image_size", "precision"),

@@ -31,8 +31,6 @@ from conam_zoo.training.run_folder import LOG, RECIPE, RUN, check_free, describe
 from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, bank_facts, holds_epoch, to_float16, write_epoch
 from conam_zoo.training.train_state import TrainState, batch_settings, check_optimizer
 
-__all__ = ["MONITORED_IMAGES", "Assembly", "assemble", "dry_run", "record_teacher", "train"]
-
 MONITORED_IMAGES = 256  # whose patches' confidences are watched
 WARM_UP_STEPS, TIMED_STEPS = 2, 5  # of a dry run
 

@@ -24,8 +24,6 @@ from conam_zoo.training.distillation import decoupled_loss, distillation_loss
 from conam_zoo.training.distributed import Ranks, precision_on, ranks
 from conam_zoo.training.recipe import Recipe
 
-__all__ = ["MovingAverage", "TrainState", "batch_settings", "check_optimizer", "images_per_batch"]
-
 MOMENTA = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # of a weight's shape; others may be factors or scalars
 
 

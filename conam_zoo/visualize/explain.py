@@ -14,8 +14,6 @@ from conam_zoo.layers.confidence import has_confidence
 from conam_zoo.models import StagedClassifier
 from conam_zoo.visualize.predict import Prediction, Skip, class_names, predict_each, split_transform
 
-__all__ = ["Explanation", "PatchEffect", "SiteExplanation", "explain", "explain_each"]
-
 FLAT = 0.01  # a map whose confidences differ by less than this share of their mean has no most confident patch
 
 Pixels = NDArray[np.uint8]

@@ -25,22 +25,6 @@ from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.explain import Explanation, PatchEffect, SiteExplanation
 from conam_zoo.visualize.predict import Prediction, percent, predict
 
-__all__ = [
-    "COLOURS",
-    "SHEET_ROWS",
-    "THUMBNAIL",
-    "caption",
-    "class_label",
-    "colour_scale",
-    "draw_card_picture",
-    "draw_explanations",
-    "draw_map",
-    "draw_scale",
-    "draw_sheet",
-    "relative",
-    "sheet_paths",
-]
-
 SHEET_ROWS = 20  # pictures of one sheet: time and memory of the layout grow faster than their number
 MOST_PICTURES = 100  # explained on one sheet: two rows each still stay below the 65,535 pixels that a PNG writer takes
 THUMBNAIL = 400  # pixels of a photograph's longer side on a sheet

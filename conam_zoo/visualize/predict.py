@@ -21,20 +21,6 @@ from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import check_takes_rgb
 
-__all__ = [
-    "STANDARD_INPUT",
-    "Prediction",
-    "Skip",
-    "class_names",
-    "expand_pictures",
-    "percent",
-    "pictures_in",
-    "pooled_features",
-    "predict",
-    "predict_each",
-    "split_transform",
-]
-
 BATCH = 16  # pictures in a pass of the net
 RESIZES = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")  # timm's and torchvision's, by the crop mode
 STANDARD_INPUT = Path("-")

@@ -12,8 +12,6 @@ import timm
 
 from conam_zoo.errors import UserError
 
-__all__ = ["AXES", "PAPER", "PLAIN", "Arguments", "Setting", "settings_of"]
-
 Arguments = Callable[[str], Mapping[str, Any]]
 
 

@@ -19,15 +19,6 @@ from experiments.accuracy.statistics import Comparison, compare
 from experiments.speed.baselines import attention_layers
 from experiments.speed.record import BenchmarkRecord, Row, read_record
 
-__all__ = [
-    "ablation_cells",
-    "ablation_table",
-    "attention_cells",
-    "attention_table",
-    "comparison_tables",
-    "run_comparison",
-]
-
 TITLES = {
     "none": "plain",
     "conam": "ConAM",

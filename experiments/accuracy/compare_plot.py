@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 from conam_zoo.files import write_atomically
 from experiments.accuracy.statistics import Comparison
 
-__all__ = ["Panel", "draw_panel", "draw_panels"]
-
 DOT, MEAN, REFERENCE = "#6cb4c9", "#1c4f63", "#b35806"
 
 

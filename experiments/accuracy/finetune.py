@@ -25,8 +25,6 @@ from conam_zoo.finetuning.net import finetune_recipe, net_for_data, train_on
 from conam_zoo.models.registry import weights_sha256
 from conam_zoo.training.run_folder import describe_environment
 
-__all__ = ["FewImages", "benchmark_finetune", "digits", "faces", "few_of_cifar100", "finetune_table"]
-
 SIZE = 32  # pixels
 MAX_TEST = 500  # of the images that are not trained on
 CLASS_STEP = 10  # of CIFAR-100's classes in alphabetical order

@@ -42,8 +42,6 @@ from torch import Tensor, nn
 
 from conam_zoo.layers.registry import register_attention
 
-__all__ = ["ConAMVariant", "ConAMVariantConfig"]
-
 CHOICES = {
     "context": ("both", "local", "global"),
     "agreement": ("dot", "scaled_dot", "cosine"),

@@ -16,8 +16,6 @@ from conam_zoo.models.registry import check_model_name, count_params_and_macs, m
 from conam_zoo.training.queue import Job, run_queue
 from conam_zoo.training.recipe import Recipe, load_recipe, parse_settings, recipe_from_dict
 
-__all__ = ["ATTENTION", "RECIPES", "Cell", "Grid", "grid_recipe", "plan_grid", "read_grid", "run_grid"]
-
 RECIPES = ("short", "full")
 FORMER_NAMES = {"attention": "compare"}
 ATTENTION = "no weight decay, ConAM's second bias at one"  # what no setting of a recipe says; earlier cells lack it

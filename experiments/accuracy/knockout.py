@@ -32,8 +32,6 @@ from conam_zoo.training.evaluate import logits_on
 from conam_zoo.training.run_folder import describe_environment
 from experiments.speed.record import command_today
 
-__all__ = ["CHANGES", "EVERY_SITE", "benchmark_knockout", "knocked_out", "knockout_table", "measure_knockout"]
-
 # What replaces the confidences, with the heading of its column.
 CHANGES = {
     "even": "even",

@@ -8,23 +8,12 @@ from typing import Any
 from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
 from conam_zoo.training.recipe import list_recipes, load_recipe, recipe_from_dict
-
-__all__ = ["add_run", "add_seed", "read_seeds", "seed_table"]
+from experiments.speed.record import read_rows
 
 
 def read_seeds(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """For each recipe and seed what its run measured; empty if there is no such file.
-
-    Raises:
-        UserError: If the file is not what ``add_seed`` wrote.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["recipes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a file of results by seed ({error}): restore it.") from error
-    return found
+    """For each recipe and seed what its run measured; empty if there is no such file."""
+    return read_rows(path, "recipes") or {}
 
 
 def add_seed(path: Path, recipe: str, run: dict[str, Any]) -> None:

@@ -10,8 +10,6 @@ from conam_zoo.models.registry import open_model
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.weights import load_manifest
 
-__all__ = ["check_shipped"]
-
 TOLERANCES = {"top1_percent": 0.02, "top5_percent": 0.02, "nll": 1e-3, "ece": 1e-3}
 
 

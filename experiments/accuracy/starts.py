@@ -11,26 +11,15 @@ from conam_zoo.files import write_text
 from conam_zoo.layers.confidence import liveness
 from conam_zoo.models.registry import open_model
 from conam_zoo.training.train import MONITORED_IMAGES
-
-__all__ = ["add_start", "read_starts", "start_table"]
+from experiments.speed.record import read_rows
 
 DEFAULT, UNIT = "PyTorch's", "second bias at one"
 KEPT = ("command", "hardware", "library_versions", "code_commit", "evaluated_on")
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
-    """The runs so far; empty if there is no such file.
-
-    Raises:
-        UserError: If it is not what ``add_start`` wrote.
-    """
-    if not path.is_file():
-        return []
-    try:
-        runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a file of compared starts ({error}): restore it.") from error
-    return runs
+    """The runs so far; empty if there is no such file."""
+    return read_rows(path, "runs") or []
 
 
 def add_start(path: Path, folder: Path, data: Path) -> None:

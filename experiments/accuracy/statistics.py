@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Comparison", "compare", "t_quantile"]
-
 # 97.5 % points of Student's t distribution with 1, 2, ... 30 degrees of freedom, as in any table of it.
 # fmt: off
 T_975 = (

@@ -22,8 +22,6 @@ from conam_zoo.training.recipe import list_recipes, load_recipe
 from experiments.gpu.parts import MIB, write_parts
 from experiments.gpu.plan import Task
 
-__all__ = ["deliver", "deliver_logs", "prepare_code", "run_tasks"]
-
 PART_BYTES, MAX_FILES = 15 * MIB, 8
 RECORDS = ("run.json", "recipe.toml", "log.csv", "curves.png")
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.part")

@@ -10,8 +10,6 @@ from pathlib import Path
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder, write_atomically
 
-__all__ = ["MIB", "join_parts", "write_parts"]
-
 MIB = 2**20
 NAME = re.compile(r"(?P<archive>[\w-]+)\.(?P<sha256>[0-9a-f]{64})\.(?P<number>\d+)-of-(?P<count>\d+)\.part", re.ASCII)
 

@@ -11,8 +11,6 @@ from conam_zoo.training.checkpoint import has_checkpoint
 from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.teacher_bank import SETTINGS
 
-__all__ = ["LENGTHS", "NETS", "Task", "plan_tasks"]
-
 # Weights, teachers first; the plain twins are kept as records. With each, the suffixes of its two recipes' names: that
 # for the campaign on two cores, and the long one.
 NETS = {

@@ -7,16 +7,6 @@ from torch import Tensor, nn
 from conam_zoo.layers.conam import ConAM
 from conam_zoo.layers.registry import BUILT_IN, attention_names, create_attention
 
-__all__ = [
-    "ATTENTIONS",
-    "RearrangeConAM",
-    "attention_layers",
-    "make_attention",
-    "make_net",
-    "memory_format",
-    "with_rearrange",
-]
-
 
 class RearrangeConAM(nn.Module):
     """ConAM in the formulation of its public implementations. Its parameters have the names and shapes of ``ConAM``'s.

@@ -16,8 +16,6 @@ from conam_zoo.cli._shared import DATA_HELP, Json, console, json_only
 if TYPE_CHECKING:
     from experiments.speed.record import BenchmarkRecord
 
-__all__ = ["app", "progress_line", "typed_command"]
-
 app = typer.Typer(
     name="python -m experiments",
     help="Measure speed, cost and benefit, each together with its baselines in one run.",

@@ -10,8 +10,6 @@ from experiments.speed.cost_net import NETS, measure_memory, measure_nets
 from experiments.speed.measure import benchmark_device, check_choice, check_least
 from experiments.speed.record import BenchmarkRecord, Row, make_record
 
-__all__ = ["PARTS", "benchmark_cost"]
-
 PARTS = ("module", "net", "memory")
 PRECISIONS = ("fp32", "bf16")
 

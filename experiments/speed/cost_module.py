@@ -10,8 +10,6 @@ from experiments.speed.baselines import ATTENTIONS, make_attention, memory_forma
 from experiments.speed.measure import time_in_turns
 from experiments.speed.record import Row, time_rows
 
-__all__ = ["SITES", "attention_calls", "measure_modules"]
-
 # (channels, side of the map, patch side) of maps that stages put out, cut into 4 x 4 patches: the three stages of the
 # CIFAR ResNets on 32 x 32 images, and the first two of an ImageNet ResNet on 224 x 224 images. Its later maps, of side
 # 14 and 7, cannot be cut into 4 x 4 equal patches, which the rearrange formulation needs. At the nets' own sites,

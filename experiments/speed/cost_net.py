@@ -11,17 +11,6 @@ from experiments.speed.baselines import ATTENTIONS, make_net, memory_format
 from experiments.speed.measure import allocated_bytes, time_in_turns
 from experiments.speed.record import Row, summarise, time_rows
 
-__all__ = [
-    "NETS",
-    "image_batch",
-    "inference_call",
-    "kept_bytes",
-    "measure_memory",
-    "measure_nets",
-    "step_peak_bytes",
-    "training_step",
-]
-
 NETS = ("resnet56_conam", "wide_resnet16_4_conam", "densenet40_12_conam")
 PLAIN = "none"
 

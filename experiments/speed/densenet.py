@@ -17,8 +17,6 @@ from experiments.speed.fresh_process import FreshProcesses
 from experiments.speed.measure import benchmark_device, check_least, operator_shares, peak_growth_bytes, time_in_turns
 from experiments.speed.record import BenchmarkRecord, make_record, time_rows
 
-__all__ = ["CONFIGURATIONS", "benchmark_densenet", "densenet_memory", "torchvision_densenet"]
-
 # Depth and growth rate. torchvision has the form with bottlenecks and compression alone.
 CONFIGURATIONS = {"densenetbc100_12_conam": (100, 12), "densenetbc190_40_conam": (190, 40)}
 OURS, TORCHVISION, RECOMPUTING, PLAIN = "conam_zoo", "torchvision", "recomputing", "plain twin"

@@ -13,8 +13,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-__all__ = ["FreshProcesses"]
-
 
 class FreshProcesses:
     """A source of fresh processes for functions of one module; use it in a ``with`` statement. Needs ``os.fork``.

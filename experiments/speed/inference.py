@@ -18,8 +18,6 @@ from experiments.speed.cost_net import inference_call
 from experiments.speed.measure import benchmark_device, check_choice, check_least, time_in_turns
 from experiments.speed.record import BenchmarkRecord, Row, Skipped, make_record, time_rows
 
-__all__ = ["MODES", "ModeUnavailableError", "benchmark_inference", "is_installed", "mode_call", "session_call"]
-
 # How a model is run, and in what precision.
 MODES = ("eager fp32", "compiled fp32", "onnx fp32", "eager bf16", "compiled bf16")
 TWIN = "plain, "  # before the mode, where it is the plain twin that is run

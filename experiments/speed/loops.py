@@ -32,8 +32,6 @@ from conam_zoo.training.recipe import Recipe
 from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, write_epoch
 from conam_zoo.training.train_state import TrainState
 
-__all__ = ["LOOPS", "TEACHER_LOOPS", "LoopSettings", "Steps", "noise_images"]
-
 TEACHER = "wide_resnet16_4_conam"
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 MEAN, STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std

@@ -18,21 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from conam_zoo.errors import UserError
 
-__all__ = [
-    "Allocated",
-    "TrafficCounter",
-    "allocated_bytes",
-    "benchmark_device",
-    "check_choice",
-    "check_least",
-    "device_roofline",
-    "operator_shares",
-    "peak_growth_bytes",
-    "synchronize",
-    "time_call",
-    "time_in_turns",
-]
-
 
 def benchmark_device() -> torch.device:
     """The CUDA device if there is one, else the CPU."""

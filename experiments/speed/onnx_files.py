@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from conam_zoo.errors import UserError
 from conam_zoo.files import write_text
 from conam_zoo.models.registry import open_model
 from conam_zoo.release.publish import make_onnx, write_onnx
@@ -22,26 +21,15 @@ from conam_zoo.training.run_folder import describe_environment
 from conam_zoo.weights import ONNX_FILES, Manifest, load_manifest
 from experiments.speed.inference import mode_call, session_call
 from experiments.speed.measure import check_least, time_in_turns
-from experiments.speed.record import BenchmarkRecord, Row, command_today, make_record, read_record, time_rows
-
-__all__ = ["BATCH_SIZES", "add_accuracy", "benchmark_onnx", "onnx_table", "read_accuracy"]
+from experiments.speed.record import BenchmarkRecord, Row, command_today, make_record, read_record, read_rows, time_rows
 
 EAGER, FLOAT32, INT8 = "eager fp32", "onnx fp32", "onnx int8"
 BATCH_SIZES = (1, 64)
 
 
 def read_accuracy(path: Path) -> dict[str, dict[str, Any]]:
-    """For each weights what ``add_accuracy`` measured; empty if there is no such file.
-
-    Raises:
-        UserError: If the file is not what it wrote.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["weights"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a file of top-1 of ONNX files ({error}): restore it.") from error
+    """For each weights what ``add_accuracy`` measured; empty if there is no such file."""
+    return read_rows(path, "weights") or {}
 
 
 def add_accuracy(path: Path, name: str, data: Path, weights: Path = Path("weights")) -> dict[str, Any]:

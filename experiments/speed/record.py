@@ -12,20 +12,6 @@ import torch
 from conam_zoo.errors import UserError
 from conam_zoo.training.run_folder import describe_environment
 
-__all__ = [
-    "BENCHMARKS",
-    "BenchmarkRecord",
-    "Row",
-    "Skipped",
-    "benchmark_tables",
-    "command_today",
-    "make_record",
-    "read_record",
-    "record_tables",
-    "summarise",
-    "time_rows",
-]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -197,6 +183,20 @@ def command_today(command: str) -> str:
     today = command.replace("conam benchmark attention", "conam benchmark compare")
     today = today.replace("conam benchmark ", "python -m experiments ")
     return today.replace(" benchmarks/", " experiments/results/")
+
+
+def read_rows(path: Path, key: str) -> Any:
+    """What a file of results holds under its key; None if there is no such file.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a file of {key} ({error}): restore it.") from error
 
 
 def read_record(path: Path) -> BenchmarkRecord:

@@ -18,8 +18,6 @@ from experiments.speed.cost_net import image_batch, training_step
 from experiments.speed.measure import benchmark_device, check_least, operator_shares, time_in_turns
 from experiments.speed.record import BenchmarkRecord, make_record, time_rows
 
-__all__ = ["VARIANTS", "benchmark_step", "step_net"]
-
 EAGER, IN_PLACE = "eager", "eager, joined in place"
 # Options of torch.compile; None where the step is not compiled.
 VARIANTS: dict[str, dict[str, Any] | None] = {

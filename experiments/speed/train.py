@@ -27,8 +27,6 @@ from experiments.speed.measure import (
 )
 from experiments.speed.record import BenchmarkRecord, Row, make_record, time_rows
 
-__all__ = ["benchmark_train", "loop_memory"]
-
 OURS = "conam_zoo"
 CIFAR_IMAGES = 50_000
 MIB = 2**20
