@@ -86,6 +86,10 @@ def test_flat_splits_and_two_folders_of_a_split_are_refused(tmp_path: Path) -> N
     tree(tmp_path / "flat", ("train", "test"), 2)
     with pytest.raises(UserError, match="names of splits, without class folders"):
         open_images(tmp_path / "flat")
+    picture(tmp_path / "wrapped" / "train" / "1.png")
+    picture(tmp_path / "wrapped" / "test" / "test" / "1.png")
+    with pytest.raises(UserError, match="names of splits, without class folders"):
+        open_images(tmp_path / "wrapped")
     for name in ("train", "training"):
         tree(tmp_path / "twice" / name, count=2)
     with pytest.raises(UserError, match="holds both train and training"):

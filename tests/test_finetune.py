@@ -108,7 +108,9 @@ def test_the_weights_can_be_exported(finished: tuple[Path, Path, dict], tmp_path
     np.testing.assert_allclose(measured, expected.numpy(), atol=1e-4, rtol=1e-4)
 
 
-def test_a_run_continues_where_it_was_and_nowhere_else(finished: tuple[Path, Path, dict]) -> None:
+def test_a_run_continues_where_it_was_and_nowhere_else(
+    finished: tuple[Path, Path, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, run, report = finished
     same = {
         "model": PRETRAINED,
@@ -121,7 +123,12 @@ def test_a_run_continues_where_it_was_and_nowhere_else(finished: tuple[Path, Pat
     }
     with pytest.raises(UserError, match="add --resume"):
         finetune(data, **same)
+    facts = json.loads((run / "run.json").read_text())
+    elsewhere = {"hardware": "another", "library_versions": {}, "code_commit": None}
+    monkeypatch.setattr("conam_zoo.finetuning.run.describe_environment", lambda: elsewhere)
     assert finetune(data, **same, resume=True) == report
+    assert json.loads((run / "run.json").read_text()) == facts  # of where it was trained
+    assert facts["precision"] == "fp32"
     with pytest.raises(UserError, match="freeze differ"):
         finetune(data, **same, resume=True, freeze="stem")
 

@@ -166,14 +166,6 @@ def test_long_recipes_are_taken_on_request_and_bad_choices_refused(work: Path) -
         plan_tasks(work, bank_epochs=33)
 
 
-def test_another_length_has_teachers_and_banks_of_its_own(work: Path) -> None:
-    nets = ["wide_resnet16_4_conam.cifar10", "resnet20_conam.cifar10"]
-    for task in plan_tasks(work, nets=nets):
-        task.done.parent.mkdir(parents=True, exist_ok=True)
-        task.done.touch()
-    assert not any(task.done.exists() for task in plan_tasks(work, nets=nets, length="long"))
-
-
 def test_tasks_wait_for_what_they_need_and_failures_hold_up_no_others(work: Path) -> None:
     told: list[str] = []
     (work / "data" / "cifar100").rmdir()
@@ -233,7 +225,8 @@ def test_what_is_handed_back_fits_and_is_handed_back_once(work: Path, tmp_path: 
 
 def test_the_code_is_copied_once_and_a_trial_changes_its_recipes(tmp_path: Path, checkout: Path) -> None:
     work = tmp_path / "work"
-    prepare_code(checkout, work, ["epochs=1", "warmup_epochs=0", "early_epochs=0", "early_size=0"])
+    settings = ["epochs=1", "warmup_epochs=0", "early_epochs=0", "early_size=0"]
+    prepare_code(checkout, work, "campaign", settings)
     recipe = load_recipe(str(work / "code/conam_zoo/training/recipes/resnet20_conam.cifar10.toml"))
     assert isinstance(recipe, Recipe)
     assert (recipe.epochs, recipe.model) == (1, "resnet20_conam")
@@ -241,10 +234,11 @@ def test_the_code_is_copied_once_and_a_trial_changes_its_recipes(tmp_path: Path,
     packages = {path.parent.relative_to(checkout) for path in (checkout / "conam_zoo").rglob("__init__.py")}
     assert all((work / "code" / package / "__init__.py").is_file() for package in packages)
     assert not any((work / "code" / name).exists() for name in (".git", "tests"))
-    with pytest.raises(UserError, match="begun with other settings"):
-        prepare_code(checkout, work)
+    for length, others in (("campaign", []), ("long", settings)):
+        with pytest.raises(UserError, match="begun with another length or other settings"):
+            prepare_code(checkout, work, length, others)
     with pytest.raises(UserError, match="lies within the checkout"):
-        prepare_code(checkout, checkout / "campaign")
+        prepare_code(checkout, checkout / "campaign", "campaign")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from conam_zoo.release.pack import PACKED
 from conam_zoo.training.queue import Job, Progress, plan_queue, run_queue
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from conam_zoo.training.teacher_bank import write_epoch
-from conam_zoo.weights import ManifestError, WeightsError, load_manifest
+from conam_zoo.weights import ManifestError, WeightsError, dump_manifest, load_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -282,7 +283,7 @@ def test_the_command_prints_a_line_for_each_epoch_of_each_training(
 
 def test_a_bank_is_handed_to_the_recipes_of_its_teacher(tmp_path: Path) -> None:
     teacher, bank = "wide_resnet16_4_conam.cifar100", tmp_path / "bank"
-    facts = {"recipe": {"teacher": teacher}, "teacher": {}, "epochs": 1}
+    facts = {"recipe": {"teacher": teacher}, "teacher": {}, "epochs": 1, "computed_in": "fp32"}
     write_epoch(bank, 0, torch.zeros(2, 100, dtype=torch.float16), facts)
     patterns = ["resnet32_conam.*", "wide_resnet16_4_conam.cifar100"]
     jobs = plan_queue(patterns, tmp_path / "runs", teacher_bank=bank)
@@ -330,10 +331,26 @@ def test_a_seed_among_the_settings_is_taken(tmp_path: Path) -> None:
     assert (job.recipe.seed, job.folder.name, job.ships) == (5, f"{NAME}.seed5", False)
 
 
+@pytest.fixture
+def in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put weights of resnet32_conam.cifar100 with these facts into the manifest of the checkout, or with none, none."""
+    monkeypatch.setattr("conam_zoo.release.documents.our_checkout", lambda: tmp_path)
+
+    def put(**facts: Any) -> None:
+        name, there = "resnet32_conam.cifar100", load_manifest()
+        entry = replace(there.entry("resnet20_conam.cifar100"), name=name, repository=name, **facts)
+        path = tmp_path / "weights_manifest.json"
+        dump_manifest(replace(there, entries={name: entry} if facts else {}), path)
+
+    put()
+    return put
+
+
 def test_the_recipe_s_own_seed_alone_is_packed_and_once(
     conam: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
     acted: Callable[..., None],
+    in_the_manifest: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write = "folder.mkdir(parents=True); (folder / 'run.json').write_text('{\"sha256\": \"ab\"}'); sys.exit(0)"
@@ -343,6 +360,7 @@ def test_the_recipe_s_own_seed_alone_is_packed_and_once(
     def pack(run: Path, data: object) -> None:
         packed.append(run.name)
         (run / PACKED).write_text("ab")
+        in_the_manifest(recipe="resnet32_conam.cifar100")
 
     monkeypatch.setattr("conam_zoo.cli.publishing.pack", pack)
     arguments = ["queue", "resnet32_conam.cifar100", "--seed", "0", "--seed", "1", "--data", tmp_path]
@@ -351,26 +369,29 @@ def test_the_recipe_s_own_seed_alone_is_packed_and_once(
         assert code == 0, err
         assert out.splitlines()[-1] == "2 done, 0 in the manifest, 0 not done"
     assert packed == ["resnet32_conam.cifar100.seed0"]
+    in_the_manifest()  # as in another checkout, or after weights and manifest were put back
+    conam(*arguments, "--output", tmp_path / "runs")
+    assert packed == ["resnet32_conam.cifar100.seed0"] * 2
 
 
 def test_a_longer_training_is_not_replaced_by_a_shorter_one(
     conam: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
     acted: Callable[..., None],
+    in_the_manifest: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name = "resnet20_conam.cifar10"
+    name = "resnet32_conam.cifar100"
     acted({})
-    folder = tmp_path / "runs" / f"{name}.campaign.seed0"
+    folder = tmp_path / "runs" / f"{name}.seed0"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text('{"sha256": "ab"}')
-    manifest = load_manifest()
-    entry = replace(manifest.entry(name), recipe=f"{name}.long", epochs=300)
-    monkeypatch.setattr("conam_zoo.weights.load_manifest", lambda: replace(manifest, entries={name: entry}))
     monkeypatch.setattr("conam_zoo.cli.publishing.pack", lambda run, data: pytest.fail("packed"))
-    code, out, err = conam("queue", f"{name}.campaign", "--data", tmp_path, "--output", tmp_path / "runs")
+    in_the_manifest(recipe=f"{name}.long", epochs=300)  # by another process: this one has read the manifest before
+    code, out, err = conam("queue", name, "--data", tmp_path, "--output", tmp_path / "runs")
     assert code == 0, err
-    assert f"not packed, for the weights of {name}.long had 300 epochs" in " ".join(out.split())
+    said = f"not packed: the manifest has weights of {name}.long, trained for 300 epochs"
+    assert said in " ".join(out.split())
 
 
 def test_a_damaged_record_does_not_stop_the_command(

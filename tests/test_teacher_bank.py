@@ -20,7 +20,7 @@ from conam_zoo.training import train as training
 from conam_zoo.training.checkpoint import TrainingStopped
 from conam_zoo.training.distributed import precision_on, ranks
 from conam_zoo.training.recipe import Recipe, load_recipe
-from conam_zoo.training.teacher_bank import epoch_file, read_epoch, to_float16
+from conam_zoo.training.teacher_bank import epoch_file, read_epoch, to_float16, write_epoch
 from conam_zoo.training.train import assemble, record_teacher, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]
@@ -199,6 +199,11 @@ def test_a_student_tells_in_which_precision_its_bank_was_computed(recipe: Recipe
     computed = precision_on(ranks().device, recipe.precision)
     assert read_epoch(tmp_path / "bank", 1)[1]["computed_in"] == computed
     assert assemble(recipe, data, ranks(), tmp_path / "bank").facts["teacher_precision"] == [computed]
+    logits, facts, _ = read_epoch(tmp_path / "bank", 1)
+    write_epoch(tmp_path / "bank", 1, logits, {key: facts[key] for key in ("recipe", "teacher", "epochs")})
+    with pytest.raises(UserError, match="is damaged: let conam record-teacher write it again"):
+        assemble(recipe, data, ranks(), tmp_path / "bank")
+    assert record_teacher(recipe, data, tmp_path / "bank", epochs=2) == 1  # which writes what is not whole
 
 
 def test_logits_that_float16_does_not_hold_are_refused() -> None:

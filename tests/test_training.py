@@ -447,7 +447,7 @@ def test_records_and_documents_leave_the_commit_clean_and_code_and_weights_do_no
         identity = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
 
-    kept = ("conam_zoo/a.py", "weights_manifest.json", "docs/a.md", "README.md", "experiments/results/a.json")
+    kept = ("conam_zoo/a.py", "weights_manifest.json", "docs/a.csv", "README.md", "experiments/results/a.json")
     for name in kept:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

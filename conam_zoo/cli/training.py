@@ -215,18 +215,22 @@ def queue(
 
     def keep(job: "Job") -> None:
         from conam_zoo.cli.publishing import pack
+        from conam_zoo.release.documents import our_checkout
         from conam_zoo.release.pack import PACKED
 
         if settings or not job.ships:
             return
-        marker, run = job.folder / PACKED, read_run(job.folder) or {}
-        if marker.is_file() and marker.read_text(encoding="utf-8") == run.get("sha256"):
-            return
-        entry = load_manifest().entries.get(job.weights)
+        # Read anew: another command may have packed meanwhile.
+        entry = load_manifest(our_checkout() / "weights_manifest.json").entries.get(job.weights)
         if entry is not None and entry.recipe != job.recipe_name and entry.epochs >= job.recipe.epochs:
-            out.print(f"{job.name}: not packed, for the weights of {entry.recipe} had {entry.epochs} epochs")
+            out.print(
+                f"{job.name}: not packed: the manifest has weights of {entry.recipe}, trained for {entry.epochs} epochs"
+            )
             return
-        pack(job.folder, data)
+        marker, run = job.folder / PACKED, read_run(job.folder) or {}
+        packed = marker.is_file() and marker.read_text(encoding="utf-8") == run.get("sha256")
+        if not packed or entry is None or entry.recipe != job.recipe_name:
+            pack(job.folder, data)
 
     live = Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else None
     reported: dict[str, int] = {}

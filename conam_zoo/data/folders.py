@@ -139,11 +139,7 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     flat = [folder for _, folder in named if not _sub_folders(folder) and _has_pictures(folder)]
     others = [folder for folder in folders if folder not in [each for _, each in named]]
     if named and not found and not others:
-        names = " and ".join(folder.name for _, folder in named)
-        raise UserError(
-            f"{root} holds {names}, which are names of splits, without class folders in them: put the images of each "
-            "class into a folder named after it."
-        )
+        raise _without_classes(root, named)
     # Beside folders with pictures, a lone folder named like a split is a class: the train among other vehicles.
     if not found:
         return {}, []
@@ -161,12 +157,22 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
             splits[split] = folder
         else:
             flat.append(folder)
+    if not splits:
+        raise _without_classes(root, named)
     notes = [f"{root}: {folder.name} was left out, because it holds no class folders" for folder in flat]
     if others:
         names = ", ".join(folder.name for folder in others[:5]) + (", …" if len(others) > 5 else "")
         notes.append(f"{root}: left out beside the splits: {names}")
     order = [split for split in SPLIT_NAMES if split in splits]
     return {split: splits[split] for split in order}, notes
+
+
+def _without_classes(root: Path, named: list[tuple[str, Path]]) -> UserError:
+    names = " and ".join(folder.name for _, folder in named)
+    return UserError(
+        f"{root} holds {names}, which are names of splits, without class folders in them: put the images of each class "
+        "into a folder named after it."
+    )
 
 
 def _splits_with_a_prefix(folders: list[Path]) -> list[tuple[str, Path]]:

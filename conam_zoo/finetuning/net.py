@@ -75,6 +75,7 @@ class FineTuned:
     logits: Tensor  # of these images, float32 (N, classes), on the CPU
     flipped_logits: Tensor  # of the same images, mirrored
     log: list[dict[str, Any]]  # one row for each epoch
+    history: list[dict[str, Any]]  # the environments that it ran in
     train_minutes: float  # that the epochs took
     sha256: str  # of ``final/model.safetensors``
 
@@ -205,14 +206,15 @@ def train_on(
     balance: bool = False,
     resume: bool = False,
     record: dict[str, Any] | None = None,
+    environment: dict[str, Any] | None = None,
     workers: int | None = None,
     quiet: bool = False,
 ) -> FineTuned:
     """Train a net on a data set and write ``final/``; the last epoch's weights are taken, none is chosen.
 
     ``layer_decay`` is timm's (``param_groups_layer_decay``), ``balance`` shows every class equally often, ``record``
-    are plain facts that a resumed run must share, ``workers`` processes decode a set that does not fit into memory, and
-    ``quiet`` prints nothing.
+    are plain facts that a resumed run must share, ``environment`` those that it need not, ``workers`` processes decode
+    a set that does not fit into memory, and ``quiet`` prints nothing.
     """
     check_layer_decay(layer_decay, recipe)
     report_on = data.test if data.test is not None else data.val
@@ -250,9 +252,11 @@ def train_on(
             param_groups=groups,
             resume=resume,
             record=record or {},
+            environment=environment,
         )
     final = result.final.eval()
     sha256 = export_model(final, output / "final", tag=None) if here.first else ""
     mirrored = replace(report_on, images=report_on.images.flip(2))
     logits, flipped = (logits_on(final, split).cpu() for split in (report_on, mirrored))
-    return FineTuned(final, report_on, logits, flipped, result.log, result.train_minutes, sha256)
+    minutes = result.train_minutes
+    return FineTuned(final, report_on, logits, flipped, result.log, result.history, minutes, sha256)

@@ -30,7 +30,7 @@ from conam_zoo.training.distributed import precision_on, ranks, run_on_primary
 from conam_zoo.training.engine import score
 from conam_zoo.training.evaluate import TRAINED_ON
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.training.run_folder import check_free, describe_environment, hold
+from conam_zoo.training.run_folder import check_free, describe_environment, hold, where_it_ran
 from conam_zoo.training.train_state import check_optimizer
 
 COMPARABLE = 3.0  # up to this ratio of the largest to the smallest class, a set counts as balanced
@@ -77,7 +77,7 @@ def finetune(
     check_optimizer(recipe)
     check_layer_decay(layer_decay, recipe)
     freeze_layers(open_model(model, pretrained=not from_scratch), freeze)
-    environment = describe_environment()
+    environment = {"precision": precision_on(here.device, recipe.precision), **describe_environment()}
     console.print(f"Reading {data}")
     images = open_images(data, image_size=image_size, val_share=val_share, seed=recipe.seed, corrupt=corrupt)
     recipe = recipe_for(image_size=images.image_size, images=len(images.train))
@@ -109,13 +109,14 @@ def finetune(
                 "from_scratch": from_scratch,
                 "data_sha256": data_sha256(hashes, np.asarray(images.train.labels)),
             },
+            environment=environment,
             quiet=quiet,
         )
         if not here.first:
             return {}
         write_atomically(output / TRAINED_ON, lambda path: np.save(path, np.sort(hashes)))
         rule = {"val_share": val_share, "seed": recipe.seed, "corrupt": corrupt}
-        facts = {"split_rule": rule, "command": command, **environment}
+        facts = {"split_rule": rule, "command": command, **where_it_ran(tuned.history)}
         return _report(images, recipe, tuned, output, choices, facts, console)
 
 

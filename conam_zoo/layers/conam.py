@@ -20,10 +20,11 @@ What is this project's own, because the paper is silent:
   one (docs/conam.md).
 - Weight decay pulls such weights to zero, where the gradient vanishes with their cube and all confidences stay even. So
   the nets exempt them from it: see ``no_weight_decay`` of the models.
-- Embedding, dot product and softmax are computed in at least float32, also in half precision models and under autocast
-  (which TorchScript cannot switch off), because the logits are unbounded. The patch means of a half precision map are
-  summed in float32 too, but rounded once to the map's type. Patch means and embeddings are clamped to 1e17, so that the
-  global context and the dot product of huge activations stay finite in float32; no value below that is touched.
+- Embedding, dot product and softmax are computed in at least float32, also under autocast and in half precision models,
+  because the logits are unbounded; only TorchScript, which cannot switch autocast off, embeds in its type. The patch
+  means of a half precision map are summed in float32 too, but rounded once to the map's type. Patch means and
+  embeddings are clamped to 1e17, so that the global context and the dot product of huge activations stay finite in
+  float32; no value below that is touched.
 """
 
 from numbers import Integral

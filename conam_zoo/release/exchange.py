@@ -7,13 +7,13 @@ import re
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conam_zoo.errors import UserError
-from conam_zoo.training.checkpoint import StopRequest
 from conam_zoo.weights import load_manifest
 
 FORMER = "former"  # where the folder that is replaced waits until the manifest names the new one
@@ -66,7 +66,7 @@ def exchange(new: Path, destination: Path, scratch: Path, confirm: Callable[[], 
     former = scratch / FORMER
     destination.parent.mkdir(exist_ok=True)
     had_former = destination.exists()
-    with StopRequest() as request:
+    with _ctrl_c_waits():
         if had_former:
             destination.replace(former)
         try:
@@ -78,8 +78,22 @@ def exchange(new: Path, destination: Path, scratch: Path, confirm: Callable[[], 
             if had_former:
                 former.replace(destination)
             raise
-    if request.signal_number:  # Ctrl-C or SIGTERM, which waited, acts now
-        signal.raise_signal(request.signal_number)
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Let Ctrl-C act behind the block as it would have in it; only the main thread has handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _repair(checkout: Path) -> None:

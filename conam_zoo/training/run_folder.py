@@ -241,6 +241,14 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def where_it_ran(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The environment of a training for its record; of several the last, hardware and precision of all, and each."""
+    if len(history) == 1:
+        return {key: value for key, value in history[0].items() if key != "begun_in_epoch"}
+    joined = {key: ", then ".join(dict.fromkeys(part[key] for part in history)) for key in ("hardware", "precision")}
+    return {**{key: history[-1][key] for key in ("library_versions", "code_commit")}, **joined, "history": history}
+
+
 def _hardware() -> str:
     processes = ranks().world_size
     if torch.cuda.is_available():
@@ -264,7 +272,14 @@ def _commit() -> str | None:
 
     try:
         commit = git("describe", "--always", "--abbrev=12").stdout.strip()
-        dirty = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)*.md", ":(top,exclude)experiments/results")
+        dirty = git(
+            "diff",
+            "--quiet",
+            "HEAD",
+            "--",
+            ":/",
+            *(f":(top,exclude){path}" for path in ("*.md", "docs", "experiments/results")),
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return f"{commit}{'-dirty' if dirty.returncode else ''}" if commit else None

@@ -66,7 +66,8 @@ def read_epoch(bank: Path, epoch: int) -> tuple[Tensor, dict[str, Any], str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             logits, facts = file.get_tensor("logits"), json.loads(metadata["facts"])
-        whole = metadata["sha256"] == _sha256(metadata["facts"], logits) and facts["epoch"] == epoch
+        right = metadata["sha256"] == _sha256(metadata["facts"], logits)
+        whole = right and facts["epoch"] == epoch and isinstance(facts["computed_in"], str)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         whole = False
     if not whole:

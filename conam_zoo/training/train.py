@@ -27,7 +27,16 @@ from conam_zoo.training.distributed import Ranks, precision_on, process_group, r
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.training.fit import fit
 from conam_zoo.training.recipe import Recipe
-from conam_zoo.training.run_folder import LOG, RECIPE, RUN, check_free, describe_environment, export_run, hold
+from conam_zoo.training.run_folder import (
+    LOG,
+    RECIPE,
+    RUN,
+    check_free,
+    describe_environment,
+    export_run,
+    hold,
+    where_it_ran,
+)
 from conam_zoo.training.teacher_bank import BankedBatches, TeacherBank, bank_facts, holds_epoch, to_float16, write_epoch
 from conam_zoo.training.train_state import TrainState, batch_settings, check_optimizer
 
@@ -112,14 +121,6 @@ def train(
             run = run_on_primary(lambda: export_run(result, recipe, output, run))
         console.print(f"written: {output / RUN}, weights in {output / 'final'}")
         return run
-
-
-def where_it_ran(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The environment of a training for its record; of several the last, hardware and precision of all, and each."""
-    if len(history) == 1:
-        return {key: value for key, value in history[0].items() if key != "begun_in_epoch"}
-    joined = {key: ", then ".join(dict.fromkeys(part[key] for part in history)) for key in ("hardware", "precision")}
-    return {**{key: history[-1][key] for key in ("library_versions", "code_commit")}, **joined, "history": history}
 
 
 @dataclass(frozen=True)

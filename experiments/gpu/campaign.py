@@ -30,19 +30,19 @@ GRACE_SECONDS = 40.0  # for a training to finish its step and save
 POLL_SECONDS, LOG_SECONDS = 0.2, 30.0
 
 
-def prepare_code(checkout: Path, work: Path, settings: Sequence[str] = ()) -> None:
+def prepare_code(checkout: Path, work: Path, length: str, settings: Sequence[str] = ()) -> None:
     """Copy the checkout into the campaign, once; ``settings`` replace those of every recipe in the copy, for a trial.
 
     Raises:
-        UserError: If the campaign was begun with other settings, or lies within the checkout.
+        UserError: If the campaign was begun with another ``length`` or other settings, or lies within the checkout.
     """
     if work.is_relative_to(checkout):
         raise UserError(f"{work} lies within the checkout: name a folder outside of it.")
-    code, stated = work / "code", json.dumps(list(settings))
+    code, stated = work / "code", json.dumps({"length": length, "settings": list(settings)})
     marker = code / "settings.json"
     if marker.is_file():
         if marker.read_text(encoding="utf-8") != stated:
-            raise UserError(f"{work} was begun with other settings: name another folder.")
+            raise UserError(f"{work} was begun with another length or other settings: name another folder.")
         return
     shutil.rmtree(code, ignore_errors=True)  # half a copy
 

@@ -91,7 +91,7 @@ def train(
     if checkout is None:
         raise UserError("The weights are packed into a checkout of conam_zoo: run from one.")
     work = work.expanduser().resolve()
-    prepare_code(checkout, work, settings or [])
+    prepare_code(checkout, work, length, settings or [])
     tasks = plan_tasks(work, nets=nets or list(NETS), length=length, bank_epochs=bank_epochs, compile=compile)
 
     def report(line: str) -> None:

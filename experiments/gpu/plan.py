@@ -85,9 +85,7 @@ def plan_tasks(
     chosen = {net: _recipe(work, net, length) for net in NETS if net in nets}
     # Teachers of an earlier call stay in the plan, so that their students read the same banks whoever else is named.
     wanted = {recipe.teacher for _, recipe in chosen.values()}
-    earlier = {
-        teacher for teacher in wanted if teacher in NETS and _packed(work, _recipe(work, teacher, length)[0]).is_file()
-    }
+    earlier = {teacher for teacher in wanted if (work / "code" / f"{teacher}.packed").is_file()}
     chosen = {net: _recipe(work, net, length) for net in NETS if net in {*nets, *earlier}}
     taught = {recipe.teacher for _, recipe in chosen.values() if recipe.teacher} & set(chosen)
     teachers: list[Task] = []
@@ -98,19 +96,17 @@ def plan_tasks(
         needs: tuple[str, ...] = ()
         options = ["--set", PLAIN] if net.endswith(" plain") else []
         if recipe.teacher:
-            shown = _shown(recipe, length)
+            shown = _shown(recipe)
             digest = hashlib.sha256(shown.encode()).hexdigest()
             bank = banks.setdefault(shown, f"{recipe.teacher}.bank-{digest[:8]}")
             needs, options = (bank,), [*options, "--teacher-bank", str(work / "banks" / bank)]
         options += ["--compile"] if compile else []
         task = Task(net, recipe.dataset, _train(work, name, recipe, run, options), run / "run.json", needs, run)
         (teachers if net in taught else students).append(task)
-    packing = [_pack(work, task, chosen[task.name][0]) for task in teachers]
+    packing = [_pack(work, task) for task in teachers]
     recording = []
     for shown, bank in banks.items():
-        pupils = [
-            (name, recipe) for name, recipe in chosen.values() if recipe.teacher and _shown(recipe, length) == shown
-        ]
+        pupils = [(name, recipe) for name, recipe in chosen.values() if recipe.teacher and _shown(recipe) == shown]
         longest = max(recipe.epochs for _, recipe in pupils)
         if bank_epochs < longest and bank_epochs % 2:
             raise UserError(
@@ -130,16 +126,10 @@ def _recipe(work: Path, net: str, length: str) -> tuple[str, Recipe]:
     return name, load_recipe(str(work / "code" / "conam_zoo" / "training" / "recipes" / f"{name}.toml"), settings)
 
 
-def _shown(recipe: Recipe, length: str) -> str:
+def _shown(recipe: Recipe) -> str:
     """What the images and the teacher's answers to them depend on: recipes that agree in it share a bank."""
     values = recipe.to_dict()
-    suffix = NETS[recipe.teacher][LENGTHS.index(length)] if recipe.teacher in NETS else ""
-    return repr([*(values[key] for key in SETTINGS), suffix])
-
-
-def _packed(work: Path, recipe: str) -> Path:
-    """The file that says that the teacher of this recipe is packed: beside the manifest that it is packed into."""
-    return work / "code" / f"{recipe}.packed"
+    return repr([values[key] for key in SETTINGS])
 
 
 def _conam(*arguments: object) -> list[str]:
@@ -155,10 +145,10 @@ def _train(work: Path, name: str, recipe: Recipe, run: Path, options: list[str])
     return command
 
 
-def _pack(work: Path, teacher: Task, recipe: str) -> Task:
+def _pack(work: Path, teacher: Task) -> Task:
     """Students name their teacher as the manifest does, so that their recipes are those of the package."""
     arguments = ("pack", teacher.run, "--data", work / "data" / teacher.dataset, "--allow-even-sites")
-    done = _packed(work, recipe)
+    done = work / "code" / f"{teacher.name}.packed"  # beside the manifest that it is packed into
     return Task(f"{teacher.name} packed", teacher.dataset, lambda: _conam(*arguments), done, (teacher.name,))
 
 
