@@ -142,7 +142,8 @@ def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *,
     elif teacher == "bank":
         bank = TeacherBank(Path(folder.name), 2, {})
         for epoch in range(bank.epochs):
-            write_epoch(bank.folder, epoch, torch.randn(len(split), len(split.classes)).half(), {})
+            logits = torch.randn(len(split), len(split.classes)).half()
+            write_epoch(bank.folder, epoch, logits, {"computed_in": "fp32"})
         batches = BankedBatches(batches, bank, settings.batch_size)
     state = TrainState(net, recipe, batches.steps, teacher=watching, compile=settings.compile)
     epochs = itertools.count()
