@@ -94,4 +94,4 @@ def test_settings_out_of_range_are_refused(setting: str) -> None:
 
 
 def test_recipes_of_before_mean_the_plain_loss(checkout: Path) -> None:
-    assert load_recipe("wide_resnet16_4_conam.cifar10.short").distill_loss == "kd"
+    assert load_recipe("densenet40_12_conam.cifar10").distill_loss == "kd"

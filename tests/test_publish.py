@@ -391,8 +391,8 @@ def test_the_generated_card_passes_the_clients_validation_and_a_broken_one_does_
     ("recipe", "sentence"),
     [
         (
-            "wide_resnet16_4_conam.cifar10.short",
-            "training images, the first 18 on random 24 x 24 crops of them, last epoch",
+            "wide_resnet16_4_conam.cifar10",
+            "training images, the first 36 on random 24 x 24 crops of them, last epoch",
         ),
         ("resnet20_conam.cifar10", "on all 50,000 training images, last epoch"),
         ("a recipe of somebody's own", "on all 50,000 training images, last epoch"),
