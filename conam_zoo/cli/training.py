@@ -169,7 +169,8 @@ def queue(
     """Train all recipes that have no weights yet, one or several at a time, and pack the weights.
 
     Run again, it resumes where it stopped. A recipe whose weights are in the manifest is not trained again. The
-    weights of the recipe's own seed are packed, unless the manifest has those of another recipe with as many epochs.
+    weights of the recipe's own seed are packed, unless the manifest has those of another recipe with at least as many
+    epochs.
     """
     from conam_zoo.training.queue import plan_queue, run_queue
     from conam_zoo.training.run_folder import read_run

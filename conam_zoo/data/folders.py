@@ -137,7 +137,8 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     named = named or _splits_with_a_prefix(folders)
     found = [(split, folder) for split, folder in named if _sub_folders(folder)]
     flat = [folder for _, folder in named if not _sub_folders(folder) and _has_pictures(folder)]
-    others = [folder for folder in folders if folder not in [each for _, each in named]]
+    named_folders = [folder for _, folder in named]
+    others = [folder for folder in folders if folder not in named_folders]
     if named and not found and not others:
         raise _without_classes(root, named)
     # Beside folders with pictures, a lone folder named like a split is a class: the train among other vehicles.

@@ -258,5 +258,5 @@ def train_on(
     sha256 = export_model(final, output / "final", tag=None) if here.first else ""
     mirrored = replace(report_on, images=report_on.images.flip(2))
     logits, flipped = (logits_on(final, split).cpu() for split in (report_on, mirrored))
-    minutes = result.train_minutes
-    return FineTuned(final, report_on, logits, flipped, result.log, result.history, minutes, sha256)
+    told = result.log, result.history, result.train_minutes
+    return FineTuned(final, report_on, logits, flipped, *told, sha256)
