@@ -14,8 +14,7 @@ from experiments.speed.baselines import ATTENTIONS, RearrangeConAM, make_attenti
 from experiments.speed.cost import benchmark_cost
 from experiments.speed.cost_module import SITES, attention_calls
 from experiments.speed.cost_net import kept_bytes
-from experiments.speed.fresh_process import FreshProcesses
-from experiments.speed.measure import TrafficCounter, allocated_bytes
+from experiments.speed.measure import TrafficCounter, allocated_bytes, fresh_processes
 
 pytestmark = pytest.mark.slow
 
@@ -116,22 +115,9 @@ print(peak_growth_bytes(work, torch.device("cpu")))
     assert 60 <= growth / KIB / KIB <= 80
 
 
-def test_a_fresh_process_answers_and_says_when_it_cannot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "numbers_and_kills.py").write_text(
-        "import os\nfrom math import gcd, lcm\ndef kill_source():\n    os.kill(os.getppid(), 9)\n    os._exit(1)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
-    with FreshProcesses("numbers_and_kills") as processes:
-        assert processes.call("gcd") == 0
-        with pytest.raises(RuntimeError, match="calls lcm failed"):
-            processes.call("lcm", wrong=1)
-        assert "TypeError" in capfd.readouterr().err
-        assert processes.call("gcd") == 0  # the next one is not harmed
-        for function in ("kill_source", "gcd"):
-            with pytest.raises(RuntimeError, match=f"calls {function} failed"):
-                processes.call(function)
+def test_every_call_gets_a_process_of_its_own() -> None:
+    with fresh_processes("experiments.speed.measure") as processes:
+        assert len({os.getpid(), *(processes.submit(os.getpid).result() for _ in range(2))}) == 3
 
 
 def test_a_quick_run_of_modules_and_nets_prints_their_ratios(experiments, tmp_path: Path) -> None:

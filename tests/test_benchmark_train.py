@@ -1,6 +1,7 @@
 """The three training loops: each trains the same net on the same images, and their ratios come out of the command."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,21 +124,19 @@ def test_ratios_speeds_and_memory_are_those_that_were_measured(monkeypatch: pyte
     monkeypatch.setattr(train_benchmark, "time_in_turns", lambda calls, **_: {name: seconds[name] for name in calls})
     asked = []
 
-    def call(self, function: str, **arguments):
-        asked.append(arguments)
+    def memory(loop: str, settings, data, images: int, *_):
+        asked.append((loop, images))
         return {"peak": 10.0 * len(asked), "workers": 0.0}
 
-    monkeypatch.setattr(train_benchmark.FreshProcesses, "call", call)
-    monkeypatch.setattr(train_benchmark.FreshProcesses, "__enter__", lambda self: self)
-    monkeypatch.setattr(train_benchmark.FreshProcesses, "__exit__", lambda self, *_: None)
+    monkeypatch.setattr(train_benchmark, "loop_memory", memory)
+    monkeypatch.setattr(train_benchmark, "fresh_processes", lambda module: ThreadPoolExecutor(1))
     record = train_benchmark.benchmark_train(batch_size=8, steps=4, repeats=3, workers=0)
     ours, plain, timm, timm_fast = record.rows
     assert (ours.median, plain.median, timm.median) == (500.0, 2000.0, 750.0)  # ms for a step
     assert (ours.ratio, plain.ratio, timm.ratio, timm_fast.ratio) == (1.0, 3.0, 1.5, 1.0)
     assert [row.facts["images_per_second"] for row in record.rows] == [16.0, 4.0, 8 / 0.75, 12.8]
     assert [row.facts["peak_mib"] for row in record.rows] == [10.0, 20.0, 30.0, 40.0]
-    assert [arguments["loop"] for arguments in asked] == list(LOOPS)
-    assert {arguments["images"] for arguments in asked} == {50_000}
+    assert asked == [(loop, 50_000) for loop in LOOPS]
     assert "bf16_peak_percent" not in ours.facts  # without a GPU there is nothing to compare with
 
 

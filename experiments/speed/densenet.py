@@ -13,8 +13,14 @@ from conam_zoo.models.conam_densenet import ConAMDenseNet
 from conam_zoo.training.distributed import precision_on
 from experiments.speed.baselines import memory_format
 from experiments.speed.cost_net import image_batch, kept_bytes, training_step
-from experiments.speed.fresh_process import FreshProcesses
-from experiments.speed.measure import benchmark_device, check_least, operator_shares, peak_growth_bytes, time_in_turns
+from experiments.speed.measure import (
+    benchmark_device,
+    check_least,
+    fresh_processes,
+    operator_shares,
+    peak_growth_bytes,
+    time_in_turns,
+)
 from experiments.speed.record import BenchmarkRecord, make_record, time_rows
 
 # Depth and growth rate. torchvision has the form with bottlenecks and compression alone.
@@ -128,17 +134,11 @@ def benchmark_densenet(
     shares = {name: operator_shares(step, OPERATORS, device) for name, step in steps.items()}
     del steps
     rows = time_rows(times, group={"model": model, "batch": batch_size}, reference=OURS)
-    with FreshProcesses(__name__) as processes:
+    threads = torch.get_num_threads()
+    with fresh_processes(__name__) as processes:
         for index, row in enumerate(rows):
             progress(f"memory of {row.name}")
-            memory = processes.call(
-                "densenet_memory",
-                name=row.name,
-                depth=depth,
-                growth=growth,
-                batch_size=batch_size,
-                threads=torch.get_num_threads(),
-            )
+            memory = processes.submit(densenet_memory, row.name, depth, growth, batch_size, threads).result()
             speed = {"images_per_second": 1000 * batch_size / row.median}
             facts = {"precision": precisions[row.name], **speed, **shares[row.name], **memory}
             rows[index] = replace(row, facts=facts)

@@ -1,9 +1,11 @@
 """Measuring: time in turns, memory allocated and moved, shares of operators, and the peak rates of a CUDA device."""
 
+import multiprocessing
 import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -88,6 +90,16 @@ def time_in_turns(
                 calls[name]()
             times[name].append(time_call(calls[name], counts[name], device))
     return times
+
+
+def fresh_processes(module: str) -> ProcessPoolExecutor:
+    """An executor whose every call gets a process of its own, so that nothing that ran before affects its memory.
+
+    The processes are forked from one that has imported ``module`` and computed nothing. Needs ``os.fork``.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1)
 
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

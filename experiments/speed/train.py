@@ -15,13 +15,13 @@ from conam_zoo.models.registry import check_model_name, count_params_and_macs
 from conam_zoo.training.distributed import precision_on
 from experiments.speed.baselines import make_net
 from experiments.speed.cost_net import image_batch, training_step
-from experiments.speed.fresh_process import FreshProcesses
 from experiments.speed.loops import LOOPS, TEACHER_LOOPS, LoopSettings, Steps, noise_images
 from experiments.speed.measure import (
     TrafficCounter,
     benchmark_device,
     check_least,
     device_roofline,
+    fresh_processes,
     peak_growth_bytes,
     time_in_turns,
 )
@@ -87,18 +87,11 @@ def benchmark_train(
     shares = _shares(model, batch_size, device) if device.type == "cuda" else None
     of_a_step = {name: [seconds / steps for seconds in values] for name, values in times.items()}
     rows = time_rows(of_a_step, group={"model": model, "batch": batch_size}, reference=OURS)
-    with FreshProcesses(__name__) as processes:
+    images, few, threads = steps * batch_size if quick else CIFAR_IMAGES, 2 if quick else 5, torch.get_num_threads()
+    with fresh_processes(__name__) as processes:
         for index, row in enumerate(rows):
             progress(f"memory of {row.name}")
-            memory = processes.call(
-                "loop_memory",
-                loop=row.name,
-                settings=asdict(settings),
-                data=str(data) if data is not None else None,
-                images=steps * batch_size if quick else CIFAR_IMAGES,
-                steps=2 if quick else 5,
-                threads=torch.get_num_threads(),
-            )
+            memory = processes.submit(loop_memory, row.name, settings, data, images, few, threads).result()
             rows[index] = replace(row, facts=_facts(row, batch_size, memory, shares))
     return make_record(
         "train",
@@ -139,7 +132,7 @@ def _images(data: str | Path | None, count: int) -> ImageSplit:
 
 
 def loop_memory(
-    loop: str, settings: dict[str, Any], data: str | None, images: int, steps: int, threads: int
+    loop: str, settings: LoopSettings, data: str | Path | None, images: int, steps: int, threads: int
 ) -> dict[str, float | None]:
     """MiB by which building and starting a loop raises the peak, images included, and MiB of its workers' own."""
     torch.set_num_threads(threads)
@@ -148,7 +141,7 @@ def loop_memory(
 
     def work() -> None:
         split = noise_images(images) if data is None else read_split(data, "train", "cifar10")
-        kept.append((LOOPS | TEACHER_LOOPS)[loop](LoopSettings(**settings), split, device))
+        kept.append((LOOPS | TEACHER_LOOPS)[loop](settings, split, device))
         kept[0](steps)
 
     growth = peak_growth_bytes(work, device)
