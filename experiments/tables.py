@@ -84,7 +84,7 @@ def results_csv(manifest: Manifest, images_per_second: Mapping[str, float]) -> s
     metrics = [field.name for field in fields(Metrics)]
     writer.writerow(["name", "dataset", *metrics, *described, "images_per_second", *pinned])
     for name, entry in sorted(manifest.entries.items()):
-        facts = asdict(entry)
+        facts = asdict(entry) | {"size_bytes": entry.weights_bytes}
         speed = images_per_second.get(name)
         values = [*facts["metrics"].values(), *(facts[key] for key in described), speed and round(speed)]
         writer.writerow([name, entry.dataset, *values, *(facts[key] for key in pinned)])

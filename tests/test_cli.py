@@ -100,6 +100,13 @@ def test_train_runs_and_resumes_nothing_when_done(conam, trained: tuple[Path, Pa
     assert "--resume" in err
 
 
+def test_a_dry_run_of_a_resumption_is_refused(conam, trained: tuple[Path, Path]) -> None:
+    run, data = trained
+    words = ("--data", data, "--output", run, "--resume", "--dry-run")
+    code, _, err = conam("train", "resnet20_conam.cifar10", *words)
+    assert (code, "leave out --resume or --dry-run" in err) == (2, True)
+
+
 def test_the_version_is_that_of_the_package(conam) -> None:
     assert conam("--version") == (0, f"conam {version('conam-zoo')}\n", "")
 

@@ -138,7 +138,11 @@ def test_a_teacher_of_another_size_is_refused(teacher: str) -> None:
 
 def test_a_teacher_without_weights_is_refused(conam, data: Path, tmp_path: Path) -> None:
     command = ["distill", "resnet20_conam.cifar10", "--data", data, "--output", tmp_path / "run", "--teacher"]
-    for name, sentence in (("resnet21_conam", "did you mean"), ("resnet110_conam.cifar100", "no pretrained weights")):
+    for name, sentence in (
+        ("resnet21_conam", "did you mean"),
+        ("resnet110_conam.cifar100", "no pretrained weights"),
+        ("local-dir:/nowhere/\N{GRINNING FACE}", "/nowhere/\N{GRINNING FACE}"),
+    ):
         code, _, err = conam(*command, name)
         assert (code, len(err.strip().splitlines())) == (2, 1)
         assert sentence in err

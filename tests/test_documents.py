@@ -81,7 +81,7 @@ def test_the_csv_holds_what_is_measured_and_leaves_the_rest_empty() -> None:
         assert [int(row[key]) for key in ("params", "macs", "size_bytes", "epochs")] == [
             entry.params,
             entry.macs,
-            entry.size_bytes,
+            entry.weights_bytes,
             entry.epochs,
         ]
         assert (row["teacher"], row["revision"]) == (entry.teacher or "", entry.revision or "")

@@ -119,6 +119,7 @@ def test_weights_too_large_for_one_file_are_packed_as_shards(
     assert entry.file == "model.safetensors.index.json"
     assert entry.sha256 == hashlib.sha256((folder / entry.file).read_bytes()).hexdigest()
     assert len(list(folder.glob("model-*.safetensors"))) >= 3
+    assert entry.weights_bytes == sum(path.stat().st_size for path in folder.glob("model*"))
     assert set(read_verified(folder / entry.file, entry)) == set(timm.create_model(NAME).state_dict())
     scores = evaluate(open_model(f"local-dir:{folder}"), small_data, "cifar10").scores
     assert scores.top1_percent == pytest.approx(entry.metrics.top1_percent, abs=1e-4)

@@ -117,6 +117,12 @@ def test_a_failure_stops_nothing_else_and_is_told(tmp_path: Path, acted: Callabl
     assert ("resnet32_conam.cifar100", "started") in events
 
 
+def test_a_killed_training_is_told_from_one_that_failed(tmp_path: Path, acted: Callable[..., None]) -> None:
+    acted({"resnet20_conam.cifar100": "print('epoch 1', flush=True); os.kill(os.getpid(), signal.SIGKILL)"})
+    (job,) = _jobs(tmp_path, resnet20="")
+    assert run_queue([job], "data") == {job.name: f"failed: killed by SIGKILL, see {job.log}"}
+
+
 def test_compilation_is_handed_on(tmp_path: Path) -> None:
     (job,) = _jobs(tmp_path, resnet32="")
     assert "--compile" not in job.command("data")

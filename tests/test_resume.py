@@ -22,7 +22,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from conam_zoo.errors import UserError
-from conam_zoo.training.checkpoint import CHECKPOINT, PREVIOUS, TrainingStopped, load_checkpoint, save_checkpoint
+from conam_zoo.training.checkpoint import (
+    CHECKPOINT,
+    PREVIOUS,
+    StopRequest,
+    TrainingStopped,
+    load_checkpoint,
+    save_checkpoint,
+)
 from conam_zoo.training.recipe import Recipe, load_recipe
 from conam_zoo.training.train import train
 from conam_zoo.training.train_state import TrainState
@@ -187,15 +194,26 @@ def test_further_sigterms_do_not_keep_the_state_from_being_saved(
     assert load_checkpoint(tmp_path / "run" / CHECKPOINT)["facts"]["step"] == 2
 
 
-def test_an_optimiser_with_one_moment_for_a_whole_tensor_resumes(
-    recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after
+@pytest.mark.parametrize("opt", ["novograd", "adafactorbv", "kron"])
+def test_an_optimiser_with_an_unusual_state_resumes(
+    opt: str, recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after
 ) -> None:
-    recipe = replace(recipe, opt="novograd", lr=1e-3)
+    """One moment for a whole tensor; a type among its settings; the state of a generator, in tuples."""
+    recipe = replace(recipe, opt=opt, lr=1e-3)
     whole = train(recipe, tiny_data, tmp_path / "whole")
     stop_after(STEPS + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(TrainingStopped):
         train(recipe, tiny_data, tmp_path / "cut")
     assert train(recipe, tiny_data, tmp_path / "cut", resume=True)["sha256"] == whole["sha256"]
+
+
+def test_a_sigterm_after_a_sigint_is_noted_too() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal_number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_signal_does_not_wait(recipe: Recipe, tiny_data: Path, tmp_path: Path, stop_after) -> None:

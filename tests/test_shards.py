@@ -22,7 +22,7 @@ from conam_zoo.models.registry import INDEX_FILE, export_model
 from conam_zoo.weights import Manifest, WeightEntry, WeightsError, WrongWeightsError, dump_manifest, read_verified
 from conam_zoo.weights.folder import read_folder
 from conam_zoo.weights.resolve import fill_mirror
-from conam_zoo.weights.verify import Shard, make_index, read_index
+from conam_zoo.weights.verify import Shard, examine_copy, make_index, read_index
 
 pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(300)]
 
@@ -92,6 +92,12 @@ def test_a_large_model_is_written_as_shards_and_loaded_from_them(exported: tuple
 def test_a_small_model_stays_one_file(exported: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
     export_model(exported[0], tmp_path, tag=None, max_shard_bytes=2_000_000)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_one_of_several_files_is_refused_as_a_checkpoint(exported: tuple[torch.nn.Module, Path]) -> None:
+    shard = str(max(exported[1].glob("*.safetensors")))
+    with pytest.raises(WeightsError, match="is one of several files: load the model local-dir:"):
+        timm.create_model("resnet20_conam", checkpoint_path=shard)
 
 
 def _spoil_shard(folder: Path) -> str:
@@ -178,8 +184,10 @@ def test_a_verified_copy_is_one_whose_every_shard_is_right(
     with pytest.raises(WrongWeightsError, match=r"b\.safetensors is not the published file"):
         read_verified(index, entry)
     (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"b\.safetensors does not exist"):
+    with pytest.raises(WrongWeightsError, match=r"b\.safetensors does not exist; .* and the files that it names"):
         read_verified(index, entry)
+    assert examine_copy("mirror", index, entry).status == "wrong"
+    assert examine_copy("cache", index, entry).status == "missing", "a download may have been interrupted"
 
 
 def test_files_that_hold_other_tensors_than_the_index_says_are_refused(tmp_path: Path) -> None:

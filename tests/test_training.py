@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import PLAIN_RECIPE
+from PIL import Image
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -20,6 +22,7 @@ import conam_zoo.training.distributed as distributed
 import conam_zoo.training.engine as engine_module
 import conam_zoo.training.fit as fit_module
 from conam_zoo.data import ImageSplit
+from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.training.checkpoint import load_checkpoint, save_checkpoint
@@ -580,3 +583,52 @@ def test_an_unknown_setting_gets_the_nearest_names_and_a_broken_recipe_a_sentenc
     assert load_recipe(str(tmp_path / "marked.toml")) == whole
     with pytest.raises(UserError, match="nested too deeply"):
         load_recipe(PLAIN_RECIPE, ["model_args=" + "[" * 5000 + "]" * 5000])
+
+
+def test_the_early_epochs_shrink_as_well_and_end_where_none_is_left() -> None:
+    name = "wide_resnet16_4_conam.cifar10"
+    whole, short, single = (load_recipe(name, settings) for settings in ([], ["epochs=5"], ["epochs=1"]))
+    assert (short.early_size, short.early_epochs) == (whole.early_size, 5 * whole.early_epochs // whole.epochs)
+    assert (single.early_size, single.early_epochs) == (0, 0)
+    with pytest.raises(UserError, match="early_epochs is 9, which is out of its range"):
+        load_recipe(name, ["epochs=5", "early_epochs=9"])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "setting", "instead"),
+    [("cifar100", "distill_weight=0.2", "dkd_alpha or dkd_beta"), ("cifar10", "dkd_beta=1", "distill_weight")],
+)
+def test_a_weight_of_the_other_loss_is_refused(dataset: str, setting: str, instead: str) -> None:
+    with pytest.raises(UserError, match=f"{setting.partition('=')[0]} has no effect, .*{instead}"):
+        load_recipe(f"resnet20_conam.{dataset}", [setting])
+
+
+def test_missing_test_images_are_missed_before_the_first_step(
+    recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays, folders = tmp_path / "arrays", tmp_path / "folders"
+    shutil.copytree(small_data, arrays, ignore=shutil.ignore_patterns("test*"))
+    for name in DATASETS["cifar10"].classes:
+        (folders / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folders / "train" / name / "0.png")
+    monkeypatch.setattr(TrainState, "step", lambda self, updates: pytest.fail("a step was made"))
+    for place in (arrays, folders):
+        with pytest.raises(UserError, match=r"neither test_images.npy nor a folder test or val: .* --set holdout"):
+            train(recipe, place, tmp_path / "run")
+        with pytest.raises(UserError, match=r"neither test_images.npy"):
+            dry_run(recipe, place, tmp_path / "run")
+        assert assemble(replace(recipe, holdout=2), place, ranks()).holdout is not None
+
+
+def test_a_compiler_that_is_missing_is_told(
+    recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_nothing(net, **_):
+        def fail(images):
+            raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with pytest.raises(UserError, match=r"torch.compile fails here \(.*no working C\+\+ compiler.*leave out --compile"):
+        train(recipe, small_data, tmp_path / "run", compile=True)

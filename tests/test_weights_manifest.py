@@ -274,6 +274,7 @@ def test_reader_and_schema_share_their_patterns_and_fields() -> None:
     entry = SCHEMA["$defs"]["entry"]
     assert set(entry["properties"]) == set(WeightEntry.__dataclass_fields__) - {"name"}
     assert set(entry["required"]) == set(entry["properties"]) - {
+        "total_bytes",
         "liveness",
         "correct_of_1000",
         "nll_of_1000",

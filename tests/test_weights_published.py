@@ -11,7 +11,6 @@ import timm
 import torch
 from conftest import CHECKOUT
 from hatchling.build import build_wheel
-from safetensors import safe_open
 
 import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.data import read_split
@@ -20,7 +19,8 @@ from conam_zoo.models.registry import count_params_and_macs
 from conam_zoo.release.documents import generated_files
 from conam_zoo.training.evaluate import evaluate, evaluate_on
 from conam_zoo.training.recipe import load_recipe
-from conam_zoo.weights import WeightsError, check_copies, load_manifest
+from conam_zoo.weights import WeightsError, check_copies, load_manifest, read_verified
+from conam_zoo.weights.verify import read_parts
 from experiments.tables import WRITTEN_BY, generated_tables
 
 NAMES = sorted(load_manifest().entries)
@@ -39,11 +39,12 @@ def test_the_entry_agrees_with_file_net_data_set_and_recipe(name: str) -> None:
     folder = CHECKOUT / "weights" / name
     data = (folder / entry.file).read_bytes()
     assert (hashlib.sha256(data).hexdigest(), len(data)) == (entry.sha256, entry.size_bytes)
-    assert len(data) <= LARGEST_FILE_BYTES
-    with safe_open(folder / entry.file, "pt") as file:
-        shapes = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        dtypes = {s.get_dtype() for key, s in shapes.items() if not key.endswith("num_batches_tracked")}
-    assert dtypes == {{"float16": "F16", "float32": "F32"}[entry.dtype]}
+    files = [part.path for part in read_parts(folder / entry.file, entry)]
+    assert {*folder.glob("*.safetensors*")} == {*files}
+    assert sum(path.stat().st_size for path in files) == entry.weights_bytes
+    assert max(path.stat().st_size for path in files) <= LARGEST_FILE_BYTES
+    tensors = read_verified(folder / entry.file, entry).values()
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {getattr(torch, entry.dtype)}
     assert count_params_and_macs(name, **entry.model_args) == (entry.params, entry.macs)
     facts = DATASETS[entry.dataset]
     assert (entry.classes, entry.mean, entry.std) == (facts.classes, facts.mean, facts.std)

@@ -28,7 +28,7 @@ def pack(
     checkout = our_checkout()
     entry = run_pack(run, data, allow_even_sites=allow_even_sites)
     draw_card_picture(checkout / "weights" / entry.name, checkout / "examples" / "photos")
-    console().print(f"{entry.name}: {entry.metrics.top1_percent:.2f} %, {entry.size_bytes:,} bytes as {entry.dtype}")
+    console().print(f"{entry.name}: {entry.metrics.top1_percent:.2f} %, {entry.weights_bytes:,} bytes as {entry.dtype}")
     tables()
 
 

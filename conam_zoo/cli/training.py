@@ -62,11 +62,13 @@ def train(
     from conam_zoo.training.recipe import load_recipe
 
     chosen = load_recipe(recipe, settings)
-    options: dict[str, Any] = {"teacher_bank": teacher_bank, "resume": resume, "compile": compile}
+    options: dict[str, Any] = {"teacher_bank": teacher_bank, "compile": compile}
     if not dry_run:
-        command = for_shell("conam", *sys.argv[1:])
-        training.train(chosen, data, output, **options, checkpoint_minutes=checkpoint_minutes, command=command)
+        options |= {"resume": resume, "checkpoint_minutes": checkpoint_minutes}
+        training.train(chosen, data, output, **options, command=for_shell("conam", *sys.argv[1:]))
         return
+    if resume:
+        raise UserError("A dry run describes a training from its start: leave out --resume or --dry-run.")
     plan = training.dry_run(chosen, data, output, **options)
     held_out = ", and {held_out:,} held out" if plan["held_out"] else ""
     compiling = ", and {compile_seconds:.0f} s for torch.compile" if compile else ""
@@ -133,9 +135,10 @@ def distill(
 ) -> None:
     """Train a recipe whose net also learns from the outputs of a teacher.
 
-    distill_weight sets how much, and distill_temperature how far the outputs are softened.
+    --set distill_weight=0.9 sets how much (dkd_alpha and dkd_beta do where the recipe's distill_loss is dkd), and
+    distill_temperature how far the outputs are softened.
     """
-    settings = [*(settings or []), f"teacher={json.dumps(teacher)}"]
+    settings = [*(settings or []), f"teacher={json.dumps(teacher, ensure_ascii=False)}"]
     train(recipe, data, output, settings, None, resume, dry_run, compile, checkpoint_minutes)
 
 

@@ -26,6 +26,7 @@ from conam_zoo.models.registry import (
 from conam_zoo.weights.folder import read_config, read_folder, weights_file
 from conam_zoo.weights.manifest import EVEN
 from conam_zoo.weights.resolve import fill_mirror
+from conam_zoo.weights.verify import bytes_of
 
 
 @app.command(
@@ -199,12 +200,13 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
     return {
         "file": file.name,
         "sha256": config.get("sha256"),
-        "size_bytes": file.stat().st_size,
+        "size_bytes": bytes_of(file),
         "dtype": ", ".join(sorted(dtypes)).replace("torch.", ""),
     }
 
 
 def _weight_facts(entry: weights.WeightEntry) -> dict[str, Any]:
-    stated = {key: getattr(entry, key) for key in ("dataset", "sha256", "size_bytes", "licence", "revision")}
+    stated = {key: getattr(entry, key) for key in ("dataset", "sha256", "licence", "revision")}
+    stated["size_bytes"] = entry.weights_bytes
     alive = dict(entry.liveness) if entry.liveness is not None else "not measured"
     return {"top1_percent": entry.metrics.top1_percent, **stated, "liveness": alive}

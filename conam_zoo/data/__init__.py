@@ -1,7 +1,7 @@
 """Images for training: reading sets of any kind, splitting them, and handing out augmented batches."""
 
 from conam_zoo.data.dataset import ImageSplit, pixel_statistics
-from conam_zoo.data.load import ImageData, open_images, read_split
+from conam_zoo.data.load import ImageData, check_split, open_images, read_split
 from conam_zoo.data.loaders import Batches, BatchSettings, DeviceLoader, WorkerLoader, create_loader
 from conam_zoo.data.transforms import AugmentationSettings, normalize
 
@@ -13,6 +13,7 @@ __all__ = [
     "ImageData",
     "ImageSplit",
     "WorkerLoader",
+    "check_split",
     "create_loader",
     "normalize",
     "open_images",

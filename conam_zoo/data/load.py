@@ -97,9 +97,7 @@ def read_split(
             images of that size stay as they are). Then all images serve where there are no splits. None: the images
             must be of one size, and stay as they are.
     """
-    root = expand_path(data)
-    if dataset and status(root / dataset) is not None and (root / dataset).is_dir():
-        data = root / dataset
+    root, data = expand_path(data), _place(data, dataset)
     if image_size is None and status(root) is None and str(data) not in DATASETS and ":" not in str(data):
         raise UserError(
             f"The data folder {root} does not exist: pass a folder of images or arrays, or cifar10/cifar100."
@@ -126,6 +124,29 @@ def read_split(
     if not len(result):
         raise UserError(f"{source.source} holds no readable image: check the files.")
     return result
+
+
+def check_split(data: str | Path, split: str, dataset: str | None = None) -> None:
+    """Refuse a folder without a split that ``read_split`` is to read later; the split itself is not opened."""
+    place = expand_path(_place(data, dataset))
+    if not place.is_dir():
+        return
+    wanted = ("train",) if split == "train" else ("test", "val")
+    if has_arrays(place):
+        found = any((place / f"{name}_images.npy").exists() for name in wanted)
+    else:
+        found = not folder_sources(place, training=False).keys().isdisjoint(wanted)
+    if not found:
+        raise UserError(
+            f"{place} has neither {split}_images.npy nor a folder {' or '.join(wanted)}: add that, or keep training "
+            "images out with --set holdout=5000."
+        )
+
+
+def _place(data: str | Path, dataset: str | None) -> str | Path:
+    """A data set, or the folder of that name in a folder of several."""
+    root = expand_path(data)
+    return root / dataset if dataset and status(root / dataset) is not None and (root / dataset).is_dir() else data
 
 
 def of_one_size(source: LazyImages) -> tuple[LazyImages, int]:

@@ -144,8 +144,9 @@ def export(
             difference = _difference_int8(graph, _runner(temporary), calibration, output)
 
     write_atomically(output, write)
-    height, width = model.pretrained_cfg["input_size"][1:]
-    words = f"image, (N, {height}, {width}, 3) uint8" if pixels else f"image, (N, 3, {height}, {width}) float32"
+    channels, height, width = model.pretrained_cfg["input_size"]
+    shape = f"(N, {height}, {width}, {channels}) uint8" if pixels else f"(N, {channels}, {height}, {width}) float32"
+    words = f"image, {shape}"
     return Exported(output, output.stat().st_size, words, names, difference)
 
 

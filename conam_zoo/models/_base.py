@@ -1,5 +1,6 @@
 """What does not depend on the family: sites of the attention, and of timm's contract head, intermediates, pruning."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from conam_zoo.layers.conam_fused import recompute_rescaled
 from conam_zoo.layers.registry import check_attention, create_attention
 from conam_zoo.models.config_schema import check_patch_sizes
-from conam_zoo.weights import read_safetensors
+from conam_zoo.weights import WeightsError, read_safetensors
 
 ATTENTION_PLACEMENTS = ("stage", "block")
 ATTENTION_SITES = ("before_first_conv", "after_last_norm")
@@ -211,6 +212,8 @@ class StagedClassifier(nn.Module):
         if path and caller.f_globals.get("__name__") == "timm.models._helpers":
             if str(path).endswith(".safetensors"):
                 read_safetensors(Path(path))
+                if re.search(r"-\d{5}-of-\d{5}\.", Path(path).name) and self.state_dict().keys() - state_dict.keys():
+                    raise WeightsError(f"{path} is one of several files: load the model local-dir:{Path(path).parent}.")
             check_patch_sizes(Path(path), self.patch_sizes)
         # Not by super(), which a scripted net lacks: TorchScript hands it this method as it is.
         return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)

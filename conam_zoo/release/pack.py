@@ -30,6 +30,7 @@ from conam_zoo.training.train import MONITORED_IMAGES
 from conam_zoo.weights import Metrics, WeightEntry, WeightsError, dump_manifest, load_manifest
 from conam_zoo.weights.folder import read_config, weights_file
 from conam_zoo.weights.manifest import EVEN
+from conam_zoo.weights.verify import bytes_of, is_index
 
 LICENCE = "Apache-2.0"
 PACKED = "packed"  # in a run folder: the hash of its weights, once they are packed
@@ -105,6 +106,7 @@ def pack(run: Path, data: str | Path, checkout: Path | None = None, *, allow_eve
             train_minutes=round(record["train_minutes"], 1),
             library_versions=record["library_versions"],
             licence=LICENCE,
+            total_bytes=bytes_of(folder / file) if is_index(file) else None,
             **measured,
         )
         for extra in (LOG, "curves.png"):

@@ -93,7 +93,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
         if number == signal.SIGINT:
-            self.__exit__()
+            before = self._handlers.pop(signal.SIGINT)
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
 
 
 @dataclass
@@ -286,14 +287,17 @@ def _place_of_hash(data: bytes) -> tuple[int, int]:
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Replace every tensor in nested dicts and lists by a reference, and put it into ``tensors``."""
+    """Replace every tensor in nested dicts, lists and tuples by a reference, and put it into ``tensors``."""
     if isinstance(value, Tensor):
         tensors[path] = value.detach().contiguous()
         return {"tensor": path}
     if isinstance(value, dict):
         return {"items": [[key, _flatten(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        return {"list": [_flatten(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_flatten(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     return {"value": value}
 
 
@@ -304,4 +308,6 @@ def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         return {key: _unflatten(item, tensors) for key, item in node["items"]}
     if "list" in node:
         return [_unflatten(item, tensors) for item in node["list"]]
-    return node["value"]
+    if "tuple" in node:
+        return tuple(_unflatten(item, tensors) for item in node["tuple"])
+    return getattr(torch, node["dtype"]) if "dtype" in node else node["value"]

@@ -111,7 +111,7 @@ class EpochMeter:
         loss, lr = self.bad.get(step, ("not finite on another process", self.state.lr))
         return NonFiniteLossError(
             f"The loss is {loss} in epoch {self.epoch + 1}, step {step + 1} of {self.state.steps_per_epoch}, at "
-            f"learning rate {lr:.4g}: lower lr or lengthen warmup_epochs; the last good checkpoint is kept."
+            f"learning rate {lr:.4g}: train anew in another folder with a lower lr or a longer warm-up."
         )
 
     def sums(self) -> EpochSums:

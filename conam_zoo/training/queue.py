@@ -230,7 +230,10 @@ def run_queue(
                 moved = True
                 if process.returncode == 0 and settled(job, "done"):
                     continue
-                settle(job, "stopped" if stopping else f"failed: {job.last_words()}")
+                reason = job.last_words()
+                if process.returncode < 0:  # it had no time to say so
+                    reason = f"killed by {signal.Signals(-process.returncode).name}, see {job.log}"
+                settle(job, "stopped" if stopping else f"failed: {reason}")
             if waiting and not running and not moved:
                 for job in waiting:
                     settle(job, f"failed: it and its teacher {job.recipe.teacher} wait for each other")

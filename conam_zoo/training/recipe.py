@@ -13,6 +13,8 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import check_file, expand_path
 from conam_zoo.weights.verify import LARGEST_TEXT_BYTES, read_file
 
+# What decides how much a teacher counts, for each ``distill_loss``.
+WEIGHTS_OF_LOSSES = {"kd": ("distill_weight",), "dkd": ("dkd_alpha", "dkd_beta", "dkd_warmup_epochs")}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -106,7 +108,20 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
         written, epochs, warmup = numbers
         if written > 0 < epochs <= warmup:  # the recipe's own warm-up shrinks with its epochs
             replaced["warmup_epochs"] = warmup * epochs / written
-    return recipe_from_dict(values | replaced, name)
+    numbers[2] = values.get("early_epochs", 0)
+    if not replaced.keys() & {"early_epochs", "early_size"} and all(isinstance(number, int) for number in numbers):
+        written, epochs, early = numbers
+        if written > 0 < epochs < early:  # and so do its epochs of smaller crops
+            replaced["early_epochs"] = early * epochs // written
+            replaced |= {} if replaced["early_epochs"] else {"early_size": 0}
+    recipe = recipe_from_dict(values | replaced, name)
+    other = {"dkd": "kd", "kd": "dkd"}[recipe.distill_loss]
+    if unused := sorted(replaced.keys() & WEIGHTS_OF_LOSSES[other]):
+        raise UserError(
+            f"The setting {unused[0]} has no effect, because distill_loss is {recipe.distill_loss!r}: "
+            f"set {' or '.join(WEIGHTS_OF_LOSSES[recipe.distill_loss])} instead, or distill_loss={other}."
+        )
+    return recipe
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from conam_zoo.data import Batches, ImageSplit, create_loader, read_split
+from conam_zoo.data import Batches, ImageSplit, check_split, create_loader, read_split
 from conam_zoo.data.dataset import data_sha256, image_hashes
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
@@ -179,6 +179,7 @@ def _training_images(recipe: Recipe, data: str | Path) -> tuple[ImageSplit, Imag
     if facts is not None and split.classes != facts.classes:
         raise UserError(f"{split.source} does not hold the classes of {facts.title}: point --data at that data set.")
     if recipe.holdout == 0:
+        check_split(data, "test", recipe.dataset)
         return split, None
     if recipe.holdout >= len(split):
         raise UserError(f"The setting holdout is {recipe.holdout}, but there are only {len(split)} training images.")
@@ -198,7 +199,6 @@ def dry_run(
     output: Path,
     *,
     teacher_bank: Path | None = None,
-    resume: bool = False,
     compile: bool = False,
 ) -> dict[str, Any]:
     """Find out what ``train`` with the same arguments would do, and try a few steps on a net that is thrown away.
@@ -208,7 +208,7 @@ def dry_run(
     """
     output, teacher_bank = expand_path(output), teacher_bank and expand_path(teacher_bank)
     with process_group() as here:
-        run_on_primary(lambda: check_free(output, resume))
+        run_on_primary(lambda: check_free(output, resume=False))
         parts = assemble(recipe, data, here, teacher_bank)
         model = parts.model.to(here.device).to(memory_format=torch.channels_last)
         state = TrainState(model, recipe, parts.batches.steps, teacher=parts.teacher, compile=compile)

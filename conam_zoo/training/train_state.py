@@ -23,6 +23,7 @@ from conam_zoo.layers._torch_private import copy_all, lerp_all
 from conam_zoo.training.distillation import decoupled_loss, distillation_loss
 from conam_zoo.training.distributed import Ranks, precision_on, ranks
 from conam_zoo.training.recipe import Recipe
+from conam_zoo.weights.errors import in_brief
 
 MOMENTA = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # of a weight's shape; others may be factors or scalars
 
@@ -173,8 +174,15 @@ class TrainState:
         recipe = self.recipe
         # A smaller batch at an epoch's end is not worth compiling for.
         network = self._network if len(images) == self._full_batch else self._eager
-        with self._autocast:
-            logits = network(images)
+        try:
+            with self._autocast:
+                logits = network(images)
+        except RuntimeError as error:
+            if not self._compiling or network is self._eager or "memory" in str(error).lower():
+                raise
+            raise UserError(
+                f"torch.compile fails here ({in_brief(error)}): install a C++ compiler, or leave out --compile."
+            ) from error
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
         if guide is None and self.teacher is not None:

@@ -81,7 +81,7 @@ class WeightEntry:
     revision: str | None  # the Hub commit that holds the file; None: not published yet
     file: str
     sha256: str
-    size_bytes: int
+    size_bytes: int  # of ``file``
     dtype: str
     params: int
     macs: int  # multiply-accumulates of one image of ``input_size``
@@ -101,6 +101,7 @@ class WeightEntry:
     train_minutes: float
     library_versions: Mapping[str, str] = field(hash=False)
     licence: str
+    total_bytes: int | None = None  # of an index and the files that it names; None: there is one file
     # Measured when it was packed; None for entries of older manifests.
     liveness: Mapping[str, float] | None = field(default=None, hash=False)  # by site; see layers/confidence.py
     correct_of_1000: int | None = None  # right answers on 1,000 test images, spread over the split
@@ -116,6 +117,11 @@ class WeightEntry:
     def tag(self) -> str:
         """The part after the dot: ``cifar10`` of ``resnet20_conam.cifar10``."""
         return self.name.partition(".")[2]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all files of the weights."""
+        return self.total_bytes or self.size_bytes
 
     @property
     def even_sites(self) -> list[str]:
@@ -291,6 +297,7 @@ _ENTRY: dict[str, Check] = {
     "train_minutes": number(0.0, 1e9),
     "library_versions": table_of(line),
     "licence": line,
+    "total_bytes": optional(integer(1)),
     "liveness": optional(table_of(number(0.0, 1e6))),
     "correct_of_1000": optional(integer(0, 1000)),
     "nll_of_1000": optional(number(0.0, 1e6)),

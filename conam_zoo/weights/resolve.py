@@ -23,6 +23,7 @@ from conam_zoo.weights.verify import (
     Source,
     examine,
     examine_copy,
+    files_of,
     is_index,
     parse_parts,
     read_index,
@@ -88,7 +89,7 @@ def _find_parts(
             online, cause = "go online, ", None if tells_secrets(failure.__cause__) else failure.__cause__
     raise WeightsError(
         f"No verified copy of {entry.name} was found ({'; '.join(tried)}): set {MIRROR_VARIABLE} to a "
-        f"directory that holds {entry.name}/{entry.file}, {online}or use pretrained=False."
+        f"directory that holds {entry.name}/{files_of(entry)}, {online}or use pretrained=False."
     ) from cause
 
 

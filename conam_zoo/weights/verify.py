@@ -92,7 +92,7 @@ def read_parts(path: Path, entry: WeightEntry) -> tuple[Part, ...]:
     if found.status == "missing":
         raise WeightsError(f"{found.detail}; give the path of the {entry.file} of {entry.name}.")
     if not found.parts:
-        raise WrongWeightsError(f"{found.detail}; replace it by the published {entry.file} of {entry.name}.")
+        raise WrongWeightsError(f"{found.detail}; restore the published {entry.name}: {files_of(entry)}.")
     return found.parts
 
 
@@ -125,8 +125,8 @@ def with_shards(found: CopyStatus) -> CopyStatus:
     if is_index(first.described.file):
         for shard in read_index(first.data, first.path)[0]:
             beside = examine(found.place, first.path.with_name(shard.file), shard)
-            if not beside.parts:
-                return beside
+            if not beside.parts:  # an interrupted download leaves a part in the cache, and is finished from there
+                return beside if found.place == "cache" else replace(beside, status="wrong")
             parts += beside.parts
     return replace(found, parts=parts)
 
@@ -233,6 +233,17 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def is_index(file: str) -> bool:
     """Whether a file name is that of an index."""
     return file.endswith(INDEX_SUFFIX)
+
+
+def files_of(entry: WeightEntry) -> str:
+    """The files of some weights, in words."""
+    return f"{entry.file} and the files that it names" if is_index(entry.file) else entry.file
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of a weight file, or of an index and the files that it names."""
+    shards = read_index(path.read_bytes(), path)[0] if is_index(path.name) else ()
+    return path.stat().st_size + sum(shard.size_bytes for shard in shards)
 
 
 def make_index(weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> str:

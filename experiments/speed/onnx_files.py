@@ -57,7 +57,7 @@ def add_accuracy(path: Path, name: str, data: Path, weights: Path = Path("weight
             FLOAT32: float32.top1_percent,
             INT8: int8.top1_percent,
         },
-        "size_bytes": {"safetensors": entry.size_bytes, FLOAT32: float32.size_bytes, INT8: int8.size_bytes},
+        "size_bytes": {"safetensors": entry.weights_bytes, FLOAT32: float32.size_bytes, INT8: int8.size_bytes},
         "library_versions": versions,
     }
     rows = read_accuracy(path) | {name: row}
