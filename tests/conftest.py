@@ -141,3 +141,22 @@ def experiments(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     from experiments import __main__ as command
 
     return run_command(command.main, monkeypatch, capfd)
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Have something done in the middle of the n-th step of this process."""
+    from conam_zoo.training.train_state import TrainState
+
+    def arrange(steps: int, happens: Callable[[], object]) -> None:
+        accumulate, calls = TrainState.accumulate, []
+
+        def counted(self, *args):
+            calls.append(1)
+            if len(calls) == steps:
+                happens()
+            return accumulate(self, *args)
+
+        monkeypatch.setattr(TrainState, "accumulate", counted)
+
+    return arrange

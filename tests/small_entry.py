@@ -1,6 +1,8 @@
-"""Manifest entries for files made up in tests."""
+"""Weights made up in tests: their manifest entries, and what may be wrong with them."""
 
 import hashlib
+import os
+from pathlib import Path
 from typing import Any
 
 from conam_zoo.weights import Metrics, WeightEntry
@@ -38,3 +40,18 @@ def entry_for(name: str, data: bytes, **facts: Any) -> WeightEntry:
         "licence": "Apache-2.0",
     }
     return WeightEntry(**(made_up | facts))
+
+
+def damaged(data: bytes) -> bytes:
+    """The same size, one bit different."""
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+class Bomb:
+    """Unpickling it would leave a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)

@@ -55,15 +55,6 @@ def test_timm_and_transformers_read_the_same_net(exported: Path) -> None:
     assert other.timm_model.patch_sizes == own.patch_sizes == (8, 8, 8)
 
 
-def test_the_pipeline_of_transformers_names_the_classes(checkout: Path) -> None:
-    from PIL import Image
-    from transformers import pipeline
-
-    classify = pipeline("image-classification", model=str(checkout / "weights" / "resnet20_conam.cifar10"))
-    answer = classify(Image.new("RGB", (32, 32), (120, 160, 220)), top_k=1)
-    assert answer[0]["label"] in DATASETS["cifar10"].classes
-
-
 def test_a_config_of_the_first_release_still_loads(folder: Path) -> None:
     def as_before(config: dict[str, Any]) -> None:
         config["model_args"]["num_classes"] = 10

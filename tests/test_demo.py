@@ -20,7 +20,7 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from PIL import Image
 
-from conam_zoo.deploy.demo import build_page, look
+from conam_zoo.deploy.demo import _results, build_page, look
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.predict import percent, predict
@@ -50,6 +50,23 @@ def odd_net(tmp_path_factory: pytest.TempPathFactory) -> str:
     config["label_names"][config["label_names"].index("bird")] = ODD_CLASS
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return f"local-dir:{folder}"
+
+
+def test_a_narrow_strip_is_not_enlarged_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (1000, 1)).save(tmp_path / "strip.png")
+    pixels: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(self, size, *arguments, **options):
+        pixels.append(size[0] * size[1])
+        return resize(self, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    assert "The net sees 32 x 32 pixels" in _results(
+        tmp_path / "strip.png", {"net": open_model("resnet20_conam.cifar10")}, 0
+    )
+    assert 384 * 384 in pixels
+    assert max(pixels) <= 1000 * 32 * 32
 
 
 @pytest.fixture(scope="module")

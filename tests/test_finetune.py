@@ -1,6 +1,8 @@
 """Fine-tuning from real images to a report, on small parts of three sets that are not downloaded."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from conam_zoo.finetuning.net import finetune_recipe, freeze_layers, net_for_dat
 from conam_zoo.finetuning.run import finetune
 from conam_zoo.layers.confidence import confidence_maps
 from conam_zoo.models.registry import open_model
+from conam_zoo.training.checkpoint import TrainingStopped
 from conam_zoo.training.evaluate import evaluate_on
 from conam_zoo.visualize.predict import predict
 from experiments.accuracy.finetune import benchmark_finetune, digits, faces, few_of_cifar100, finetune_table
@@ -93,21 +96,6 @@ def test_the_weights_load_through_timm_and_carry_what_a_user_needs(finished: tup
     assert 100 * right / len(paths) == pytest.approx(report["top1_percent"])
 
 
-def test_the_weights_can_be_exported(finished: tuple[Path, Path, dict], tmp_path: Path) -> None:
-    import onnxruntime
-
-    model = timm.create_model(f"local-dir:{finished[1] / 'final'}", pretrained=True).eval()
-    images = torch.randn(2, 3, 32, 32)
-    with torch.inference_mode():
-        expected = model(images)
-    exported = torch.export.export(model, (images,))
-    torch.testing.assert_close(exported.module()(images), expected, atol=1e-4, rtol=1e-4)
-    torch.onnx.export(model, (images,), tmp_path / "net.onnx", dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
-    (measured,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    np.testing.assert_allclose(measured, expected.numpy(), atol=1e-4, rtol=1e-4)
-
-
 def test_a_run_continues_where_it_was_and_nowhere_else(
     finished: tuple[Path, Path, dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +119,19 @@ def test_a_run_continues_where_it_was_and_nowhere_else(
     assert facts["precision"] == "fp32"
     with pytest.raises(UserError, match="freeze differ"):
         finetune(data, **same, resume=True, freeze="stem")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    finished: tuple[Path, Path, dict], tmp_path: Path, stop_after
+) -> None:
+    same = {"model": PRETRAINED, "epochs": 2, "batch_size": 8, "layer_decay": 0.5, "quiet": True}
+    finetune(finished[0], **same, output=tmp_path / "whole")
+    stop_after(8, lambda: os.kill(os.getpid(), signal.SIGTERM))  # in the second epoch
+    with pytest.raises(TrainingStopped, match="in epoch 2 after step"):
+        finetune(finished[0], **same, output=tmp_path / "cut")
+    finetune(finished[0], **same, output=tmp_path / "cut", resume=True)
+    whole, cut = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut"))
+    assert cut["sha256"] == whole["sha256"]
 
 
 def made_up(count: int = 12, size: int = 32, classes: int = 2) -> ImageData:

@@ -117,9 +117,11 @@ def test_a_student_reads_the_same_bank_whoever_else_is_named(work: Path) -> None
     (bank,) = bank_of(student, list(NETS))
     assert bank_of(student, [teacher, student]) == (bank,)
     record, _ = plan_tasks(work, nets=[student])
-    assert (record.name, record.needs) == (bank, ())  # of the shipped teacher
-    assert bank_of(student, [student]) == (bank,)
-    (work / "code" / f"{teacher}.packed").touch()
+    assert record.name != bank  # it is that of the shipped teacher
+    assert bank_of(student, [student]) == (record.name,)
+    assert record.needs == ()
+    (work / "runs" / teacher).mkdir(parents=True)
+    (work / "runs" / teacher / "run.json").touch()
     assert bank_of(student, [student]) == (bank,)
     assert {task.name: task for task in plan_tasks(work, nets=[student])}[bank].needs == (f"{teacher} packed",)
 
@@ -186,6 +188,14 @@ def test_tasks_wait_for_what_they_need_and_failures_hold_up_no_others(work: Path
     assert set(again.values()) == {"done"}
 
 
+def test_a_signal_ends_the_call_and_trainings_save(work: Path) -> None:
+    script = "signal.signal(15, lambda *_: ((run / 'checkpoint.safetensors').write_bytes(b'x'), sys.exit(143)))\n"
+    script += "import os; os.kill(os.getppid(), 15); time.sleep(60)"
+    tasks = [_task(work, "long", script), _task(work, "next")]
+    assert run_tasks(tasks, work, seconds=60, parallel=1) == {"long": "stopped", "next": "waiting"}
+    assert (work / "runs" / "long" / "checkpoint.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_when_the_time_is_up_trainings_save_and_the_next_call_goes_on(
     work: Path, monkeypatch: pytest.MonkeyPatch
@@ -209,7 +219,7 @@ def test_what_is_handed_back_fits_and_is_handed_back_once(work: Path, tmp_path: 
         (work / "runs" / name).mkdir()
         (work / "runs" / name / "checkpoint.safetensors").write_bytes(b"state")
     room = deliver_logs(work, tmp_path / "sizes").stat().st_size + MIB // 8 + 6000  # of one training
-    assert deliver(tasks, work, tmp_path / "out1", limit_bytes=room) == (["first"], ["second"])
+    assert deliver(tasks, work, tmp_path / "out1", limit_bytes=room) == (["first"], ["second", "third"])
     assert deliver(tasks, work, tmp_path / "out2", limit_bytes=50 * MIB) == (["second", "third"], [])
     assert deliver(tasks, work, tmp_path / "out3", limit_bytes=50 * MIB) == (["third"], [])
     assert deliver(tasks, work, tmp_path / "out4", limit_bytes=50 * MIB, again=True)[0] == ["first", "second", "third"]

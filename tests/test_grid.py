@@ -17,7 +17,6 @@ from PIL import Image
 import experiments.accuracy.grid as grid_module
 from conam_zoo.errors import UserError
 from conam_zoo.layers import registry
-from conam_zoo.release.documents import fill_table
 from conam_zoo.training.checkpoint import has_checkpoint
 from conam_zoo.training.engine import NonFiniteLossError
 from conam_zoo.training.recipe import load_recipe
@@ -37,7 +36,6 @@ from experiments.accuracy.grid import ATTENTION, Cell, Grid, grid_recipe, read_g
 from experiments.accuracy.statistics import compare, t_quantile
 from experiments.speed.baselines import attention_layers
 from experiments.speed.record import BenchmarkRecord, Row
-from experiments.tables import WRITTEN_BY
 
 Conam = Callable[..., tuple[int, str, str]]
 TINY = ["epochs=1", "warmup_epochs=0", "batch_size=32", "precision=fp32"]
@@ -160,6 +158,11 @@ def test_the_paper_s_form_is_trained_once_for_all_axes() -> None:
         (lambda: ablation_cells(["resnet20"], ["cifar10"], ["depth"], [0], grid_recipe("short")), "no axis 'depth'"),
         (lambda: grid_recipe("long"), "There is no recipe 'long' for a grid: choose short or full."),
         (lambda: grid_recipe("short", ["seed=4"]), "The setting seed is not one of the whole grid"),
+        (
+            lambda: ablation_cells(["densenet40_12"], ["cifar10"], ["site"], [0], grid_recipe("short")),
+            "densenet40_12_conam cannot be built as after_last_norm (",
+        ),
+        (lambda: grid_recipe("short", ["holdout=40"]), "write --holdout instead of --set holdout"),
         (lambda: grid_recipe("short", ["epohcs=4"]), "has no setting 'epohcs'"),
         (lambda: grid_recipe("short", ["epochs"]), "The setting 'epochs' has no '='"),
     ],
@@ -431,15 +434,6 @@ def test_the_document_s_tables(tmp_path: Path) -> None:
         comparison_tables(tmp_path)
 
 
-def test_the_documents_have_a_place_for_both_tables(checkout: Path) -> None:
-    path = checkout / "docs" / "conam.md"
-    filled = fill_table(path.read_text(encoding="utf-8"), "benchmark compare", "TABLE ONE", path, WRITTEN_BY)
-    assert filled.index("## Does it help?") < filled.index("TABLE ONE") < filled.index("## Other forms")
-    path = checkout / "experiments" / "LOG.md"
-    filled = fill_table(path.read_text(encoding="utf-8"), "benchmark ablation", "TABLE TWO", path, WRITTEN_BY)
-    assert filled.index("## Other forms") < filled.index("TABLE TWO")
-
-
 # The commands
 
 
@@ -459,7 +453,7 @@ def test_dry_runs_list_the_cells(experiments: Conam, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_the_command_writes_a_file_a_plot_and_a_table(experiments: Conam, small_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "ablation"
-    cells = ablation_cells(["resnet20"], ["cifar10"], ["shortcut"], [0], grid_recipe("short", [*TINY, "holdout=40"]))
+    cells = ablation_cells(["resnet20"], ["cifar10"], ["shortcut"], [0], grid_recipe("short", TINY, holdout=40))
     facts = {"evaluated_on": "held-out training images", "attention": ATTENTION}
     known = [finished(cell, 50.0) | facts for cell in cells]
     output.with_name("ablation.json").write_text(Grid("ablation", "", known[:2]).to_json())  # one cell is left to train

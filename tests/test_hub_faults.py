@@ -19,7 +19,7 @@ from faults import FAULTS, FOLDER_FAULTS, PAGE, Fault, render
 from hub_client import HubClient, assert_one_sentence, install_package
 from hub_server import SLOW_S, HubServer, Mode, refusing_url, serve
 from safetensors.torch import save
-from small_entry import NAMESPACE, REVISION, entry_for
+from small_entry import NAMESPACE, REVISION, Bomb, entry_for
 
 import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.datasets import DATASETS
@@ -275,16 +275,6 @@ def test_header(name: str, make_scene: Callable[[Fault], Scene]) -> None:
     scene.judge(scene.find())
 
 
-class Bomb:
-    """Unpickling it would leave a trace."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
-
-
 def test_pickle(scene: Scene) -> None:
     scene.offer(pickle.dumps(Bomb(scene.folder / "exploded")))
     scene.judge(scene.find())
@@ -341,7 +331,12 @@ def test_killed(scene: Scene) -> None:
         if copies["copies"]["cache"] == "good":
             shutil.rmtree(scene.cache)
     assert downloads >= 10, "most of the processes have to die in the middle"
+    partial = list(scene.cache.rglob("*.incomplete"))
+    for path in partial[1:]:
+        os.utime(path, (0, 0))
+    shutil.rmtree(scene.cache / f"models--{NAMESPACE}--{NAME}" / "snapshots", ignore_errors=True)
     scene.judge(scene.find())
+    assert list(scene.cache.rglob("*.incomplete")) == partial[:1], "but for the one that may still be written to"
 
 
 def test_eight_at_once(scene: Scene) -> None:

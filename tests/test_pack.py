@@ -9,16 +9,17 @@ import pytest
 import timm
 import torch
 from conftest import CHECKOUT
+from small_entry import entry_for
 
 import conam_zoo.release.pack as pack_module
 from conam_zoo.errors import UserError
-from conam_zoo.models.registry import open_model
+from conam_zoo.models.registry import open_model, weights_sha256
 from conam_zoo.release.documents import generated_files
 from conam_zoo.release.pack import PACKED, pack
 from conam_zoo.training.evaluate import evaluate
 from conam_zoo.training.recipe import load_recipe
 from conam_zoo.training.train import train
-from conam_zoo.weights import load_manifest, read_verified
+from conam_zoo.weights import Manifest, dump_manifest, load_manifest, read_verified
 
 pytestmark = pytest.mark.slow
 
@@ -83,10 +84,14 @@ def test_a_run_becomes_verified_weights(small_data: Path, empty_checkout: Path, 
 def test_packing_again_replaces_the_weights_and_keeps_other_entries(
     small_data: Path, empty_checkout: Path, tmp_path: Path
 ) -> None:
+    manifest = empty_checkout / "weights_manifest.json"
+    other = entry_for("resnet32_conam.cifar10", b"weights", revision=None)
+    dump_manifest(Manifest({other.name: other}), manifest)
     first = pack(_run(small_data, tmp_path / "a", "seed=1"), small_data, empty_checkout, allow_even_sites=True)
     second = pack(_run(small_data, tmp_path / "b", "seed=2"), small_data, empty_checkout, allow_even_sites=True)
     assert first.sha256 != second.sha256
-    assert load_manifest(empty_checkout / "weights_manifest.json").entry(NAME).sha256 == second.sha256
+    assert load_manifest(manifest).entries == {NAME: second, other.name: other}
+    assert weights_sha256(f"local-dir:{empty_checkout / 'weights' / NAME}") == second.sha256
 
 
 @pytest.mark.usefixtures("short_recipe")

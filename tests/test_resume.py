@@ -58,24 +58,6 @@ def recipe() -> Recipe:
     return replace(recipe, model_args={"drop_rate": 0.2})
 
 
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """Have something done in the middle of the n-th step of this process."""
-
-    def arrange(steps: int, happens: Callable[[], object]) -> None:
-        accumulate, calls = TrainState.accumulate, []
-
-        def counted(self, *args):
-            calls.append(1)
-            if len(calls) == steps:
-                happens()
-            return accumulate(self, *args)
-
-        monkeypatch.setattr(TrainState, "accumulate", counted)
-
-    return arrange
-
-
 def in_a_child(work: Callable[[], object]) -> int:
     """Run something in a forked process, which needs no new import of torch; gives its process id."""
     child = os.fork()

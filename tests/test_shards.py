@@ -15,7 +15,7 @@ import torch
 from hub_client import HubClient, assert_one_sentence
 from hub_server import HubServer, serve
 from safetensors.torch import save
-from small_entry import NAMESPACE, REVISION, entry_for
+from small_entry import NAMESPACE, REVISION, damaged, entry_for
 
 import conam_zoo  # noqa: F401
 from conam_zoo.models.registry import INDEX_FILE, export_model
@@ -59,10 +59,6 @@ def lay(folder: Path, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
-
-
-def damaged(data: bytes) -> bytes:
-    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 # --- folders ------------------------------------------------------------------------------------------------

@@ -407,6 +407,7 @@ def test_a_fused_optimiser_does_what_the_plain_one_does(opt: str, recipe: Recipe
         parts = assemble(changed, small_data, ranks())
         model = parts.model.to(memory_format=torch.channels_last if fused else torch.contiguous_format)
         state = TrainState(model, changed, parts.batches.steps)
+        assert state.optimizer.defaults.get("fused") is (None if opt == "lamb" else True)
         if not fused:
             state.optimizer = create_optimizer_v2(
                 model, opt=opt, lr=1e-3, momentum=recipe.momentum, weight_decay=recipe.weight_decay, foreach=False

@@ -24,11 +24,11 @@ import torch
 from hub_client import HubClient, assert_one_sentence
 from hub_server import HubServer, Mode, refusing_url, serve
 from safetensors.torch import save
+from small_entry import NAMESPACE, REVISION, Bomb, damaged, entry_for
 
 from conam_zoo import checks
 from conam_zoo.weights import (
     Manifest,
-    Metrics,
     WeightEntry,
     WeightsError,
     WrongWeightsError,
@@ -46,7 +46,7 @@ from conam_zoo.weights import (
 
 pytestmark = pytest.mark.enable_socket  # pytest-socket's mark: the loopback server needs one
 
-NAME, NAMESPACE, REVISION = "tiny_conam.cifar10", "some-lab", "0a" * 20
+NAME = "tiny_conam.cifar10"
 HUB_ID = f"{NAMESPACE}/{NAME}"
 
 
@@ -60,41 +60,6 @@ def tensors() -> dict[str, torch.Tensor]:
 SUMS = {key: float(value.sum()) for key, value in tensors().items()}
 
 
-def entry_for(data: bytes, revision: str | None = REVISION) -> WeightEntry:
-    return WeightEntry(
-        name=NAME,
-        repository=NAME,
-        revision=revision,
-        file="model.safetensors",
-        sha256=hashlib.sha256(data).hexdigest(),
-        size_bytes=len(data),
-        dtype="float32",
-        params=52,
-        macs=1000,
-        model_args={},
-        dataset="cifar10",
-        num_classes=2,
-        classes=("left", "right"),
-        input_size=(3, 32, 32),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        metrics=Metrics(top1_percent=50.0, top5_percent=100.0, nll=0.7, ece=0.0),
-        recipe=NAME,
-        teacher=None,
-        seed=0,
-        epochs=1,
-        hardware="none",
-        train_minutes=0.0,
-        library_versions={},
-        licence="Apache-2.0",
-    )
-
-
-def damaged(data: bytes) -> bytes:
-    """The same size, one bit different."""
-    return data[:-1] + bytes([data[-1] ^ 1])
-
-
 @pytest.fixture
 def data() -> bytes:
     return save(tensors())
@@ -102,7 +67,7 @@ def data() -> bytes:
 
 @pytest.fixture
 def entry(data: bytes) -> WeightEntry:
-    return entry_for(data)
+    return entry_for(NAME, data)
 
 
 @dataclass
@@ -232,23 +197,13 @@ def test_what_was_checked_is_what_is_used(
     assert torch.equal(read_verified(path, entry)["fc.bias"], torch.ones(4))
 
 
-class Bomb:
-    """Unpickling it would leave a trace."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
-
-
 @pytest.mark.parametrize("in_manifest", [True, False])
 def test_a_pickle_by_the_name_of_safetensors_is_refused(tmp_path: Path, in_manifest: bool) -> None:
     """Even one whose hash the manifest itself gives."""
     content = pickle.dumps(Bomb(tmp_path / "exploded"))
     path = put(tmp_path / "model.safetensors", content)
     with pytest.raises(WeightsError, match="is not a safetensors file") as refused:
-        read_verified(path, entry_for(content)) if in_manifest else read_safetensors(path)
+        read_verified(path, entry_for(NAME, content)) if in_manifest else read_safetensors(path)
     assert_one_sentence(str(refused.value))
     assert not (tmp_path / "exploded").exists()
 

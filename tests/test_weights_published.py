@@ -11,6 +11,7 @@ import timm
 import torch
 from conftest import CHECKOUT
 from hatchling.build import build_wheel
+from small_entry import Bomb
 
 import conam_zoo  # noqa: F401 (registers the models)
 from conam_zoo.data import read_split
@@ -122,10 +123,14 @@ def test_a_wrong_file_is_refused_wherever_it_lies(tmp_path: Path, monkeypatch: p
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    torch.save({"conv1.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "weights.pth")
-    for name in ("resnet20_conam.cifar10", "resnet110_conam.cifar10"):  # with and without a manifest entry
-        with pytest.raises(WeightsError):
+    torch.save(Bomb(tmp_path / "exploded"), tmp_path / "weights.pth")
+    for name, why in (
+        ("resnet20_conam.cifar10", "is not the published file"),
+        ("resnet110_conam.cifar10", r"does not end in \.safetensors"),  # without an entry in the manifest
+    ):
+        with pytest.raises(WeightsError, match=why):
             timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")})
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_the_generated_files_are_up_to_date() -> None:
@@ -186,7 +191,7 @@ def test_weights_load_from_an_installed_wheel_only_through_a_mirror(
 def test_the_right_answers_on_a_sample_of_test_images_are_those_that_were_recorded(name: str, cifar_root: Path) -> None:
     """For all weights; all of their images are evaluated below for two, and by 'python -m experiments shipped'."""
     entry = load_manifest().entry(name)
-    assert entry.correct_of_1000 is not None, f"run 'conam measure --data DATA {name}'"
+    assert entry.correct_of_1000 is not None
     split = read_split(cifar_root, "test", entry.dataset).spread(1000)
     scores = evaluate_on(timm.create_model(name, pretrained=True).eval(), split)
     assert scores.top1_percent * 10 == pytest.approx(entry.correct_of_1000, abs=0.2)

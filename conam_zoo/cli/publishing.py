@@ -34,23 +34,6 @@ def pack(
 
 @app.command(
     rich_help_panel="For those who publish",
-    epilog="Example: conam measure --data ~/data, with cifar10 and cifar100 in it",
-)
-def measure(
-    data: Annotated[Path, typer.Option(help="A data set, or a folder of data sets by name.")],
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Weights; all if left out.")] = None,
-) -> None:
-    """Remeasure, for the manifest, the weights' liveness and predictions on 1,000 test images."""
-    from conam_zoo.release.pack import remeasure
-
-    for name, measured in remeasure(data, names).items():
-        alive = ", ".join(f"{site} {value:.4f}" for site, value in measured["liveness"].items()) or "no ConAM"
-        console().print(f"{name}: {measured['correct_of_1000']} of 1,000 test images right, liveness {alive}")
-    tables()
-
-
-@app.command(
-    rich_help_panel="For those who publish",
     epilog="Example: conam publish resnet20_conam.cifar10 --namespace ACCOUNT --data ~/data --dry-run",
 )
 def publish(

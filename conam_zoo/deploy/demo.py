@@ -200,7 +200,7 @@ def _panel(name: str, net: StagedClassifier, prediction: Prediction, site: int, 
     chosen = sites[min(site, len(sites) - 1)] if sites and site != NO_SITE else None
     drawn = _map(_short(chosen), prediction.maps[chosen].numpy(), largest) if chosen else ("", "")
     size = prediction.seen.size
-    sharp = split_transform(net, max(1, SIDE // max(size)))[0](prediction.image)
+    sharp = split_transform(net, max(1, SIDE // max(size)))[0](_middle(prediction.image))
     known = class_names(net)
     words = ", ".join(known) if len(known) <= 12 else f"{len(known)} classes"
     bars = "".join(
@@ -212,6 +212,13 @@ def _panel(name: str, net: StagedClassifier, prediction: Prediction, site: int, 
 <figure><div class="picture {"mapped" if chosen else ""}"><img src="{_address(sharp, "JPEG")}" alt="">{drawn[0]}</div>
 {drawn[1]}<figcaption><img src="{_address(prediction.seen, "PNG")}" alt="">
 <span>The net sees {size[0]} x {size[1]} pixels and knows {for_html(words)}.</span></figcaption></figure></article>"""
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle square, all that is shown of a picture: a narrow strip enlarged as a whole would fill the memory."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return image.crop((left, top, left + side, top + side))
 
 
 def _map(site: str, confidence: NDArray[np.float32], largest: float) -> tuple[str, str]:

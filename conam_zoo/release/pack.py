@@ -249,28 +249,3 @@ def _measure(model: StagedClassifier, training: ImageSplit, test: ImageSplit) ->
         correct = int(torch.sum(logits.argmax(dim=1) == sample.labels))
         nll = round(score(logits, sample.labels).nll, 5)
     return {"liveness": alive, "correct_of_1000": correct, "nll_of_1000": nll}
-
-
-def remeasure(data: Path, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Measure weights of the checkout again, all if ``names`` is None, and write the values into its manifest.
-
-    ``data`` is a data set, or a folder of data sets by name. Returns what was measured, by name.
-    """
-    checkout = our_checkout()
-    path = checkout / "weights_manifest.json"
-    manifest = load_manifest(path)
-    measured: dict[str, dict[str, Any]] = {}
-    for name in names or sorted(manifest.entries):
-        training, test = (read_split(data, split, manifest.entry(name).dataset) for split in ("train", "test"))
-        folder = f"local-dir:{checkout / 'weights' / name}"
-        if (found := weights_sha256(folder)) != manifest.entry(name).sha256:
-            raise UserError(f"{folder} holds other weights than the manifest states (SHA-256 {found}): restore them.")
-        measured[name] = _measure(open_model(folder), training, test)
-    with packing(checkout):
-        latest = load_manifest(path)
-        hashes = {name: entry.sha256 for name, entry in latest.entries.items()}
-        if changed := [name for name in measured if hashes.get(name) != manifest.entries[name].sha256]:
-            raise UserError(f"The weights {changed[0]} were replaced meanwhile: measure again.")
-        entries = {n: replace(e, **measured.get(n, {})) for n, e in latest.entries.items()}
-        dump_manifest(replace(latest, entries=entries), path)
-    return measured

@@ -202,7 +202,7 @@ def run_queue(
             settle(job, "done", event)
         return True
 
-    with _stop_requests() as stopping, ExitStack() as stack:
+    with stop_requests() as stopping, ExitStack() as stack:
         stack.callback(_end, running)  # whatever ends the queue
         while waiting or running:
             moved = False
@@ -288,7 +288,7 @@ def _end(running: dict[Job, "subprocess.Popen[bytes]"]) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """A list that stays empty until a signal asks for an end."""
     received: list[int] = []
     signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP

@@ -34,6 +34,7 @@ REQUEST_TIMEOUT_S = 5.0
 CONTACT_DEADLINE_S = 8.0
 SLOWEST_BYTES_PER_S = 5_000  # a server that sends a byte now and then is given up, too
 RETRY_AFTER_S = 1.0
+ABANDONED_AFTER_S = 3600.0  # a partial file that nobody has written to for so long
 
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _BRANCH = re.compile(r"(?!.*\.\.)\w[\w./-]*")
@@ -163,6 +164,10 @@ def download(
 
 def _fetch_blob(announced: Announced, blob: Path, limit_bytes: int, sha256: str | None) -> None:
     """Download a file to its place among the blobs, a second time if the first one fails or is another file."""
+    for left in blob.parent.glob(f"{blob.name}.*.incomplete"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_AFTER_S:
+                left.unlink()
     temporary = blob.with_name(f"{blob.name}.{uuid.uuid4().hex[:8]}.incomplete")
     expected = sha256 or announced.digest
     found = ""

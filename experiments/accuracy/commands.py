@@ -51,7 +51,7 @@ def compare(
     from experiments.accuracy.compare import attention_cells
     from experiments.accuracy.grid import grid_recipe
 
-    shared = grid_recipe(recipe, [*(settings or []), f"holdout={holdout}"])
+    shared = grid_recipe(recipe, settings or [], holdout=holdout)
     cells = attention_cells(
         models or ["resnet20"], datasets or ["cifar10"], layers or attention_layers(), seeds or [0, 1, 2], shared
     )
@@ -87,7 +87,7 @@ def ablation(
     from experiments.accuracy.compare import ablation_cells
     from experiments.accuracy.grid import grid_recipe
 
-    shared = grid_recipe(recipe, [*(settings or []), f"holdout={holdout}"])
+    shared = grid_recipe(recipe, settings or [], holdout=holdout)
     cells = ablation_cells(
         models or ["resnet20"], datasets or ["cifar10"], axes or list(AXES), seeds or [0, 1, 2], shared, only or ()
     )

@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder, write_text
 from conam_zoo.models.registry import check_model_name, count_params_and_macs, model_names
@@ -49,8 +52,8 @@ class Grid:
         command: The command line that was last given.
         cells: For each finished cell: ``name``, ``model``, ``dataset``, ``variant``, ``seed``, ``epochs``, ``recipe``,
             ``evaluated_on``, ``top1_percent``, ``top5_percent``, ``nll``, ``ece``, ``params``, ``macs``, ``minutes``
-            (of the clock, with whatever ran beside it), ``precision`` (that of the device), ``hardware``,
-            ``library_versions``, ``code_commit``; for one
+            (of the clock, with whatever ran beside it), ``precision`` (that of the device), ``compiled``,
+            ``hardware``, ``library_versions``, ``code_commit``; for one
             that failed, ``failed`` instead of the scores.
     """
 
@@ -65,7 +68,7 @@ class Grid:
         return f"{head}{lines}\n  ]\n}}\n" if lines else f"{head}  ]\n}}\n"
 
 
-def grid_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
+def grid_recipe(name: str, settings: Sequence[str] = (), *, holdout: int = 0) -> Recipe:
     """One of ``RECIPES``, with settings such as ``"epochs=5"`` replaced.
 
     Raises:
@@ -73,9 +76,13 @@ def grid_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     """
     if name not in RECIPES:
         raise UserError(f"There is no recipe {name!r} for a grid: choose {' or '.join(RECIPES)}.")
-    if own := parse_settings(list(settings)).keys() & OWN_TO_A_CELL:
+    given = parse_settings(list(settings)).keys()
+    if own := given & OWN_TO_A_CELL:
         raise UserError(f"The setting {min(own)} is not one of the whole grid: each cell has its own.")
-    return load_recipe(str(Path(__file__).parent / "recipes" / f"{name}.toml"), list(settings))
+    if "holdout" in given:
+        raise UserError("The setting holdout is an option of its own: write --holdout instead of --set holdout.")
+    path = Path(__file__).parent / "recipes" / f"{name}.toml"
+    return load_recipe(str(path), [*settings, f"holdout={holdout}"])
 
 
 def plan_grid(
@@ -95,12 +102,19 @@ def plan_grid(
         recipe: The settings that all cells share.
 
     Raises:
-        UserError: If a model, or a model with a data set, is unknown.
+        UserError: If a model, or a model with a data set, is unknown, or a model cannot be built as a variant.
     """
     full = [name if name in model_names() else f"{name}_conam" for name in models]
     for model in full:
         for dataset in datasets:
             check_model_name(f"{model}.{dataset}")
+    for model in full:
+        for variant, arguments in variants.items():
+            try:
+                with torch.device("meta"):
+                    timm.create_model(model, **arguments(model))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{model} cannot be built as {variant} ({error}): leave one of them out.") from error
     return [
         Cell(
             variant,
@@ -268,5 +282,6 @@ def _outcome(cell: Cell, folder: Path) -> dict[str, Any]:
         **run["scores"],
         "minutes": round(run["train_minutes"], 2),
         "precision": run.get("precision", cell.recipe.precision),  # earlier runs had no other than the recipe's
+        "compiled": run.get("compile_seconds") is not None,
         **{key: run[key] for key in ("hardware", "library_versions", "code_commit")},
     }

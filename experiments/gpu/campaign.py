@@ -18,6 +18,7 @@ from pathlib import Path
 from conam_zoo.errors import UserError
 from conam_zoo.files import make_folder, write_atomically, write_text
 from conam_zoo.training.checkpoint import CHECKPOINT
+from conam_zoo.training.queue import stop_requests
 from conam_zoo.training.recipe import list_recipes, load_recipe
 from experiments.gpu.parts import MIB, write_parts
 from experiments.gpu.plan import Task
@@ -66,7 +67,7 @@ def run_tasks(
     report: Callable[[str], None] = print,
     each_while: Callable[[], object] = lambda: None,
 ) -> dict[str, str]:
-    """Run tasks in order until all are done or the time is up; then SIGTERM, so that each saves its state.
+    """Run tasks in order until all are done, the time is up or a signal says so; then each saves its state.
 
     A task starts once its data set is there and the tasks it needs are done. One that fails is not tried again in this
     call, and blocks only those that need it.
@@ -86,38 +87,38 @@ def run_tasks(
     state = {task.name: "done" if task.done.is_file() else "waiting" for task in tasks}
     running: dict[str, subprocess.Popen[bytes]] = {}
     by_name = {task.name: task for task in tasks}
-    try:
-        while time.monotonic() < end:
-            for task in tasks:
-                ready = (work / "data" / task.dataset).is_dir() and all(state[need] == "done" for need in task.needs)
-                if state[task.name] == "waiting" and ready and len(running) < parallel:
-                    running[task.name] = _start(task, work, parallel)
-                    state[task.name] = "running"
-                    report(f"{task.name}: started")
-            for name, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    state[name] = _ended(by_name[name], process.returncode, work)
-                    report(f"{name}: {state[name]}")
-            if not running and not any(_can_start(task, state, work) for task in tasks):
-                break
-            if time.monotonic() > next_while:
-                each_while()
-                next_while += LOG_SECONDS
-            time.sleep(POLL_SECONDS)
-    finally:
-        for process in running.values():
-            process.send_signal(signal.SIGTERM)
-        last = time.monotonic() + GRACE_SECONDS
-        for name, process in running.items():
-            try:
-                process.wait(max(0.0, last - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            ended = _ended(by_name[name], process.returncode, work)
-            state[name] = ended if ended == "done" else "stopped"
-            report(f"{name}: {state[name]}")
+    with stop_requests() as stopping:
+        try:
+            while time.monotonic() < end and not stopping:
+                for task in tasks:
+                    if len(running) < parallel and _can_start(task, state, work):
+                        running[task.name] = _start(task, work, parallel)
+                        state[task.name] = "running"
+                        report(f"{task.name}: started")
+                for name, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[name]
+                        state[name] = _ended(by_name[name], process.returncode, work)
+                        report(f"{name}: {state[name]}")
+                if not running and not any(_can_start(task, state, work) for task in tasks):
+                    break
+                if time.monotonic() > next_while:
+                    each_while()
+                    next_while += LOG_SECONDS
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in running.values():
+                process.send_signal(signal.SIGTERM)
+            last = time.monotonic() + GRACE_SECONDS
+            for name, process in running.items():
+                try:
+                    process.wait(max(0.0, last - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                ended = _ended(by_name[name], process.returncode, work)
+                state[name] = ended if ended == "done" else "stopped"
+                report(f"{name}: {state[name]}")
     return state
 
 
@@ -186,7 +187,7 @@ def deliver(
         again: Hand back what was handed back before as well.
 
     Returns:
-        Names of the trainings that were handed back, finished and unfinished, and of finished ones that did not fit.
+        Names of the trainings that were handed back, finished and unfinished, and of those that did not fit.
     """
     room = min(limit_bytes - deliver_logs(work, output).stat().st_size, (MAX_FILES - 1) * PART_BYTES) - MIB // 8
     record = work / "delivered.json"
@@ -206,7 +207,7 @@ def deliver(
                 room -= size
                 members += own
                 handed.append(name)
-            elif (name, run) in finished:
+            else:
                 left.append(name)
     if members:
         write_parts("results", members, work, output, PART_BYTES)

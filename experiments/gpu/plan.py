@@ -85,7 +85,7 @@ def plan_tasks(
     chosen = {net: _recipe(work, net, length) for net in NETS if net in nets}
     # Teachers of an earlier call stay in the plan, so that their students read the same banks whoever else is named.
     wanted = {recipe.teacher for _, recipe in chosen.values()}
-    earlier = {teacher for teacher in wanted if (work / "code" / f"{teacher}.packed").is_file()}
+    earlier = {teacher for teacher in wanted & set(NETS) if _is_trained(work, teacher, length)}
     chosen = {net: _recipe(work, net, length) for net in NETS if net in {*nets, *earlier}}
     taught = {recipe.teacher for _, recipe in chosen.values() if recipe.teacher} & set(chosen)
     teachers: list[Task] = []
@@ -97,7 +97,8 @@ def plan_tasks(
         options = ["--set", PLAIN] if net.endswith(" plain") else []
         if recipe.teacher:
             shown = _shown(recipe)
-            digest = hashlib.sha256(shown.encode()).hexdigest()
+            origin = "own" if recipe.teacher in taught else "shipped"
+            digest = hashlib.sha256(f"{shown} {origin}".encode()).hexdigest()
             bank = banks.setdefault(shown, f"{recipe.teacher}.bank-{digest[:8]}")
             needs, options = (bank,), [*options, "--teacher-bank", str(work / "banks" / bank)]
         options += ["--compile"] if compile else []
@@ -124,6 +125,10 @@ def _recipe(work: Path, net: str, length: str) -> tuple[str, Recipe]:
     name = net.removesuffix(" plain") + NETS[net][LENGTHS.index(length)]
     settings = [PLAIN] if net.endswith(" plain") else []
     return name, load_recipe(str(work / "code" / "conam_zoo" / "training" / "recipes" / f"{name}.toml"), settings)
+
+
+def _is_trained(work: Path, net: str, length: str) -> bool:
+    return (work / "runs" / _recipe(work, net, length)[0] / "run.json").is_file()
 
 
 def _shown(recipe: Recipe) -> str:

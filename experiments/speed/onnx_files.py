@@ -48,7 +48,8 @@ def add_accuracy(path: Path, name: str, data: Path, weights: Path = Path("weight
     made = make_onnx(entry, weights / name, data)
     done = evaluate(open_model(f"local-dir:{weights / name}"), data, entry.dataset, part="test")
     float32, int8 = (made[file][0] for file in ONNX_FILES)
-    versions = describe_environment()["library_versions"] | {"onnxruntime": version("onnxruntime")}
+    environment = describe_environment()
+    versions = environment["library_versions"] | {"onnxruntime": version("onnxruntime")}
     row = {
         "sha256": entry.sha256,
         "images": len(done.split),
@@ -58,6 +59,7 @@ def add_accuracy(path: Path, name: str, data: Path, weights: Path = Path("weight
             INT8: int8.top1_percent,
         },
         "size_bytes": {"safetensors": entry.weights_bytes, FLOAT32: float32.size_bytes, INT8: int8.size_bytes},
+        "hardware": environment["hardware"],  # int8 sums may saturate on processors without VNNI
         "library_versions": versions,
     }
     rows = read_accuracy(path) | {name: row}

@@ -75,7 +75,7 @@ def benchmark_train(
     settings = LoopSettings(model, batch_size, workers, compile, precision_on(device))
     split = _images(data, steps * batch_size)
     # The originals of all three loops let cuDNN choose its algorithms by trying them.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         calls: dict[str, Steps] = {}
         for name, loop in (LOOPS | TEACHER_LOOPS if teacher else LOOPS).items():
             progress(f"preparing {name}")
