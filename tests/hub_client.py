@@ -95,6 +95,14 @@ def open_model(task):
     return {"architecture": run(task["name"], cache_dir=task["cache_dir"]).pretrained_cfg["architecture"]}
 
 
+def mirror(task):
+    from conam_zoo.weights import load_manifest
+    from conam_zoo.weights.resolve import fill_mirror
+    manifest = load_manifest()
+    path, written = fill_mirror(manifest.entry(task["name"]), Path(task["folder"]), namespace=manifest.hub_namespace)
+    return {"path": str(path), "written": written}
+
+
 def torch_hub(task):
     import torch
     model = torch.hub.load(task["repository"], task["name"], source="local", pretrained=True, tag=task["tag"])

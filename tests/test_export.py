@@ -135,6 +135,24 @@ def test_int8_has_quantised_convolutions_and_about_the_same_logits(net: StagedCl
 
 
 @pytest.mark.slow
+def test_an_int8_file_that_says_something_else_is_not_written(
+    net: StagedClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turn_round(path: Path, pixels: torch.Tensor) -> None:
+        proto = onnx.load(str(path))
+        for node in proto.graph.node:
+            node.output[:] = ["before" if name == "logits" else name for name in node.output]
+        proto.graph.node.append(onnx.helper.make_node("Neg", ["before"], ["logits"]))
+        onnx.save(proto, str(path))
+
+    (tmp_path / "net.onnx").write_bytes(b"before")
+    monkeypatch.setattr("conam_zoo.deploy.export._quantize", turn_round)
+    with pytest.raises(UserError, match=r"after quantisation it gives 0 of \d+ training images the class"):
+        export(net, tmp_path / "net.onnx", calibration=images(60))
+    assert (tmp_path / "net.onnx").read_bytes() == b"before"
+
+
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_written(
     net: StagedClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,19 @@ def test_by_repository(at: str, world: World, user: HubClient, tmp_path: Path) -
     answer = user.do("create", name=f"hf-hub:{HUB_ID}{suffix}", options={"cache_dir": str(tmp_path / "own")})
     assert answer.get("sums") == world.sums, answer
     assert set(files_got(world.hub)) <= {"config.json"}
+    opened = user.do("open_model", name=f"hf-hub:{HUB_ID}{suffix}", cache_dir=str(tmp_path / "own"))
+    assert opened.get("architecture") == "resnet20_conam", opened
+
+
+def test_a_mirror_is_filled_from_the_hub(world: World, tmp_path: Path, warm_python: str) -> None:
+    client = HubClient(warm_python, tmp_path, world.hub.url, world.site)
+    try:
+        first, second = (client.do("mirror", name=NAME, folder=str(tmp_path / "mirror")) for _ in range(2))
+    finally:
+        client.close()
+    assert (first.get("written"), second.get("written")) == (True, False), first
+    published = world.hub.repositories[HUB_ID].commits[-1][1]["model.safetensors"]
+    assert Path(first["path"]).read_bytes() == published
 
 
 def test_torch_hub(world: World, tmp_path: Path, warm_python: str) -> None:
