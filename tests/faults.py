@@ -13,8 +13,9 @@ INTRODUCTION = """# What every fault ends in
 
 Each row is a test against a server that speaks the Hub's protocol: the load ends in the right weights or in one
 sentence, quoted in part, within ten seconds (a lock held by another process is waited for up to a minute). It never
-ends in wrong weights, it leaves nothing behind, and the same cache gives the right weights as soon as the fault is
-gone. This page is written by `python tests/faults.py` from the list that the tests run.
+ends in wrong weights, and the same cache gives the right weights as soon as the fault is gone. Nothing is left behind
+but what a killed process had fetched, which the next download after an hour removes. This page is written by `python
+tests/faults.py` from the list that the tests run.
 
 Two things are not covered: `timm.create_model("hf-hub:...")` fetches `config.json` itself, with huggingface_hub's own
 client, before our code runs (the `conam` commands fetch it first and pin the commit); and the Hub's Xet transport

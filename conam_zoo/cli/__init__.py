@@ -17,7 +17,7 @@ from conam_zoo.cli import (  # noqa: F401 (each registers its commands)
     publishing,
 )
 from conam_zoo.cli._shared import app
-from conam_zoo.errors import UserError
+from conam_zoo.errors import UserError, is_out_of_memory
 from conam_zoo.escape import for_terminal
 from conam_zoo.startup import interruptible, keep_freed_memory
 
@@ -73,7 +73,7 @@ def _run(app: typer.Typer, name: str) -> None:
         sys.stderr.write(f"conam: {for_terminal(stop)}\n")
         sys.exit(stop.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         sys.stderr.write(
             f"conam: There is not enough memory ({for_terminal(in_brief(error))}): lower the batch size or the image "
@@ -88,13 +88,6 @@ def _run(app: typer.Typer, name: str) -> None:
         place = f"{error.filename}: " if error.filename is not None else ""
         sys.stderr.write(f"conam: {for_terminal(place)}{for_terminal(error.strerror or error)}\n")
         sys.exit(2)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, or PyTorch on any device, has run out of memory."""
-    text = str(error).lower()  # of the CPU's allocator, which raises a plain RuntimeError
-    said = any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
-    return isinstance(error, MemoryError) or said
 
 
 def _with_json_place(arguments: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conam_zoo.data import AugmentationSettings, BatchSettings
-from conam_zoo.errors import UserError
+from conam_zoo.errors import UserError, is_out_of_memory
 from conam_zoo.layers._torch_private import copy_all, lerp_all
 from conam_zoo.training.distillation import decoupled_loss, distillation_loss
 from conam_zoo.training.distributed import Ranks, precision_on, ranks
@@ -178,7 +178,7 @@ class TrainState:
             with self._autocast:
                 logits = network(images)
         except RuntimeError as error:
-            if not self._compiling or network is self._eager or "memory" in str(error).lower():
+            if not self._compiling or network is self._eager or is_out_of_memory(error):
                 raise
             raise UserError(
                 f"torch.compile fails here ({in_brief(error)}): install a C++ compiler, or leave out --compile."

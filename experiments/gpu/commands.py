@@ -83,7 +83,7 @@ def train(
     """
     from conam_zoo.errors import UserError
     from conam_zoo.weights import find_checkout
-    from experiments.gpu.campaign import deliver, deliver_logs, prepare_code, run_tasks
+    from experiments.gpu.campaign import MAX_FILES, PART_BYTES, deliver, deliver_logs, prepare_code, run_tasks
     from experiments.gpu.parts import MIB
     from experiments.gpu.plan import NETS, plan_tasks
 
@@ -104,7 +104,11 @@ def train(
     for task in tasks:
         console().print(f"{task.name}: {state[task.name]}{', handed back' if task.name in handed else ''}")
     if left:
-        console().print(f"No room for {', '.join(left)}: repeat the command, with --minutes 0 to hand back only.")
+        most = (MAX_FILES - 1) * PART_BYTES // MIB
+        console().print(
+            f"No room for {', '.join(left)}: repeat the command, with --minutes 0 to hand back only. A state of more "
+            f"than {most} MiB never fits."
+        )
     if failed := [name for name, result in state.items() if result.startswith("failed")]:
         console().print(f"{len(failed)} failed: their logs are in logs.tar")
         raise typer.Exit(1)
