@@ -138,10 +138,9 @@ PLACES: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
 
 
 def generated_tables(checkout: Path) -> dict[Path, str]:
-    """What each document with tables of measurements has to hold, and ``docs/results.csv``.
+    """What each document with tables of measurements has to hold, and ``docs/results.csv``; by path.
 
-    Raises:
-        UserError: If a document has no place for its table, or a file of measurements is damaged.
+    A document without a place for its table is refused, as is a damaged file of measurements.
     """
     files: dict[Path, str] = {}
     for document, name, table in PLACES:

@@ -17,17 +17,11 @@ Arguments = Callable[[str], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """One position of an axis.
+    """One position of an axis."""
 
-    Attributes:
-        label: For people.
-        variant: Short name of the cell; the same arguments have the same name on every axis.
-        arguments: From the builder's name to its arguments.
-    """
-
-    label: str
-    variant: str
-    arguments: Arguments
+    label: str  # for people
+    variant: str  # short name of the cell; the same arguments have the same name on every axis
+    arguments: Arguments  # from the builder's name to its arguments
 
 
 def _with(arguments: Mapping[str, Any]) -> Arguments:
@@ -41,10 +35,9 @@ def _form(label: str, variant: str, attn_placement: str = "", attn_site: str = "
 
 
 def _patches(per_side: int, model: str) -> Mapping[str, Any]:
-    """Patch sides that give so many patches per side, from the builder's own, which give four.
+    """The arguments of the form with so many patches per side, from the builder's own patches, four per side.
 
-    Raises:
-        UserError: If a map of the model has too few pixels.
+    A model with a map of too few pixels is refused.
     """
     own = timm.create_model(model, device="meta").patch_sizes
     if any(4 * side % per_side for side in own):
@@ -171,12 +164,7 @@ AXES: dict[str, tuple[str, tuple[Setting, ...]]] = {
 def settings_of(axes: Sequence[str], only: Sequence[str] = ()) -> dict[str, Arguments]:
     """The variants of some axes, each once, after the plain net.
 
-    Args:
-        axes: Names of axes.
-        only: Short names of the settings that are wanted beside the plain net and the paper's form; none means all.
-
-    Raises:
-        UserError: If there is no such axis, or no such setting on the axes.
+    ``only`` holds short names of settings that are wanted beside the plain net and the paper's form; if empty, all are.
     """
     variants = {PLAIN.variant: PLAIN.arguments}
     for axis in axes:

@@ -35,11 +35,7 @@ SHORT_EPOCHS = 100  # fewer than this is called short training
 def attention_cells(
     models: Sequence[str], datasets: Sequence[str], layers: Sequence[str], seeds: Sequence[int], recipe: Recipe
 ) -> list[Cell]:
-    """The cells of the comparison of attentions.
-
-    Raises:
-        UserError: If a model, a data set or a layer is unknown.
-    """
+    """The cells of the comparison of attentions."""
     for layer in layers:
         if layer not in attention_layers():
             raise UserError(f"There is no layer {layer!r} to compare: choose from {', '.join(attention_layers())}.")
@@ -59,11 +55,7 @@ def ablation_cells(
     recipe: Recipe,
     only: Sequence[str] = (),
 ) -> list[Cell]:
-    """The cells of the ablation; the paper's form is trained once for all axes.
-
-    Raises:
-        UserError: If a model, a data set, an axis or a setting is unknown.
-    """
+    """The cells of the ablation; the paper's form is trained once for all axes."""
     return plan_grid(models, datasets, _for_size(settings_of(axes, only), recipe.image_size), seeds, recipe)
 
 
@@ -81,11 +73,7 @@ def _for_size(variants: Mapping[str, Arguments], image_size: int) -> dict[str, A
 
 
 def run_comparison(what: str, cells: Sequence[Cell], data: str | Path, output: Path, **options: Any) -> Grid:
-    """Train what is missing of a grid, as ``run_grid`` does, and draw its plot, ``output`` + ``.png``.
-
-    Raises:
-        UserError: If the file holds cells of another recipe, or cannot be written.
-    """
+    """Train what is missing of a grid, as ``run_grid`` does, and draw its plot, ``output`` + ``.png``."""
     grid = run_grid(what, cells, data, output, **options)
     panels = attention_panels(grid) if what == "compare" else ablation_panels(grid)
     if panels:
@@ -96,8 +84,7 @@ def run_comparison(what: str, cells: Sequence[Cell], data: str | Path, output: P
 def comparison_tables(folder: Path) -> dict[str, str]:
     """Markdown for ``compare`` and ``ablation`` from the JSON files in a folder, ratios from its cost records.
 
-    Raises:
-        UserError: If a file is not what its name says.
+    A file that is not what its name says is refused.
     """
     tables = {}
     for what, table in (("compare", attention_table), ("ablation", ablation_table)):
@@ -115,9 +102,8 @@ def comparison_tables(folder: Path) -> dict[str, str]:
 def attention_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecord] = ()) -> str:
     """The comparison of attentions in Markdown, one table for each model on each data set.
 
-    Args:
-        benchmark: What ``experiments/results/compare.json`` holds.
-        costs: Records of the ``cost`` benchmark, for the times as ratios to the plain net.
+    ``benchmark`` is what ``experiments/results/compare.json`` holds; ``costs`` are records of the ``cost`` benchmark,
+    for the times as ratios to the plain net.
     """
     grid = Grid(**benchmark)
     pieces = [_conditions(grid) + " Differences are to the plain net, seed by seed."]
@@ -140,9 +126,8 @@ def attention_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecor
 def ablation_table(benchmark: Mapping[str, Any], costs: Sequence[BenchmarkRecord] = ()) -> str:
     """The ablation in Markdown, one table for each model on each data set.
 
-    Args:
-        benchmark: What ``experiments/results/ablation.json`` holds.
-        costs: Not used; the ``cost`` benchmark does not measure the forms.
+    ``benchmark`` is what ``experiments/results/ablation.json`` holds. ``costs`` is not used, since the ``cost``
+    benchmark does not measure the forms.
     """
     grid = Grid(**benchmark)
     pieces = [_conditions(grid) + " Differences are to the paper's form, seed by seed."]

@@ -17,25 +17,15 @@ DOT, MEAN, REFERENCE = "#6cb4c9", "#1c4f63", "#b35806"
 
 @dataclass(frozen=True)
 class Panel:
-    """One comparison.
+    """One comparison."""
 
-    Attributes:
-        title: Stands above.
-        rows: For each row's label its top-1 in percent, seed by seed, beside the reference; at least one seed.
-        reference: Label of the row at whose mean a line is drawn.
-    """
-
-    title: str
-    rows: dict[str, Comparison]
-    reference: str | None
+    title: str  # stands above
+    rows: dict[str, Comparison]  # by label: top-1 in percent, seed by seed, beside the reference; at least one seed
+    reference: str | None  # label of the row at whose mean a line is drawn
 
 
 def draw_panels(panels: list[Panel], path: Path, title: str) -> None:
-    """Write a PNG with the panels in a grid of at most three columns.
-
-    Raises:
-        UserError: If the file cannot be written.
-    """
+    """Write a PNG with the panels in a grid of at most three columns."""
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = ceil(len(panels) / columns)
     most = [max(len(panel.rows) for panel in panels[row * columns : (row + 1) * columns]) for row in range(rows)]

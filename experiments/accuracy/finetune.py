@@ -33,17 +33,11 @@ FIRST_CLASS = 5  # bed, camel, couch, girl, lobster, otter, rabbit, skunk, tank,
 
 @dataclass(frozen=True)
 class FewImages:
-    """A set with few training images.
+    """A set with few training images."""
 
-    Attributes:
-        title: What it is, for a table.
-        draw: From a seed to the data: other training images for every seed.
-        flip: Whether images may be mirrored.
-    """
-
-    title: str
-    draw: Callable[[int], ImageData]
-    flip: bool
+    title: str  # what it is, for a table
+    draw: Callable[[int], ImageData]  # from a seed to the data: other training images for every seed
+    flip: bool  # whether images may be mirrored
 
 
 def few_of_cifar100(
@@ -51,11 +45,8 @@ def few_of_cifar100(
 ) -> FewImages:
     """Every tenth class of CIFAR-100, with few training images of each and all test images.
 
-    Args:
-        data: Where CIFAR-100 is; see ``conam_zoo.data.read_split``.
-        per_class: Training images of each class.
-        first: The first class that is taken.
-        image_size: Side in pixels that the images are resized to.
+    For ``data`` see ``conam_zoo.data.read_split``. ``first`` is the index of the first class that is taken,
+    ``image_size`` the side in pixels that the images are resized to.
     """
     train, test = (_every_tenth(read_split(data, split, "cifar100"), first) for split in ("train", "test"))
     title = f"CIFAR-100, {len(train.classes)} classes that CIFAR-10 lacks, {per_class} images of each"
@@ -115,7 +106,10 @@ def _resized(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], s
 
 
 def _drawn(train: ImageSplit, test: ImageSplit | None, per_class: int, seed: int) -> ImageData:
-    """``per_class`` random training images of each class; the rest is the test split if there is no other."""
+    """``per_class`` random training images of each class, drawn by the seed.
+
+    Without ``test``, the first ``MAX_TEST`` of the others are the test split.
+    """
     stream, labels = random_stream(SPLITTING, seed), train.labels.numpy()
     parts = [stream.permutation(np.flatnonzero(labels == label))[:per_class] for label in range(len(train.classes))]
     chosen = np.sort(np.concatenate(parts))
@@ -144,20 +138,10 @@ def benchmark_finetune(
 ) -> dict[str, Any]:
     """Fine-tune and train from scratch on every set, with several seeds, for the same number of epochs.
 
-    Each seed draws other training images, another head or net, and another order. Nothing is chosen on the images that
-    are measured; the last epoch counts.
-
-    Args:
-        sets: What to measure on.
-        model: The net.
-        seeds: How often, with the seeds 0, 1, ...
-        epochs: Passes over the training images.
-        lr: Peak learning rate of fine-tuning; None for the default.
-        lr_from_scratch: That of training from scratch; None for its default.
-        say: Called with a line for each training.
-
-    Returns:
-        A record that JSON can hold: what was run on what, and for each set the test accuracy of every seed, in percent.
+    Each seed, from 0 on, draws other training images, another head or net, and another order. Nothing is chosen on the
+    images that are measured; the last epoch counts. ``lr`` and ``lr_from_scratch`` are peak learning rates, None for
+    the defaults; ``say`` gets a line for each training. The result is a record that JSON can hold: what was run on
+    what, and for each set the test accuracy of every seed, in percent.
     """
     started = time.perf_counter()
     rows = []

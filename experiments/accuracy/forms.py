@@ -55,35 +55,20 @@ FIRST_TEMPERATURE = {"scaled_dot": 1.0, "cosine": 10.0}
 class ConAMVariantConfig:
     """The switches. Their defaults are the paper's form.
 
-    Attributes:
-        shortcut: ``x (1 + a)`` instead of ``x a``.
-        second_relu: Whether the perceptron ends in a ReLU.
-        context: ``"both"``, ``"local"`` or ``"global"``: the embeddings that meet in the agreement.
-        agreement: ``"dot"``, ``"scaled_dot"`` or ``"cosine"``.
-        gate: ``"softmax"``, ``"sigmoid"``, ``"tanh"`` or ``"tanh_uncentred"``.
-        scaling: ``"none"``, ``"mean_one"`` or ``"mean_zero"``.
-        reduction: Bottleneck ratio r: the hidden layer has C / r channels, at least one.
-        heads: Groups of channels with confidences of their own; they have to divide C. 0 for one for each channel.
-        unit_start: Whether the bias of the perceptron's last layer starts at one, so that embeddings start around one
-            and an agreement is not a product of two small numbers.
-        channel_term: Whether the global embedding replaces the mean agreement, channel by channel.
-        identity_start: Whether a learned factor that starts at 0 stands before ``a``.
-
-    Raises:
-        ValueError: If a switch has no such position, or two of them exclude each other.
+    A position that a switch does not have is a ``ValueError``, as are two that exclude each other.
     """
 
-    shortcut: bool = True
-    second_relu: bool = True
-    context: str = "both"
-    agreement: str = "dot"
-    gate: str = "softmax"
-    scaling: str = "none"
-    reduction: int = 1
-    heads: int = 1
-    unit_start: bool = False
-    channel_term: bool = False
-    identity_start: bool = False
+    shortcut: bool = True  # ``x (1 + a)`` instead of ``x a``
+    second_relu: bool = True  # whether the perceptron ends in a ReLU
+    context: str = "both"  # or "local" or "global": the embeddings that meet in the agreement
+    agreement: str = "dot"  # or "scaled_dot" or "cosine"
+    gate: str = "softmax"  # or "sigmoid", "tanh" or "tanh_uncentred"
+    scaling: str = "none"  # or "mean_one" or "mean_zero"
+    reduction: int = 1  # bottleneck ratio r: the hidden layer has C / r channels, at least one
+    heads: int = 1  # groups of channels with their own confidences, which have to divide C; 0: one for each channel
+    unit_start: bool = False  # whether the bias of the perceptron's last layer starts at one, see above
+    channel_term: bool = False  # whether the global embedding replaces the mean agreement, channel by channel
+    identity_start: bool = False  # whether a learned factor that starts at 0 stands before ``a``
 
     def __post_init__(self) -> None:
         for switch, value in asdict(self).items():
@@ -118,8 +103,7 @@ class ConAMVariantConfig:
     def from_args(cls, switches: dict[str, Any]) -> "ConAMVariantConfig":
         """The form that some switches describe; the others keep their defaults.
 
-        Raises:
-            ValueError: If a switch is unknown, or its position is.
+        An unknown switch is a ``ValueError``.
         """
         known = [field.name for field in fields(cls)]
         for switch in switches:
@@ -193,6 +177,9 @@ class ConAMVariant(nn.Module):
     Shape: (N, C, H, W) -> (N, C, H, W), any H and W. The keys of its state dict are those of ``ConAM``, and
     ``log_temperature``, (heads,), and ``gain``, one number for each gate, where the form learns them.
 
+    ``patch_size`` is the side p of the square patches in pixels; without ``form`` it is the paper's. A size that is not
+    a positive integer is a ``ValueError``, as are heads that do not divide the channels.
+
     >>> attention = ConAMVariant(16, patch_size=8, form=ConAMVariantConfig(gate="sigmoid", heads=4))
     >>> attention(torch.randn(2, 16, 32, 32)).shape
     torch.Size([2, 16, 32, 32])
@@ -207,16 +194,6 @@ class ConAMVariant(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Args:
-            channels: Number of channels C of the map.
-            patch_size: Side p of the square patches, in pixels.
-            form: The switches; the paper's form if None.
-            device: Where the parameters are made.
-            dtype: Their floating-point type.
-
-        Raises:
-            ValueError: If a size is not a positive integer, or the heads do not divide the channels.
-        """
         super().__init__()
         form = ConAMVariantConfig() if form is None else form
         for name, value in {"channels": channels, "patch_size": patch_size}.items():

@@ -1,7 +1,7 @@
 """A grid of trainings under one recipe: planning its cells, training the missing ones, recording the results.
 
-A grid is one JSON file, rewritten after every cell, and a folder of the same name with the run folders. A cell in the
-file or the folder is not trained again; an interrupted one is resumed from its checkpoint.
+A grid is one JSON file, rewritten after every cell, and a folder of the same name with the run folders. A finished cell
+in the file or the folder is not trained again; an interrupted or failed one goes on from its checkpoint, if it has one.
 """
 
 import json
@@ -27,15 +27,10 @@ OWN_TO_A_CELL = {"model", "dataset", "model_args", "seed"}  # all other settings
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of a grid.
+    """One training of a grid."""
 
-    Attributes:
-        variant: What the grid compares: a layer or a form of ConAM, by its short name.
-        recipe: Everything else.
-    """
-
-    variant: str
-    recipe: Recipe
+    variant: str  # what the grid compares: a layer or a form of ConAM, by its short name
+    recipe: Recipe  # everything else
 
     @property
     def name(self) -> str:
@@ -47,18 +42,15 @@ class Cell:
 class Grid:
     """Results, as the JSON file holds them.
 
-    Attributes:
-        what: ``"compare"`` or ``"ablation"``.
-        command: The command line that was last given.
-        cells: For each finished cell: ``name``, ``model``, ``dataset``, ``variant``, ``seed``, ``epochs``, ``recipe``,
-            ``evaluated_on``, ``top1_percent``, ``top5_percent``, ``nll``, ``ece``, ``params``, ``macs``, ``minutes``
-            (of the clock, with whatever ran beside it), ``precision`` (that of the device), ``compiled``,
-            ``hardware``, ``library_versions``, ``code_commit``; for one
-            that failed, ``failed`` instead of the scores.
+    A finished cell has ``name``, ``model``, ``dataset``, ``variant``, ``seed``, ``epochs``, ``recipe``, ``attention``,
+    ``params`` and ``macs``, and of its run ``evaluated_on``, ``top1_percent``, ``top5_percent``, ``nll``, ``ece``,
+    ``minutes`` (of the clock, with whatever ran beside it), ``precision`` (that of the device), ``compiled``,
+    ``hardware``, ``library_versions`` and ``code_commit``. One that failed has ``failed``, the reason, instead of those
+    of its run.
     """
 
-    what: str
-    command: str
+    what: str  # "compare" or "ablation"
+    command: str  # the command line that was last given
     cells: list[dict[str, Any]]
 
     def to_json(self) -> str:
@@ -71,8 +63,7 @@ class Grid:
 def grid_recipe(name: str, settings: Sequence[str] = (), *, holdout: int = 0) -> Recipe:
     """One of ``RECIPES``, with settings such as ``"epochs=5"`` replaced.
 
-    Raises:
-        UserError: If the recipe or a setting is unknown, out of range, or one that differs between cells.
+    Settings that differ between cells are refused, and so is ``holdout``, which has an argument of its own.
     """
     if name not in RECIPES:
         raise UserError(f"There is no recipe {name!r} for a grid: choose {' or '.join(RECIPES)}.")
@@ -94,15 +85,8 @@ def plan_grid(
 ) -> list[Cell]:
     """All cells, seed by seed, so that a grid that is cut short has whole comparisons.
 
-    Args:
-        models: Builders, with or without ``_conam``.
-        datasets: Their tags.
-        variants: For each short name, from the builder's name to its arguments.
-        seeds: Seeds.
-        recipe: The settings that all cells share.
-
-    Raises:
-        UserError: If a model, or a model with a data set, is unknown, or a model cannot be built as a variant.
+    ``models`` are builders, with or without ``_conam``, and ``datasets`` their tags. ``variants`` has for each short
+    name a function from the builder's name to its arguments; a model that cannot be built as a variant is refused.
     """
     full = [name if name in model_names() else f"{name}_conam" for name in models]
     for model in full:
@@ -128,11 +112,7 @@ def plan_grid(
 
 
 def read_grid(path: Path) -> Grid:
-    """Read a grid's JSON file.
-
-    Raises:
-        UserError: If it is not one.
-    """
+    """Read a grid's JSON file."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         facts["what"] = FORMER_NAMES.get(facts["what"], facts["what"])
@@ -155,25 +135,13 @@ def run_grid(
     command: str = "",
     on_event: Callable[[str, str], None] = lambda name, event: None,
 ) -> Grid:
-    """Train the missing cells, and update ``output`` + ``.json`` after each.
+    """Train the missing cells, and update ``output`` + ``.json`` after each; all cells of the file are returned.
 
-    Args:
-        what: ``"compare"`` or ``"ablation"``.
-        cells: What ``plan_grid`` gave.
-        data: Folder with the data sets; see ``conam_zoo.data.read_split``.
-        output: Path without ending: ``results/compare`` makes ``results/compare.json`` and the run folders in
-            ``results/compare/``.
-        parallel: Trainings at a time, each in a process; the cores are divided evenly.
-        compile: Train with ``torch.compile``.
-        command: The command line, for the record.
-        on_event: Called with a cell's name and a word: ``is there``, ``started``, ``resumed``, ``done``,
-            ``failed: ...``.
-
-    Returns:
-        All cells of the file, those of earlier calls too.
-
-    Raises:
-        UserError: If the file or a run folder holds cells of another recipe, or cannot be written.
+    ``output`` is a path without ending: ``results/compare`` makes ``results/compare.json`` and the run folders in
+    ``results/compare/``, which lose their checkpoints once they are finished. For ``data`` see
+    ``conam_zoo.data.read_split``. ``parallel`` is how many trainings run at a time, each in a process; the cores are
+    divided evenly. ``on_event`` gets a cell's name and ``is there``, ``started``, ``resumed``, ``done``, ``stopped`` or
+    ``failed: ...``. A file or a run folder with cells of another recipe is refused.
     """
     file = output.with_name(f"{output.name}.json")
     earlier = read_grid(file).cells if file.exists() else []

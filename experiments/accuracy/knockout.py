@@ -5,6 +5,7 @@ Nothing is trained. Each change keeps the weights of the net and replaces the fa
 - ``even``: every patch has the confidence 1/P, which does not depend on the picture;
 - ``exchanged``: the confidences of the image before it in a set sorted by class, so nearly always of another image of
   its own class: they keep what these share, such as a preference for the centre;
+- ``across``: the same in an order in which neighbours are of different classes, as far as there are such;
 - ``shuffled``: the image's own confidences, assigned to its patches in random order;
 - ``removed``: the map passes unchanged.
 """
@@ -58,13 +59,10 @@ def _replaced(confidence: Tensor, change: str, generator: torch.Generator) -> Te
 
 @contextmanager
 def knocked_out(model: nn.Module, sites: Collection[str], change: str, seed: int = 0) -> Iterator[None]:
-    """Replace the confidences of some ConAM modules of a net inside the ``with`` block.
+    """Replace the confidences of some ConAM modules of a net, given by name, inside the ``with`` block.
 
-    Args:
-        model: A net with ConAM.
-        sites: Names of the modules.
-        change: One of ``CHANGES``. Exchanged confidences are those of the image before in the batch.
-        seed: Seed of ``shuffled``.
+    ``change`` is one of ``CHANGES``. Exchanged confidences, within a class or across, are those of the image before in
+    the batch; ``seed`` is for ``shuffled``.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -85,18 +83,10 @@ def measure_knockout(
 ) -> dict[str, Any]:
     """Accuracy of a net as it was trained, and with each change at each site and at every site.
 
-    Args:
-        model: A net with ConAM.
-        split: The images to evaluate on.
-        progress: Called with what is being measured.
-
-    Returns:
-        ``images``, ``unchanged`` (``top1_percent`` and ``nll``), and ``sites``: for each one ``site``,
-        ``largest_percent`` (the mean over the images of the largest confidence; None for all sites together), and for
-        each change ``top1_percent``, ``nll``, and how many right answers were ``lost`` and ``gained``.
-
-    Raises:
-        UserError: If the net has no ConAM, or the images do not fit it.
+    It gives ``images``, how many there are, ``unchanged`` (``top1_percent`` and ``nll``), and ``sites``: for each one
+    ``site``, ``largest_percent`` (the mean over the images of the largest confidence; None for all sites together), and
+    for each change ``top1_percent``, ``nll``, and how many right answers were ``lost`` and ``gained``. A net without
+    ConAM is refused.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, ConAM)]
     if not names:
@@ -150,18 +140,9 @@ def benchmark_knockout(
 ) -> dict[str, Any]:
     """Measure several nets on the test splits of their data sets; nothing is chosen by the result.
 
-    Args:
-        models: Names of nets with weights, or ``local-dir:FOLDER``.
-        data: Where the data sets are.
-        command: The command line, for the record.
-        progress: Called with what is being measured.
-
-    Returns:
-        What ``results/knockout*.json`` hold: ``what``, ``command``, the environment, and for each of ``models`` its
-        ``model``, ``sha256`` of its weights, and what ``measure_knockout`` gives.
-
-    Raises:
-        UserError: If a net or its data cannot be read, or it has no ConAM.
+    ``models`` are names of nets with weights, or ``local-dir:FOLDER``. The result is what ``results/knockout*.json``
+    hold: ``what``, ``command``, the environment, and for each of ``models`` its ``model``, the ``sha256`` of its
+    weights, and what ``measure_knockout`` gives.
     """
     measured = []
     for name in models:

@@ -19,8 +19,8 @@ def read_seeds(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def add_seed(path: Path, recipe: str, run: dict[str, Any]) -> None:
     """Put the result of one finished run, its ``run.json``, into the file; a run of the same seed is replaced.
 
-    Raises:
-        UserError: If the file holds other seeds of a recipe of this name that had other settings or another teacher.
+    It is refused if other seeds of a recipe of this name had other settings, another teacher, a bank of other length or
+    another precision, or if the file does not say how they were trained.
     """
     results = read_seeds(path)
     seeds = results.setdefault(recipe, {})
@@ -58,10 +58,9 @@ def add_seed(path: Path, recipe: str, run: dict[str, Any]) -> None:
 
 
 def add_run(path: Path, folder: Path) -> None:
-    """Put a finished run folder of a packaged recipe into the file.
+    """Put a finished run folder into the file.
 
-    Raises:
-        UserError: If the run is not finished, or its recipe is not a packaged one with another seed at most.
+    Its recipe has to be a packaged one as it stands today, but for the seed.
     """
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))

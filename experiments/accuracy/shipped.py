@@ -14,14 +14,9 @@ TOLERANCES = {"top1_percent": 0.02, "top5_percent": 0.02, "nll": 1e-3, "ece": 1e
 
 
 def check_shipped(name: str, data: str | Path) -> None:
-    """Evaluate shipped weights on all test images.
+    """Evaluate weights of the manifest on all test images; a figure that is not the manifest's is refused.
 
-    Args:
-        name: Weights of the manifest.
-        data: A folder with all the data sets.
-
-    Raises:
-        UserError: If a figure is not that of the manifest.
+    ``data`` is a folder with all the data sets. ``TOLERANCES`` says how far a figure may be off.
     """
     entry = load_manifest().entry(name)
     model = open_model(name).to("cuda" if torch.cuda.is_available() else "cpu")

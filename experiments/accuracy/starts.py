@@ -23,15 +23,11 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def add_start(path: Path, folder: Path, data: Path) -> None:
-    """Put a finished run of ResNet-20 with held-out images into the file; one of the same start and seed is replaced.
+    """Put a finished run with held-out images into the file; one of the same start and seed is replaced.
 
-    Args:
-        path: The file.
-        folder: The run folder.
-        data: Where the training images are; liveness is measured on them.
-
-    Raises:
-        UserError: If the run is not finished or held nothing out.
+    Liveness is measured on the training images in ``data``. A run that held nothing out is refused, as is one with
+    other ``model_args`` than those of the two initialisations. Neither net nor data set is compared with those of the
+    other runs: ours are all of ResNet-20 on CIFAR-100.
     """
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))

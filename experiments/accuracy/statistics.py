@@ -25,29 +25,17 @@ T_975 = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant over its seeds.
+    """A variant over its seeds."""
 
-    Attributes:
-        variant: Short name.
-        values: What is compared, top-1 in percent if nothing else is said, seed by seed.
-        mean: Their mean.
-        deviation: Their standard deviation (n - 1); None for one seed.
-        difference: Mean difference to the baseline over the seeds that both have; None without such seeds.
-        half_width: Half of its 95 % confidence interval, see above; None if chance cannot be estimated.
-        pairs: How many seeds both have.
-        failed: How many cells failed.
-        facts: The cell of the first seed, for what does not depend on it.
-    """
-
-    variant: str
-    values: list[float]
-    mean: float | None
-    deviation: float | None
-    difference: float | None
-    half_width: float | None
-    pairs: int
-    failed: int
-    facts: dict[str, Any]
+    variant: str  # short name
+    values: list[float]  # what is compared, top-1 in percent if nothing else is said, seed by seed
+    mean: float | None  # of the values; None if there are none
+    deviation: float | None  # their standard deviation (n - 1); None for fewer than two
+    difference: float | None  # mean difference to the baseline over common seeds; None without any, or for the baseline
+    half_width: float | None  # of its 95 % confidence interval, see above; None without it or an estimate of chance
+    pairs: int  # how many seeds it and the baseline have in common; 0 for the baseline itself
+    failed: int  # how many cells failed
+    facts: dict[str, Any]  # the cell of the first seed, for what does not depend on it
 
 
 def t_quantile(degrees: int) -> float:
@@ -60,11 +48,8 @@ def compare(
 ) -> list[Comparison]:
     """Every variant of one model on one data set beside the baseline.
 
-    Args:
-        cells: Cells of a ``Grid`` that differ in variant and seed alone.
-        baseline: Variant that the differences refer to.
-        order: Variants that come first, in this order; the others follow by name.
-        metric: Key of the cells: what is compared.
+    ``cells`` are those of a ``Grid`` that differ in variant and seed alone, and ``metric`` is the key of what is
+    compared. The variants in ``order`` come first, in this order; the others follow by name.
     """
     scores: dict[str, dict[int, float]] = {}
     failed: dict[str, int] = {}

@@ -34,8 +34,7 @@ POLL_SECONDS, LOG_SECONDS = 0.2, 30.0
 def prepare_code(checkout: Path, work: Path, length: str, settings: Sequence[str] = ()) -> None:
     """Copy the checkout into the campaign, once; ``settings`` replace those of every recipe in the copy, for a trial.
 
-    Raises:
-        UserError: If the campaign was begun with another ``length`` or other settings, or lies within the checkout.
+    A campaign that was begun with another ``length`` or other settings is refused, and so is one within the checkout.
     """
     if work.is_relative_to(checkout):
         raise UserError(f"{work} lies within the checkout: name a folder outside of it.")
@@ -69,19 +68,11 @@ def run_tasks(
 ) -> dict[str, str]:
     """Run tasks in order until all are done, the time is up or a signal says so; then each saves its state.
 
-    A task starts once its data set is there and the tasks it needs are done. One that fails is not tried again in this
-    call, and blocks only those that need it.
-
-    Args:
-        tasks: In order; those already done are skipped.
-        work: The folder of the campaign.
-        seconds: Time after which everything is stopped.
-        parallel: Processes at a time.
-        report: Called with a line for each event.
-        each_while: Called every half minute.
-
-    Returns:
-        For each task ``"done"``, ``"stopped"``, ``"waiting"`` or ``"failed: ..."``.
+    A task starts once its data set is there and the tasks it needs are done; one that is done already is skipped. One
+    that fails is not tried again in this call, and blocks only those that need it. ``work`` is the folder of the
+    campaign, ``parallel`` the number of processes at a time; ``report`` gets a line for each event, and ``each_while``
+    is called every half minute. For each task the result is ``"done"``, ``"stopped"``, ``"waiting"`` or
+    ``"failed: ..."``.
     """
     end, next_while = time.monotonic() + seconds, time.monotonic() + LOG_SECONDS
     state = {task.name: "done" if task.done.is_file() else "waiting" for task in tasks}
@@ -177,17 +168,9 @@ def deliver(
     """Write the logs, then the finished trainings that were not handed back yet, then states of unfinished ones.
 
     With what is handed back, a campaign can continue on a fresh machine; banks are recorded again there, and unfinished
-    students start over.
-
-    Args:
-        tasks: In the order in which they are handed back.
-        work: The folder of the campaign.
-        output: Where to; gets at most 8 files of 16 MiB.
-        limit_bytes: Size of all files together.
-        again: Hand back what was handed back before as well.
-
-    Returns:
-        Names of the trainings that were handed back, finished and unfinished, and of those that did not fit.
+    students start over. ``output`` gets ``logs.tar`` and at most seven parts of 15 MiB, together of at most
+    ``limit_bytes``, filled in the order of ``tasks``; with ``again`` what was handed back before comes once more. The
+    result is the names of the trainings that were handed back, finished and unfinished, and of those that did not fit.
     """
     room = min(limit_bytes - deliver_logs(work, output).stat().st_size, (MAX_FILES - 1) * PART_BYTES) - MIB // 8
     record = work / "delivered.json"

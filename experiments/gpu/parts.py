@@ -17,18 +17,10 @@ NAME = re.compile(r"(?P<archive>[\w-]+)\.(?P<sha256>[0-9a-f]{64})\.(?P<number>\d
 def write_parts(
     archive: str, members: Iterable[Path], root: Path, output: Path, part_bytes: int, prefix: Path = Path()
 ) -> list[Path]:
-    """Write files as an archive in parts, ``NAME.SHA256.00-of-03.part`` and so on.
+    """Write files as an archive in parts of at most ``part_bytes``, ``NAME.SHA256.00-of-03.part`` and so on.
 
-    Args:
-        archive: Its name, of letters, digits, ``_`` and ``-``.
-        members: Files and folders below ``root``, whose paths in the archive are those from it.
-        root: What they are unpacked under later.
-        output: Folder of the parts.
-        part_bytes: Size of a part at most.
-        prefix: Folder above them in the archive.
-
-    Raises:
-        UserError: If the folder cannot be written.
+    ``archive`` is its name, of letters, digits, ``_`` and ``-``. ``members`` are files and folders below ``root``;
+    their paths in the archive are those from there, below ``prefix``.
     """
     whole = make_folder(output) / f".{archive}.tar"
     try:
@@ -55,11 +47,9 @@ def write_parts(
 def join_parts(source: Path, work: Path) -> tuple[list[str], list[str]]:
     """Copy parts to ``work/parts``, and unpack each archive that is complete there under ``work``.
 
-    Returns:
-        Names of the archives that were unpacked, and one line for each that is not complete yet.
-
-    Raises:
-        UserError: If there are no parts, or an archive is not the one that was cut.
+    It gives the names of the archives that were unpacked, and one line for each that is not complete yet. The parts of
+    a complete archive are removed, also if it is not the one that was cut, which is refused, as is a ``source`` without
+    parts.
     """
     waiting = make_folder(work / "parts")
     found = [path for path in sorted(source.iterdir()) if NAME.fullmatch(path.name)] if source.is_dir() else []

@@ -37,23 +37,14 @@ PLAIN = 'model_args={attn_layer = "none"}'
 
 @dataclass(frozen=True)
 class Task:
-    """One process.
+    """One process."""
 
-    Attributes:
-        name: Also that of its log.
-        dataset: The data set that it reads.
-        command: Gives the command line as things are now: with ``--resume`` where there is something to resume.
-        done: A file that is there once it is done.
-        needs: Tasks that have to be done before.
-        run: The run folder, of a training.
-    """
-
-    name: str
-    dataset: str
-    command: Callable[[], list[str]]
-    done: Path
-    needs: tuple[str, ...] = ()
-    run: Path | None = None
+    name: str  # also that of its log
+    dataset: str  # the data set that it reads
+    command: Callable[[], list[str]]  # gives it as things are now: with ``--resume`` if there is something to resume
+    done: Path  # a file that is there once it is done
+    needs: tuple[str, ...] = ()  # tasks that have to be done before
+    run: Path | None = None  # the run folder, of a training
 
 
 def plan_tasks(
@@ -64,19 +55,13 @@ def plan_tasks(
     bank_epochs: int = 100,
     compile: bool = False,
 ) -> list[Task]:
-    """All tasks in the order in which they start: teachers, banks of their logits, the other nets.
+    """All tasks in the order in which they start: teachers, their packing, banks of their logits, the other nets.
 
-    A teacher that is not among ``nets`` is the one whose weights the code has.
-
-    Args:
-        work: The folder of the campaign: ``code``, ``data``, ``runs``, ``banks``, ``logs``.
-        nets: Some of ``NETS``.
-        length: Which of its recipes a net is trained with, one of ``LENGTHS``.
-        bank_epochs: Epochs of a bank at most; students with more epochs start it over.
-        compile: Train with ``torch.compile``.
-
-    Raises:
-        UserError: If a net or a length is not in the table, or a bank with an odd number of epochs would be reused.
+    ``work`` is the folder of the campaign: ``code``, ``data``, ``runs``, ``banks``, ``logs``. ``nets`` are some of
+    ``NETS``, and ``length``, one of ``LENGTHS``, says by which of its recipes a net is trained. A teacher that is not
+    among ``nets`` stays in the plan if an earlier call has trained it; else it is the one whose weights the code has. A
+    bank has at most ``bank_epochs``, and students with more epochs start it over, which is refused for an odd number,
+    since every image is shown both ways in two epochs.
     """
     if unknown := [net for net in nets if net not in NETS]:
         raise UserError(f"{unknown[0]!r} is not in the table: choose among {', '.join(NETS)}.")

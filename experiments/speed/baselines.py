@@ -16,15 +16,11 @@ class RearrangeConAM(nn.Module):
     originals in one thing: under autocast the confidences, which softmax gives in float32, are brought to the map's
     type, so that they do not turn the whole map into float32.
 
-    Shape: (N, C, H, W) -> (N, C, H, W), for sides that the patch side divides.
+    Shape: (N, C, H, W) -> (N, C, H, W), for sides that the patch side divides. ``patch_size`` is the side p of the
+    square patches in pixels, ``hidden_channels`` the width of the perceptron's hidden layer, C if None.
     """
 
     def __init__(self, channels: int, patch_size: int, hidden_channels: int | None = None) -> None:
-        """Args:
-        channels: Number of channels C of the map.
-        patch_size: Side p of the square patches, in pixels.
-        hidden_channels: Width of the perceptron's hidden layer; C if None.
-        """
         super().__init__()
         hidden_channels = channels if hidden_channels is None else hidden_channels
         self.patch_size = patch_size

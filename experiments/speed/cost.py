@@ -32,25 +32,14 @@ def benchmark_cost(
 
     Part ``"module"`` times the attentions alone, as ratios to ConAM; ``"net"`` times training steps and inferences of
     nets that hold them, and ``"memory"`` measures the memory of a training step, both as ratios to the plain twin.
+    ``models`` are the nets of these two.
 
-    Args:
-        parts: Some of ``PARTS``.
-        models: Nets for the parts ``"net"`` and ``"memory"``.
-        image_sizes: 32 and 224. If None: both for the modules; for the nets 224 only on a CUDA device, since these
-            nets keep the size of the images in their first stage, which takes a CPU minutes. Memory is measured at 32.
-        layouts: ``"channels_last"``, ``"nchw"``. If None: both for the modules, channels_last for the rest.
-        precisions: ``"fp32"``, ``"bf16"`` (autocast). If None: both for the modules, for the rest
-            what the device trains in: bf16 if it has instructions for it.
-        batch_size: Images of 32 x 32 in a batch, and an eighth of it at 224 x 224. If None: 128 for the modules, 64 for
-            the nets.
-        repeats: Rounds. Memory is counted, not timed, and so once.
-        compile: Whether the module under ``torch.compile`` is timed too; if None, on a CUDA device.
-        quick: A tiny run that only shows that everything works; its numbers mean nothing.
-        command: The command line, for the record.
-        progress: Called with what is being measured.
-
-    Raises:
-        UserError: If an argument is not one of these.
+    An argument that is None has a default for each part: images of 32 and 224 pixels for the modules, but 224 for the
+    nets only on a CUDA device, since these nets keep the size of the images in their first stage, which takes a CPU
+    minutes; both layouts for the modules, channels_last for the rest; both precisions for the modules, for the rest
+    what the device trains in, bf16 (autocast) if it has instructions for it; 128 images for the modules, 64 for the
+    nets; the module under ``torch.compile`` on a CUDA device only. At 224 x 224 a batch is an eighth of ``batch_size``.
+    Memory is measured at 32 x 32, and since it is counted, not timed, only once.
     """
     check_choice("--part", parts, PARTS)
     for option, values, choices in (

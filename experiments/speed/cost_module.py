@@ -23,15 +23,9 @@ def attention_calls(
 ) -> dict[str, Callable[[], Sequence[Tensor]]]:
     """What is timed of one attention, by the name of the pass.
 
-    Args:
-        attention: The module, in training mode.
-        x: The map, (N, C, H, W), with ``requires_grad``.
-        gradient: Gradient of the result, of the same shape.
-        precision: ``"bf16"`` runs under autocast, as in a training.
-
-    Returns:
-        ``"forward"`` gives the result, without a graph; ``"forward + backward"`` the gradients of the map and of
-        every parameter.
+    ``"forward"`` gives the result, without a graph; ``"forward + backward"`` the gradients of the map and of every
+    parameter. The attention is in training mode, the map ``x``, (N, C, H, W), has ``requires_grad``, and ``gradient``
+    is that of the result, of the same shape. ``"bf16"`` runs under autocast, as in a training.
     """
     inputs = [x, *attention.parameters()]
 
@@ -76,17 +70,10 @@ def measure_modules(
 ) -> Iterator[Row]:
     """Time every attention of ``ATTENTIONS`` and a plain copy of the map; ratios refer to ConAM.
 
-    Args:
-        image_sizes: Keys of ``SITES``.
-        layouts: ``"channels_last"``, ``"nchw"``.
-        precisions: ``"fp32"``, ``"bf16"``.
-        batch_size: Images of 32 x 32; at 224 x 224 an eighth of it, so that the maps are of similar size in all.
-        repeats: Rounds.
-        min_seconds: Least duration of one measurement.
-        compile: Whether ConAM under ``torch.compile`` is timed as well.
-        device: Where to compute.
-        sites: How many of the sites of each image size are measured; all if None.
-        progress: Called with what is being measured.
+    ``image_sizes`` are keys of ``SITES``, and ``sites`` says how many of the sites of each are measured, all if None.
+    ``batch_size`` counts images of 32 x 32; at 224 x 224 it is an eighth, so that the maps are of similar size in all.
+    A measurement lasts about ``min_seconds`` or longer. With ``compile``, ConAM under ``torch.compile`` is timed as
+    well.
     """
     for image_size in image_sizes:
         count = batch_size if image_size == 32 else max(1, batch_size // 8)

@@ -24,10 +24,7 @@ def image_batch(batch_size: int, image_size: int, layout: str, device: torch.dev
 def training_step(net: nn.Module, images: Tensor, precision: str) -> Callable[[], None]:
     """One training step on a batch: forward, cross-entropy, backward, SGD with Nesterov momentum.
 
-    Args:
-        net: The net, in training mode.
-        images: (N, 3, H, W).
-        precision: ``"bf16"`` (autocast) or ``"fp32"``.
+    The net is in training mode, and ``images`` are (N, 3, H, W). ``"bf16"`` is autocast.
     """
     labels = torch.arange(len(images), device=images.device) % 10
     optimizer = create_optimizer_v2(net, opt="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -69,15 +66,7 @@ def measure_nets(
 ) -> Iterator[Row]:
     """Time a training step and an inference of every net with every attention; ratios refer to the plain twin.
 
-    Args:
-        models: Builders of this package.
-        image_sizes: 32, 224.
-        layouts: ``"channels_last"``, ``"nchw"``.
-        precisions: ``"fp32"``, ``"bf16"``.
-        batch_size: Images of 32 x 32; at 224 x 224 an eighth of it.
-        repeats: Rounds.
-        device: Where to compute.
-        progress: Called with what is being measured.
+    ``models`` are builders of this package. ``batch_size`` counts images of 32 x 32; at 224 x 224 it is an eighth.
     """
     for model in models:
         for image_size in image_sizes:
@@ -142,16 +131,7 @@ def measure_memory(
     device: torch.device,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """Memory of a training step on 32 x 32 images; ratios refer to the plain twin.
-
-    Args:
-        models: Builders of this package.
-        layouts: ``"channels_last"``, ``"nchw"``.
-        precisions: ``"fp32"``, ``"bf16"``.
-        batch_size: Images.
-        device: Where to compute.
-        progress: Called with what is being measured.
-    """
+    """Memory of a training step on 32 x 32 images; ratios refer to the plain twin."""
     for model in models:
         for layout in layouts:
             for precision in precisions:

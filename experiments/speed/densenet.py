@@ -49,10 +49,8 @@ MIB = 2**20
 def torchvision_densenet(depth: int, growth: int, recompute: bool = False) -> nn.Module:
     """torchvision's DenseNet-BC for 32 x 32 images: three blocks, a 3x3 stem without pooling, 10 classes.
 
-    Args:
-        depth: 6n + 4 layers.
-        growth: Channels that each dense layer adds.
-        recompute: torchvision's ``memory_efficient``.
+    ``depth`` is 6n + 4 layers, ``growth`` the channels that each dense layer adds, ``recompute`` torchvision's
+    ``memory_efficient``.
     """
     layers = (depth - 4) // 6
     net = DenseNet(growth, (layers,) * 3, 2 * growth, bn_size=4, num_classes=10, memory_efficient=recompute)
@@ -105,16 +103,8 @@ def benchmark_densenet(
 ) -> BenchmarkRecord:
     """Time and profile a training step of all nets, and measure the memory of each in a process of its own.
 
-    Args:
-        model: One of ``CONFIGURATIONS``.
-        batch_size: Images of 32 x 32 in a step.
-        repeats: Rounds.
-        quick: A tiny run on a smaller net that only shows that everything works; its numbers mean nothing.
-        command: The command line, for the record.
-        progress: Called with what is being measured.
-
-    Raises:
-        UserError: If torchvision has no such net, or a number is out of range.
+    ``model`` is one of ``CONFIGURATIONS``, since torchvision has no others; a step has ``batch_size`` images of
+    32 x 32. ``quick`` takes a smaller net.
     """
     if model not in CONFIGURATIONS:
         raise UserError(

@@ -39,23 +39,13 @@ def benchmark_inference(
     command: str = "",
     progress: Callable[[str], None] = lambda text: None,
 ) -> BenchmarkRecord:
-    """Time the inference of models and of their plain twins, in channels_last, with weights as initialised.
+    """Time the inference of models and of their plain twins, with weights as initialised.
 
-    For every model and batch size all modes of both nets are timed in turns. The ratio of a row refers to the model in
-    eager fp32; the fact ``ratio_to_plain`` to the plain twin in the same mode.
-
-    Args:
-        models: Builders of this package, with or without tag.
-        batch: Images in a batch.
-        modes: Some of ``MODES``; eager fp32 is always measured. If None: all, but those in bf16 only where the device
-            has instructions for it, because they take several times as long elsewhere.
-        repeats: Rounds.
-        quick: A tiny run that only shows that everything works; its numbers mean nothing.
-        command: The command line, for the record.
-        progress: Called with what is being measured.
-
-    Raises:
-        UserError: If an argument is not one of these.
+    For every model and batch size all modes of both nets are timed in turns, in channels_last but for ONNX, which is in
+    NCHW. The ratio of a row refers to the model in eager fp32; the fact ``ratio_to_plain`` to the plain twin in the
+    same mode. ``models`` are builders of this package, with or without tag. ``modes`` are some of ``MODES``, to which
+    eager fp32 is added; if None: all, but those in bf16 only where the device has instructions for it, because they
+    take several times as long elsewhere.
     """
     device = benchmark_device()
     slow: list[str] = []
@@ -142,8 +132,8 @@ def _measure(
 def mode_call(net: nn.Module, images: Tensor, mode: str) -> Callable[[], object]:
     """What runs a net on a batch in one of ``MODES``; it returns the logits, (N, classes).
 
-    Raises:
-        ModeUnavailableError: If this machine cannot.
+    A mode that this machine does not have is a ``ModeUnavailableError``. ONNX on a CUDA device returns what holds the
+    logits, see ``session_call``.
     """
     way, precision = mode.split()
     if way == "onnx":
@@ -186,10 +176,10 @@ def _onnx_call(net: nn.Module, images: Tensor) -> Callable[[], object]:
 
 
 def session_call(path: Path, images: Tensor) -> Callable[[], object]:
-    """What runs an ONNX file on a batch as ``mode_call`` does.
+    """What runs an ONNX file on a batch, as ``mode_call`` does.
 
-    Raises:
-        ModeUnavailableError: If this machine cannot.
+    On a CUDA device it returns the batch and the binding that holds the logits instead. A ``ModeUnavailableError`` says
+    if the installed onnxruntime does not know the device.
     """
     import onnxruntime
 

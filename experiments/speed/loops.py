@@ -42,31 +42,19 @@ Steps = Callable[[int | None], None]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What a loop is run with.
+    """What a loop is run with."""
 
-    Attributes:
-        model: Builder of this package.
-        batch_size: Images in a step.
-        workers: Worker processes of a data loader.
-        compile: Whether ``torch.compile`` is used where the loop's original offers it.
-        precision: ``"bf16"`` or ``"fp32"``, of all loops but the plain one, which knows float32 alone.
-    """
-
-    model: str
-    batch_size: int
-    workers: int
-    compile: bool = False
-    precision: str = "bf16"
+    model: str  # builder of this package
+    batch_size: int  # images in a step
+    workers: int  # worker processes of a data loader
+    compile: bool = False  # whether ``torch.compile`` is used where the loop's original offers it
+    precision: str = "bf16"  # or "fp32"; of all loops but the plain one, which knows float32 alone
 
 
 class PictureSet(Dataset[tuple[Image.Image, int]]):
-    """Images held as an array and handed out as Pillow images, as torchvision's CIFAR10 does it.
+    """Images held as an array in host memory and handed out as Pillow images, as torchvision's CIFAR10 does it.
 
-    Args:
-        split: The images, in host memory.
-
-    Attributes:
-        transform: Applied to every image; set it before use, as timm's loader does.
+    ``transform`` is applied to every image; set it before use, as timm's loader does.
     """
 
     def __init__(self, split: ImageSplit) -> None:
@@ -82,7 +70,7 @@ class PictureSet(Dataset[tuple[Image.Image, int]]):
 
 
 def noise_images(count: int) -> ImageSplit:
-    """Images of noise, always the same, as many and as large as CIFAR-10's: uint8 (count, 32, 32, 3)."""
+    """Images of noise, always the same, as large as CIFAR-10's: uint8 (count, 32, 32, 3)."""
     generator = np.random.default_rng(0)
     images = torch.from_numpy(generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
     return ImageSplit(images, torch.arange(count) % 10, DATASETS["cifar10"].classes, "noise")
@@ -98,15 +86,9 @@ def our_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *,
     """This package's loop: autocast, channels_last, the whole set on the device, whole batches augmented there.
 
     It is what ``conam train`` runs between two checkpoints, without a moving average of the weights, which the other
-    loops lack too.
-
-    Args:
-        settings: What it is run with.
-        split: Images.
-        device: Where it runs.
-        teacher: ``"online"`` for a WideResNet-16-4 that is run on every batch, ``"bank"`` for logits from a bank, read
-            from disk once an epoch; empty for none. Time and memory do not depend on what the logits are: the teacher
-            has not been trained, and those in the bank are random.
+    loops lack too. ``teacher`` is ``"online"`` for a WideResNet-16-4 that is run on every batch, ``"bank"`` for logits
+    from a bank, read from disk once an epoch, and empty for none. Time and memory do not depend on what the logits are:
+    the teacher has not been trained, and those in the bank are random.
     """
     recipe = Recipe(
         model=settings.model,
@@ -201,11 +183,11 @@ def timm_loop(settings: LoopSettings, split: ImageSplit, device: torch.device, *
     """What timm's training script does with its own parts: autocast, its loader and prefetcher.
 
     timm has no loop to import, so these are the steps of ``train_one_epoch`` in its ``train.py``, with its
-    ``create_loader``, ``ClassificationTask``, optimiser and meters, as it runs under the options ``--amp --amp-dtype
-    bfloat16 --opt sgd --smoothing 0 --color-jitter 0 --train-interpolation bilinear``, with ``--channels-last``, which
-    is not its default, if asked for, and ``--torchcompile`` if compiled. Under these options bf16 needs no loss scaler.
-    timm has no padded random crop: its own random resized crop stands in for it. Nothing is logged, and the learning
-    rate stays.
+    ``create_loader``, ``ClassificationTask``, optimiser and meters, as it runs under the options ``--opt sgd
+    --smoothing 0 --color-jitter 0 --train-interpolation bilinear``, with ``--amp --amp-dtype bfloat16`` unless in fp32,
+    with ``--channels-last``, which is not its default, if asked for, and ``--torchcompile`` if compiled. bf16 needs no
+    loss scaler then. timm has no padded random crop: its own random resized crop stands in for it. Nothing is logged,
+    and the learning rate stays.
     """
     loader = create_loader(
         PictureSet(split),

@@ -60,18 +60,10 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Time all calls once in every round, so that drift of the machine affects all alike.
 
-    The order of each round is drawn (from a fixed seed), so that none always follows the same neighbour.
-
-    Args:
-        calls: What to time, by name.
-        repeats: Rounds, and so the number of times measured for each call.
-        device: Where they compute.
-        warmup: Untimed runs of each call before the first round.
-        settle: Untimed runs before each measurement, so that it does not begin with the caches of the one before.
-        min_seconds: A measurement repeats a call until it lasts about as long as this.
-
-    Returns:
-        For each name the seconds of one call in each round, in the order of the rounds.
+    The order of each round is drawn (from a fixed seed), so that none always follows the same neighbour. ``warmup`` are
+    untimed runs of each call before the first round, ``settle`` those before each measurement, so that it does not
+    begin with the caches of the one before. A measurement repeats a call until it lasts about ``min_seconds``. For each
+    name the result is the seconds of one call in each round, in the order of the rounds.
     """
     counts = {}
     for name, call in calls.items():
@@ -197,16 +189,12 @@ CALLS = 3
 def operator_shares(
     work: Callable[[], object], groups: Mapping[str, tuple[str, ...]], device: torch.device
 ) -> dict[str, float]:
-    """Percent of all operators' own time that each group of operators takes.
+    """Percent of all ATen operators' own time that each group of operators takes.
 
-    Args:
-        work: What is called ``CALLS`` times and profiled; call it once before, so that one-time work is not counted.
-        groups: Patterns of whole operator names, such as ``("add", "add_")`` or ``("*batch_norm*",)``. An operator
-            counts in the first group that names it.
-        device: Whose time counts: the CPU time of each operator, or that of a CUDA device's kernels.
-
-    Raises:
-        RuntimeError: If the profiler saw no operator take any time.
+    ``work`` is called ``CALLS`` times and profiled; call it once before, so that one-time work is not counted.
+    ``groups`` are patterns of whole operator names, such as ``("add", "add_")`` or ``("*batch_norm*",)``; an operator
+    counts in the first group that names it. A profile in which none takes any time is a ``RuntimeError``. The time is
+    the CPU's, or that of a CUDA ``device``'s kernels.
     """
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
@@ -232,10 +220,8 @@ def operator_shares(
 def device_roofline(device: torch.device, side: int = 8192, copy_bytes: int = 2**30) -> tuple[float, float]:
     """The device's bf16 rate in FLOP/s and its memory bandwidth in bytes/s, each the best of five measurements.
 
-    Args:
-        device: A CUDA device.
-        side: Of the square matrices that are multiplied.
-        copy_bytes: Size of the buffer that is copied; bytes read and written both count.
+    The device is a CUDA one; ``side`` is that of the square matrices that are multiplied, ``copy_bytes`` the size of
+    the buffer that is copied, of which bytes read and written both count.
     """
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device)
@@ -249,11 +235,7 @@ def device_roofline(device: torch.device, side: int = 8192, copy_bytes: int = 2*
 
 
 def check_choice(option: str, values: Sequence[object], choices: Sequence[object]) -> None:
-    """Refuse values that are not among the choices of an option, and an empty choice.
-
-    Raises:
-        UserError: Naming the first such value.
-    """
+    """Refuse values that are not among the choices of an option, and an empty choice."""
     listed = ", ".join(map(str, choices))
     if not values:
         raise UserError(f"The option {option} chooses nothing: give one of {listed}.")
@@ -263,11 +245,7 @@ def check_choice(option: str, values: Sequence[object], choices: Sequence[object
 
 
 def check_least(**options: tuple[int | None, int]) -> None:
-    """Refuse options, ``name=(value, least)``, whose value is too small; None stands for a default.
-
-    Raises:
-        UserError: Naming the first such option.
-    """
+    """Refuse options, ``name=(value, least)``, whose value is too small; None stands for a default."""
     for name, (number, least) in options.items():
         if number is not None and number < least:
             option = f"--{name.replace('_', '-')}"

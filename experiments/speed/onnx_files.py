@@ -33,16 +33,10 @@ def read_accuracy(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def add_accuracy(path: Path, name: str, data: Path, weights: Path = Path("weights")) -> dict[str, Any]:
-    """Measure shipped weights and their ONNX files on the whole test split, and put that into a file.
+    """Measure shipped weights and their ONNX files on the whole test split, and put that into a JSON file.
 
-    Args:
-        path: The file, JSON; what it says of other weights stays.
-        name: Weights of the manifest.
-        data: Their data set, or a folder of data sets by name.
-        weights: The folder of all weights.
-
-    Returns:
-        What was measured, top-1 in percent.
+    What the file says of other weights stays. ``data`` is their data set, or a folder of data sets by name; ``weights``
+    is the folder of all weights. What was measured is returned, top-1 in percent.
     """
     entry = load_manifest().entry(name)
     made = make_onnx(entry, weights / name, data)
@@ -81,19 +75,8 @@ def benchmark_onnx(
 ) -> BenchmarkRecord:
     """Time shipped weights in eager PyTorch (channels_last) and as ONNX files, on the CPU, all in turns.
 
-    Args:
-        names: Weights of the manifest.
-        data: Their data sets by name, to calibrate int8.
-        batch: Images in a batch.
-        threads: Of PyTorch and of ONNX Runtime.
-        repeats: Rounds.
-        quick: A tiny run that only shows that everything works; its numbers mean nothing.
-        weights: The folder of all weights.
-        command: The command line, for the record.
-        progress: Called with what is being measured.
-
-    Raises:
-        UserError: If an argument is not one of these.
+    ``data`` holds their data sets by name, to calibrate int8. ``threads`` are those of PyTorch and of ONNX Runtime.
+    ``weights`` is the folder of all weights.
     """
     check_least(batch=(min(batch, default=0), 1), threads=(threads, 1), repeats=(repeats, 1))
     if quick:
@@ -130,10 +113,9 @@ def benchmark_onnx(
 def onnx_table(manifest: Manifest, accuracy: Path, speed: Path) -> str:
     """Top-1 and speed of all shipped weights as ONNX files, in Markdown.
 
-    Args:
-        manifest: The weights; what was measured of others, or of other files of these, is left out.
-        accuracy: The file of ``add_accuracy``, if it is there.
-        speed: The record of ``benchmark_onnx``, if it is there.
+    ``accuracy`` is the file of ``add_accuracy`` and ``speed`` the record of ``benchmark_onnx``, each if it is there.
+    What was measured of weights that the manifest does not have is left out, and so is the top-1 of other files of
+    those that it has; speeds go by the name alone.
     """
     measured = {
         name: row

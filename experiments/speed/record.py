@@ -15,35 +15,20 @@ from conam_zoo.training.run_folder import describe_environment
 
 @dataclass(frozen=True)
 class Row:
-    """One measured thing, ours or a baseline, of one group; those of a group were measured in turns.
+    """One measured thing, ours or a baseline, of one group; those of a group were measured in turns."""
 
-    Attributes:
-        group: What all rows of the group have in common.
-        name: What was measured.
-        unit: Of ``median``, ``min`` and ``max``: ``"ms"`` or ``"MiB"``.
-        n: Number of measurements.
-        median: Their median.
-        min: The smallest.
-        max: The largest.
-        ratio: Median over the rounds of this measurement divided by that of ``ratio_to`` in the same round.
-        ratio_min: Smallest of these quotients.
-        ratio_max: Largest of these quotients.
-        ratio_to: The row of the group that ``ratio`` refers to.
-        facts: Anything else that was measured; the unit is part of the key.
-    """
-
-    group: dict[str, Any]
-    name: str
-    unit: str
-    n: int
+    group: dict[str, Any]  # what all rows of the group have in common
+    name: str  # what was measured
+    unit: str  # of ``median``, ``min`` and ``max``: "ms" or "MiB"
+    n: int  # number of measurements
     median: float
     min: float
     max: float
-    ratio: float
-    ratio_min: float
-    ratio_max: float
-    ratio_to: str
-    facts: dict[str, Any] = field(default_factory=dict)
+    ratio: float  # median over the rounds of this measurement divided by that of ``ratio_to`` in the same round
+    ratio_min: float  # smallest of these quotients
+    ratio_max: float  # largest of these quotients
+    ratio_to: str  # the row of the group that ``ratio`` refers to
+    facts: dict[str, Any] = field(default_factory=dict)  # anything else that was measured; the unit is part of the key
 
 
 @dataclass(frozen=True)
@@ -57,29 +42,17 @@ class Skipped:
 
 @dataclass(frozen=True)
 class BenchmarkRecord:
-    """A whole benchmark. It holds no date, so that the same measurement is the same file.
+    """A whole benchmark. It holds no date, so that the same measurement is the same file."""
 
-    Attributes:
-        what: ``"train"``, ``"step"``, ``"inference"``, ``"cost"`` or ``"densenet"``.
-        command: The command line, or what was called.
-        hardware: Processor or accelerator.
-        threads: CPU threads within an operation.
-        library_versions: Versions of Python and of the libraries that were run.
-        code_commit: State of the code, None outside a checkout.
-        settings: The arguments.
-        rows: The measurements.
-        skipped: What was not measured.
-    """
-
-    what: str
-    command: str
-    hardware: str
-    threads: int
-    library_versions: dict[str, str]
-    code_commit: str | None
-    settings: dict[str, Any]
+    what: str  # "train", "step", "inference", "cost", "densenet" or "onnx-speed"
+    command: str  # the command line, or what was called
+    hardware: str  # processor or accelerator
+    threads: int  # CPU threads within an operation
+    library_versions: dict[str, str]  # of Python and of the libraries that were run
+    code_commit: str | None  # state of the code, None outside a checkout
+    settings: dict[str, Any]  # the arguments
     rows: list[Row]
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)  # what was not measured
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON takes it, with numbers of five significant digits."""
@@ -107,15 +80,9 @@ def summarise(
 ) -> list[Row]:
     """One row for each name of a group.
 
-    Args:
-        measurements: For each name one number per round, in ``unit``; all have the same number of rounds.
-        group: What the rows have in common.
-        reference: The name that the ratios refer to.
-        unit: ``"ms"`` or ``"MiB"``.
-        facts: Further facts by name.
-
-    Raises:
-        ValueError: If the reference is not among the names, or the numbers of rounds differ.
+    ``measurements`` has for each name one number per round, in ``unit``, ``"ms"`` or ``"MiB"``; the ratios refer to the
+    name ``reference``. A reference that was not measured is a ``ValueError``, as are different numbers of rounds.
+    ``facts`` are further ones, by name.
     """
     if reference not in measurements:
         raise ValueError(f"The reference {reference!r} was not measured: {', '.join(measurements)} were.")
@@ -186,11 +153,7 @@ def command_today(command: str) -> str:
 
 
 def read_rows(path: Path, key: str) -> Any:
-    """What a file of results holds under its key; None if there is no such file.
-
-    Raises:
-        UserError: If the file is damaged.
-    """
+    """What a file of results holds under its key; None if there is no such file. A damaged one is refused."""
     if not path.is_file():
         return None
     try:
@@ -200,11 +163,7 @@ def read_rows(path: Path, key: str) -> Any:
 
 
 def read_record(path: Path) -> BenchmarkRecord:
-    """Read a record that ``--json`` wrote.
-
-    Raises:
-        UserError: If the file is not one.
-    """
+    """Read a record that ``--json`` wrote."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row(**row) for row in facts.pop("rows")]
@@ -294,8 +253,7 @@ def _conditions(record: BenchmarkRecord) -> str:
 def benchmark_tables(folder: Path) -> dict[str, str]:
     """Markdown for each of ``BENCHMARKS`` from all records ``<benchmark>*.json`` in a folder, in order of their names.
 
-    Raises:
-        UserError: If such a file is not a record, or is one of another benchmark.
+    A file of such a name that is not a record, or is one of another benchmark, is refused.
     """
     tables = {}
     for what in BENCHMARKS:

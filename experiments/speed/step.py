@@ -69,16 +69,8 @@ def benchmark_step(
 ) -> BenchmarkRecord:
     """Time a training step of a ResNet as it is, joined in place, and compiled in several ways.
 
-    Args:
-        model: A ResNet of basic blocks, since those are what is joined in place.
-        batch_size: Images of 32 x 32 in a step.
-        repeats: Rounds.
-        quick: A tiny run of the eager variants that only shows that everything works; its numbers mean nothing.
-        command: The command line, for the record.
-        progress: Called with what is being measured.
-
-    Raises:
-        UserError: If the model has no basic blocks, or a number is out of range.
+    ``model`` has to be a ResNet of basic blocks, since those are what is joined in place; a step has ``batch_size``
+    images of 32 x 32. ``quick`` leaves out the compiled variants.
     """
     check_least(batch_size=(batch_size, 2), repeats=(repeats, 1))
     check_model_name(model)

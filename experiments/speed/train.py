@@ -50,22 +50,10 @@ def benchmark_train(
 
     One measurement is an epoch of ``steps`` batches, so no worker prepares images while another loop is timed. Memory
     is that of the first steps with 50,000 images (or those of ``data``), in a process of its own for each loop.
-
-    Args:
-        model: Builder of this package.
-        batch_size: Images in a step.
-        steps: Steps in one measurement.
-        repeats: Rounds.
-        workers: Worker processes of the two data loaders.
-        data: CIFAR-10 or another set of 32 x 32 images, see ``conam_zoo.data.read_split``; noise if None.
-        compile: Use ``torch.compile`` in our loop and in timm's.
-        teacher: Time our loop with a WideResNet-16-4 as its teacher as well: from a bank of logits, and online.
-        quick: A tiny run that only shows that everything works; its numbers mean nothing.
-        command: The command line, for the record.
-        progress: Called with what is being measured.
-
-    Raises:
-        UserError: If an argument is out of range, or the data are not enough or of another size.
+    ``workers`` are the processes of each data loader. ``data`` is CIFAR-10 or another set of 32 x 32 images (see
+    ``conam_zoo.data.read_split``), with enough of them for a measurement; noise if None. ``compile`` is for our loop
+    and timm's. With ``teacher``, our loop is also timed with a WideResNet-16-4 as its teacher: from a bank of logits,
+    and online.
     """
     check_model_name(model)
     check_least(batch_size=(batch_size, 2), steps=(steps, 1), repeats=(repeats, 1), workers=(workers, 0))
@@ -110,11 +98,7 @@ def benchmark_train(
 
 
 def _images(data: str | Path | None, count: int) -> ImageSplit:
-    """The first ``count`` training images, or noise.
-
-    Raises:
-        UserError: If there are fewer, or they are not of 32 x 32 pixels.
-    """
+    """The first ``count`` training images, or noise. Fewer are refused, and any that are not of 32 x 32 pixels."""
     if data is None:
         return noise_images(count)
     split = read_split(data, "train", "cifar10")
