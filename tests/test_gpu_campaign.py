@@ -73,9 +73,12 @@ def test_parts_come_in_any_number_of_calls_and_are_checked(tmp_path: Path) -> No
     whole = last.read_bytes()
     name = parts[0].name.replace(".00-of", f".{len(parts):02d}-of")
     (carried / name).write_bytes(whole[:-1] + b"\x01")
+    (source / "log.txt").write_text("sound")
+    write_parts("logs", [source / "log.txt"], source, carried, MIB)
     with pytest.raises(UserError, match="parts of cifar10 are damaged"):
         join_parts(carried, work)
     assert not (work / "data").exists()
+    assert (work / "log.txt").read_text() == "sound"  # another archive's damage costs it nothing
     join_parts(out, work)
     (carried / name).write_bytes(whole)
     assert join_parts(carried, work) == (["cifar10"], [])

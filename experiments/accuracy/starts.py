@@ -14,6 +14,7 @@ from conam_zoo.training.train import MONITORED_IMAGES
 from experiments.speed.record import read_rows
 
 DEFAULT, UNIT = "PyTorch's", "second bias at one"
+COMPARED = "resnet20_conam.cifar100"
 KEPT = ("command", "hardware", "library_versions", "code_commit", "evaluated_on")
 
 
@@ -25,9 +26,9 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 def add_start(path: Path, folder: Path, data: Path) -> None:
     """Put a finished run with held-out images into the file; one of the same start and seed is replaced.
 
-    Liveness is measured on the training images in ``data``. A run that held nothing out is refused, as is one with
-    other ``model_args`` than those of the two initialisations. Neither net nor data set is compared with those of the
-    other runs: ours are all of ResNet-20 on CIFAR-100.
+    Liveness is measured on the training images in ``data``. A run that held nothing out is refused, as is one of
+    another net or data set than ``COMPARED``, of another length than the others, or with other ``model_args`` than
+    those of the two initialisations.
     """
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -38,6 +39,11 @@ def add_start(path: Path, folder: Path, data: Path) -> None:
         raise UserError(f"{folder} is not a finished run folder ({error}).") from error
     if not recipe["holdout"]:
         raise UserError(f"{folder} held no images out, but initialisations are compared on held-out images.")
+    if (name := f"{recipe['model']}.{recipe['dataset']}") != COMPARED:
+        raise UserError(f"{folder} holds {name}, but initialisations are compared on {COMPARED}.")
+    known = read_starts(path)
+    if known and known[0]["epochs"] != recipe["epochs"]:
+        raise UserError(f"{folder} has {recipe['epochs']} epochs, but the other runs have {known[0]['epochs']}.")
     # The form with every switch at its default is ConAM with PyTorch's default initialisation.
     form = arguments.get("attn_layer", "conam") == "conam_variant" and not arguments.get("attn_args")
     if not form and arguments:
@@ -47,7 +53,7 @@ def add_start(path: Path, folder: Path, data: Path) -> None:
     watched = read_split(data, "train", recipe["dataset"]).spread(MONITORED_IMAGES).images
     alive = {k: round(v, 4) for k, v in liveness(model, normalize(watched, cfg["mean"], cfg["std"])).items()}
     entry = {"start": DEFAULT if form else UNIT, "seed": seed, **scores, "epochs": recipe["epochs"], "liveness": alive}
-    others = [known for known in read_starts(path) if (known["start"], known["seed"]) != (entry["start"], seed)]
+    others = [each for each in known if (each["start"], each["seed"]) != (entry["start"], seed)]
     runs = sorted([*others, {**entry, **facts}], key=lambda item: (item["start"], item["seed"]))
     write_text(path, json.dumps({"runs": runs}, indent=2) + "\n")
 

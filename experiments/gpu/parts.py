@@ -64,10 +64,14 @@ def join_parts(source: Path, work: Path) -> tuple[list[str], list[str]]:
             archives.setdefault(key, {})[int(match["number"])] = part
     missing = [f"{name}: {len(parts)} of {n} parts" for (name, _, n), parts in archives.items() if len(parts) < n]
     whole: list[tuple[float, str, Path]] = []
+    damaged: list[str] = []
     try:
         for (archive, sha256, count), parts in archives.items():
             if len(parts) == count:
                 joined = _join(archive, sha256, [parts[number] for number in range(count)])
+                if joined is None:
+                    damaged.append(archive)
+                    continue
                 with tarfile.open(joined) as tar:
                     whole.append((max(member.mtime for member in tar), archive, joined))
         whole.sort()  # of several that bring the same run, the newest comes last
@@ -77,11 +81,13 @@ def join_parts(source: Path, work: Path) -> tuple[list[str], list[str]]:
     finally:
         for _, _, path in whole:
             path.unlink()
+    if damaged:
+        raise UserError(f"The parts of {', '.join(damaged)} are damaged: copy all of them again.")
     return [archive for _, archive, _ in whole], missing
 
 
-def _join(archive: str, sha256: str, parts: list[Path]) -> Path:
-    """The archive whose parts these are, which are removed."""
+def _join(archive: str, sha256: str, parts: list[Path]) -> Path | None:
+    """The archive whose parts these are, which are removed; None if they are damaged."""
     whole = parts[0].with_name(f".{archive}.{sha256}.tar")
     with whole.open("wb") as file:
         for part in parts:
@@ -92,5 +98,4 @@ def _join(archive: str, sha256: str, parts: list[Path]) -> Path:
         right = hashlib.file_digest(file, "sha256").hexdigest() == sha256
     if not right:
         whole.unlink()
-        raise UserError(f"The parts of {archive} are damaged: copy all of them again.")
-    return whole
+    return whole if right else None

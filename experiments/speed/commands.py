@@ -78,7 +78,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 128,
     steps: Annotated[int, typer.Option(help="Training steps in one measurement.")] = 40,
     repeats: Repeats = 5,
-    workers: Annotated[int, typer.Option(help="Worker processes of the two data loaders.")] = 2,
+    workers: Annotated[int, typer.Option(help="Worker processes of each data loader.")] = 2,
     data: Annotated[str | None, typer.Option(help=f"Noise if not given. {DATA_HELP}")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile for our loop and timm's.")] = False,
     teacher: Annotated[
