@@ -203,6 +203,20 @@ def test_half_precision_module(low: torch.dtype, tolerance: float, shape: tuple[
     assert all(p.grad is not None and p.grad.dtype == low and p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.parametrize("size", [32, 31])  # in few passes, and by the equations
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_bfloat16_map_gets_confidences_finer_than_bfloat16_is_beside_one(
+    layout: torch.memory_format, size: int
+) -> None:
+    torch.manual_seed(0)
+    module, x = ConAM(16, 8), torch.rand(4, 16, size, size).bfloat16().contiguous(memory_format=layout)
+    confidence = module.confidence(x).detach()
+    assert confidence.std() < 2**-8  # half a step of bfloat16 between one and two
+    before, after = (equations.patch_means(each.detach().float(), 8).sum(1) for each in (x, module(x)))
+    both = torch.stack([(after / before - 1).flatten(), confidence.flatten()])
+    assert both.corrcoef()[0, 1] > 0.9
+
+
 def test_float64_stays_float64() -> None:
     module, x = attention(dtype=torch.float64), noise(*DIVIDED, dtype=torch.float64)
     assert module(x).dtype == module.confidence(x).dtype == torch.float64

@@ -22,9 +22,10 @@ What is this project's own, because the paper is silent:
   the nets exempt them from it: see ``no_weight_decay`` of the models.
 - Embedding, dot product and softmax are computed in at least float32, also under autocast and in half precision models,
   because the logits are unbounded; only TorchScript, which cannot switch autocast off, embeds in its type. The patch
-  means of a half precision map are summed in float32 too, but rounded once to the map's type. Patch means and
-  embeddings are clamped to 1e17, so that the global context and the dot product of huge activations stay finite in
-  float32; no value below that is touched.
+  means of a half precision map are summed in float32 too, but rounded once to the map's type. Such a map is scaled as
+  ``x + x * eta``, because ``1 + eta`` would round most of ``eta`` away in bfloat16. Patch means and embeddings are
+  clamped to 1e17, so that the global context and the dot product of huge activations stay finite in float32; no value
+  below that is touched.
 """
 
 from numbers import Integral

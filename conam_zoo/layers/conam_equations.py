@@ -104,16 +104,33 @@ def confidence_between(embedded: Tensor, x: Tensor, patch_size: int, limit: floa
     return torch.softmax(logits, dim=1).unflatten(1, ((x.shape[2] + patch_size - 1) // patch_size, -1))
 
 
+def factor_of(confidence: Tensor, x: Tensor) -> Tensor:
+    """What ``rescaled`` takes for confidences, in the type of the map: one plus them, or in half precision themselves.
+
+    Beside one, bfloat16 has steps of 1/128, which is an eighth of a sixteenth: most of what patches differ by.
+    """
+    if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+        return confidence.to(x.dtype)
+    return confidence + 1
+
+
+def rescaled(x: Tensor, factor: Tensor) -> Tensor:
+    """``x`` times one plus the confidences that ``factor_of`` made the factor of; the shapes are broadcast."""
+    if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+        return torch.addcmul(x, x, factor)  # rounded once, at the end
+    return x * factor
+
+
 @torch.fx.wrap
 def recalibrate(x: Tensor, confidence: Tensor, patch_size: int) -> Tensor:
     """Multiply every pixel by one plus the confidence of its patch: (N, C, H, W) -> (N, C, H, W)."""
-    scale = (confidence + 1).to(x.dtype)
+    factor = factor_of(confidence, x)
     n, channels, height, width = x.shape
-    rows, columns = scale.shape[1], scale.shape[2]
+    rows, columns = factor.shape[1], factor.shape[2]
     if height % patch_size == 0 and width % patch_size == 0:
-        # Splitting the two sides is a view in every memory format, so the scale broadcasts without being enlarged.
+        # Splitting the two sides is a view in every memory format, so the factor broadcasts without being enlarged.
         patches = x.view(n, channels, rows, patch_size, columns, patch_size)
-        return (patches * scale[:, None, :, None, :, None]).reshape(n, channels, height, width)
-    enlarged = scale.repeat_interleave(patch_size, dim=1)[:, :height]
+        return rescaled(patches, factor[:, None, :, None, :, None]).reshape(n, channels, height, width)
+    enlarged = factor.repeat_interleave(patch_size, dim=1)[:, :height]
     enlarged = enlarged.repeat_interleave(patch_size, dim=2)[:, :, :width]
-    return x * enlarged.unsqueeze(1)
+    return rescaled(x, enlarged.unsqueeze(1))

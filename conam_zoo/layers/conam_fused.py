@@ -10,7 +10,7 @@ With ``y = x * s``, ``s = 1 + eta(m)`` and ``m`` the patch means of ``x``, for t
     ds_i = sum over patch i and channels of g * x
     dx   = g * s + dm / p^2        with dm the gradient of eta(m) for ds
 
-ConAM keeps its input and one scale per patch. A convolution behind it would keep the product of the two, a second map
+ConAM keeps its input and one factor per patch. A convolution behind it would keep the product of the two, a second map
 of the same size; ``recompute_rescaled`` has it multiplied once more in the backward pass instead.
 """
 
@@ -30,7 +30,7 @@ from conam_zoo.layers._torch_private import (
     transforms_are_active,
     version_of,
 )
-from conam_zoo.layers.conam_equations import LIMIT, confidence_map, patch_means, recalibrate
+from conam_zoo.layers.conam_equations import LIMIT, confidence_map, factor_of, patch_means, recalibrate, rescaled
 
 
 def applies(x: Tensor, patch_size: int) -> bool:
@@ -84,12 +84,12 @@ def _per_pixel(values: Tensor, patch_size: int) -> Tensor:
     return pixels.reshape(n, 1, rows * patch_size, columns * patch_size)
 
 
-def _rescale(x: Tensor, scale: Tensor, patch_size: int) -> Tensor:
-    """``x * scale``, with one scale a patch: (N, C, H, W), (N, rows, columns) -> (N, C, H, W)."""
+def _rescale(x: Tensor, factor: Tensor, patch_size: int) -> Tensor:
+    """``rescaled`` with one factor a patch: (N, C, H, W), (N, rows, columns) -> (N, C, H, W)."""
     if not _channels_last(x):
-        return x * _per_pixel(scale, patch_size)
+        return rescaled(x, _per_pixel(factor, patch_size))
     n, channels, height, width = x.shape
-    strips = _strips(x, patch_size) * _per_strip(scale, patch_size)
+    strips = rescaled(_strips(x, patch_size), _per_strip(factor, patch_size))
     return strips.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -127,7 +127,7 @@ def _input_gradient(gradient: Tensor, scale: Tensor, share: Tensor, patch_size: 
 
 
 def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
-    """The result, and what the backward pass needs besides: contexts, embeddings, confidences, scale.
+    """The result, and what the backward pass needs besides: contexts, embeddings, confidences, factor.
 
     Each operation costs a few microseconds before it computes anything, which on small maps is most of the time: so
     there are as few as can be. None of them is one that autocast lowers: it leaves those with ``out`` alone.
@@ -141,8 +141,8 @@ def _forward(x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2:
     torch.mean(local_contexts.clamp_(-LIMIT, LIMIT), dim=1, out=contexts[:, -1])
     embedded = _linear(_hidden(contexts, w1, b1), w2, b2).clamp_(0, LIMIT).view(contexts.shape)
     confidence = torch.softmax((embedded[:, :-1] * embedded[:, -1:]).sum(2), dim=1)
-    scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
-    return _rescale(x, scale, patch_size), contexts, embedded, confidence, scale
+    factor = factor_of(confidence, x).view(n, rows, columns)
+    return _rescale(x, factor, patch_size), contexts, embedded, confidence, factor
 
 
 def _hidden(contexts: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ class _InFewPasses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        output, contexts, embedded, confidence, scale = _forward(x, patch_size, w1, b1, w2, b2)
-        ctx.save_for_backward(x, w1, b1, w2, b2, contexts, embedded, confidence, scale)
+        output, contexts, embedded, confidence, factor = _forward(x, patch_size, w1, b1, w2, b2)
+        ctx.save_for_backward(x, w1, b1, w2, b2, contexts, embedded, confidence, factor)
         ctx.patch_size = patch_size
         ctx.rescales = True  # for recompute_rescaled, to which this object is the result's ``grad_fn``
         ctx.version = version_of(output)
@@ -173,7 +173,7 @@ class _InFewPasses(torch.autograd.Function):
         if torch.is_autocast_enabled(gradient.device.type):
             with torch.autocast(gradient.device.type, enabled=False):
                 return _InFewPasses.backward(ctx, gradient)
-        x, w1, b1, w2, b2, contexts, embedded, confidence, scale = ctx.saved_tensors
+        x, w1, b1, w2, b2, contexts, embedded, confidence, _ = ctx.saved_tensors
         patch_size = ctx.patch_size
         if torch.is_grad_enabled() or is_batched(gradient):
             return _by_the_equations(ctx, gradient, x, w1, b1, w2, b2)
@@ -199,6 +199,7 @@ class _InFewPasses(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             share = (grad_means / patch_size**2).to(x.dtype).view(n, rows, columns, channels).permute(0, 3, 1, 2)
+            scale = (confidence + 1).to(x.dtype).view(n, rows, columns)
             grad_x = _input_gradient(gradient, scale, share, patch_size)
         grad_w1 = (grad_hidden.t() @ contexts.view(-1, channels)).to(w1.dtype)
         grad_w2 = (grad_embedded.t() @ hidden).to(w2.dtype)
@@ -243,7 +244,7 @@ def recompute_rescaled(y: Tensor) -> AbstractContextManager[None]:
     if version_of(y) != node.version:  # changed since, by a hook
         return nullcontext()
     saved = node.saved_tensors
-    x, scale, patch_size = saved[0].detach(), saved[-1], node.patch_size
+    x, factor, patch_size = saved[0].detach(), saved[-1], node.patch_size
     version, key = version_of(x), _key(y)
     if version is None:
         return nullcontext()
@@ -255,7 +256,7 @@ def recompute_rescaled(y: Tensor) -> AbstractContextManager[None]:
                 "change a copy of it."
             )
         with torch.no_grad():
-            return _rescale(x, scale, patch_size)
+            return _rescale(x, factor, patch_size)
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
         return rescaled if _key(tensor) == key else tensor
