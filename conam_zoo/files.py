@@ -206,8 +206,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_figure(path: Path, figure: "Figure", **options: Any) -> None:
-    """Write a matplotlib figure atomically, with options of ``savefig``, silent about letters that its font lacks."""
-    with warnings.catch_warnings():
+    """Write a matplotlib figure atomically, with options of ``savefig``, silent about letters that its font lacks.
+
+    Its texts are never TeX, whatever the user's matplotlibrc says.
+    """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_usetex(False)
+    with warnings.catch_warnings(), rc_context({"text.usetex": False}):
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
 

@@ -421,6 +421,17 @@ def test_state_dict_keys(hidden: int | None, width: int) -> None:
     assert shapes == {"fc1.weight": (width, 6), "fc1.bias": (width,), "fc2.weight": (6, width), "fc2.bias": (6,)}
 
 
+def test_parameters_are_reset_as_they_start() -> None:
+    torch.manual_seed(0)
+    first = ConAM(8, 4)
+    second = copy.deepcopy(first)
+    for parameter in second.parameters():
+        nn.init.zeros_(parameter)
+    torch.manual_seed(0)
+    second.reset_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
 def test_starts_close_to_the_identity() -> None:
     torch.manual_seed(0)
     confidence = ConAM(16, 8).confidence(noise(4, 16, 32, 32).relu())

@@ -16,6 +16,7 @@ from PIL import Image
 
 from conam_zoo.cli import app
 from conam_zoo.models.registry import model_names
+from conam_zoo.weights import load_manifest
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,20 @@ def test_list_shows_every_model_and_patterns_narrow_it(conam) -> None:
     assert [row["model"] for row in rows] == [n for n in model_names() if n.startswith("wide_")]
     facts = json.loads(conam("info", rows[0]["model"], "--json", "-")[1])
     assert {key: facts[key] for key in ("parameters", "macs")} == {key: rows[0][key] for key in ("parameters", "macs")}
+
+
+def test_names_and_hashes_are_whole_on_a_narrow_terminal(conam, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+    def shown(*words: str) -> str:
+        return re.sub(r"\x1b\[[0-9;]*m", "", conam(*words)[1])
+
+    rows = shown("list", "densenetbc190*").partition("(top-1)")[2].strip().splitlines()
+    assert "".join(row.split()[0] for row in rows) == "densenetbc190_40_conam"
+    assert rows[0].split()[1:4] == ["28.32", "M", "9348"]
+    sha256 = load_manifest().entry("resnet20_conam.cifar10").sha256
+    assert sha256 in re.sub(r"\s", "", shown("info", "resnet20_conam.cifar10"))
 
 
 def test_info_names_the_sites(conam) -> None:

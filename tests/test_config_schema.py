@@ -217,7 +217,7 @@ def test_list_finds_what_begins_so_and_info_knows_a_folder(conam, folder: Path) 
 def test_a_file_is_not_loaded_into_other_patch_sizes(folder: Path) -> None:
     own = {"num_classes": 10, "input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc"}
     options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(folder / "model.safetensors")}}
-    with pytest.raises(WeightsError, match=r"patch sizes \[8, 8, 8\]") as refused:
+    with pytest.raises(WeightsError, match=r"patch_sizes=\[8, 8, 8\]") as refused:
         timm.create_model("resnet20_conam", pretrained_cfg=own, **options)
     assert_one_sentence(str(refused.value))
     net = timm.create_model("resnet20_conam", pretrained_cfg=own, patch_sizes=(8, 8, 8), **options)
@@ -226,7 +226,7 @@ def test_a_file_is_not_loaded_into_other_patch_sizes(folder: Path) -> None:
 
 def test_a_checkpoint_path_is_not_loaded_into_other_patch_sizes_nor_if_it_holds_nan(folder: Path) -> None:
     path = folder / "model.safetensors"
-    with pytest.raises(WeightsError, match=r"patch sizes \[8, 8, 8\]"):
+    with pytest.raises(WeightsError, match=r"patch_sizes=\[8, 8, 8\]"):
         timm.create_model("resnet20_conam", checkpoint_path=str(path))
     net = timm.create_model("resnet20_conam", checkpoint_path=path, patch_sizes=(8, 8, 8))
     assert torch.equal(net.fc.weight, load_file(path)["fc.weight"])
@@ -239,7 +239,7 @@ def test_a_checkpoint_path_is_not_loaded_into_other_patch_sizes_nor_if_it_holds_
 def test_a_pickled_checkpoint_is_not_loaded_into_other_patch_sizes(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     path = folder / "pytorch_model.bin"
-    with pytest.raises(WeightsError, match=r"patch sizes \[8, 8, 8\]"):
+    with pytest.raises(WeightsError, match=r"patch_sizes=\[8, 8, 8\]"):
         timm.create_model("resnet20_conam", checkpoint_path=str(path))
     assert timm.create_model("resnet20_conam", checkpoint_path=path, patch_sizes=(8, 8, 8)).patch_sizes == (8, 8, 8)
 

@@ -55,6 +55,17 @@ def test_splits_are_taken_as_they_are(tmp_path: Path) -> None:
     assert data.test.labels.tolist() == [1, 1, 1]
 
 
+def test_without_training_images_the_classes_are_those_of_all_other_splits(tmp_path: Path) -> None:
+    tree(tmp_path / "set" / "val", ("a", "b"), count=2)
+    tree(tmp_path / "set" / "test", ("a", "b", "c"), count=2)
+    images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.array(["a", "b"])
+    np.savez(tmp_path / "set.npz", val_images=images, val_labels=labels, test_images=images, test_labels=["b", "c"])
+    for place in (tmp_path / "set", tmp_path / "set.npz"):
+        sources = find_sources(place, training=False)
+        assert {source.classes for source in sources.values()} == {("a", "b", "c")}
+        assert sources["test"].classes[sources["test"].labels[-1]] == "c"
+
+
 def test_a_wrapping_folder_and_folders_below_a_class_are_seen_through(tmp_path: Path) -> None:
     tree(tmp_path / "flowers-v2", ("rose", "tulip"), 3)
     picture(tmp_path / "flowers-v2" / "rose" / "red" / "more" / "a.JPG")

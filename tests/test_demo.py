@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from conftest import CHECKOUT
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from PIL import Image
 
-from conam_zoo.deploy.demo import _results, build_page, look
+from conam_zoo.deploy.demo import _results, _shown_part, build_page, look
 from conam_zoo.errors import UserError
 from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.predict import percent, predict
@@ -67,6 +68,21 @@ def test_a_narrow_strip_is_not_enlarged_as_a_whole(tmp_path: Path, monkeypatch: 
     )
     assert 384 * 384 in pixels
     assert max(pixels) <= 1000 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("overlay", "size"),
+    [
+        ({}, (100, 100)),
+        ({"crop_mode": "squash"}, (200, 100)),
+        ({"crop_mode": "border"}, (200, 100)),
+        ({"input_size": (3, 32, 64)}, (200, 100)),
+        ({"input_size": (3, 64, 32)}, (50, 100)),
+    ],
+)
+def test_a_map_lies_over_the_part_of_the_picture_that_the_net_sees(overlay: dict, size: tuple[int, int]) -> None:
+    net = timm.create_model("resnet20_conam.cifar10", device="meta", pretrained_cfg_overlay=overlay)
+    assert _shown_part(Image.new("RGB", (200, 100)), net).size == size
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,14 @@ def test_images_that_would_be_prepared_in_another_way_are_refused(run, key: str,
         calibration_images(model, run[0], None)
 
 
+def test_a_net_that_sees_no_squares_is_refused(run) -> None:
+    model = open_model(NET)
+    model.pretrained_cfg["input_size"] = (3, 32, 64)
+    for refused in (lambda: evaluate(model, run[0], corrupt="skip"), lambda: calibration_images(model, run[0], None)):
+        with pytest.raises(UserError, match="takes 32 x 64 pixels, but images are prepared here as squares"):
+            refused()
+
+
 def test_the_command_of_the_report_gives_the_accuracy_of_the_report(run, conam: Conam) -> None:
     _, folder, report = run
     (line,) = (line for line in (folder / "report.md").read_text().splitlines() if line.startswith("conam evaluate"))
@@ -179,6 +187,13 @@ def test_the_data_is_not_written_over(run, conam: Conam, tmp_path: Path) -> None
         code, _, err = conam("evaluate", f"local-dir:{run[1] / 'final'}", "--data", data, option, data)
         assert (code, err.count("\n")) == (2, 1)
         assert data.read_bytes() == before
+
+
+def test_the_record_of_a_run_is_not_written_over(run, conam: Conam) -> None:
+    before = (run[1] / "run.json").read_bytes()
+    code, _, err = conam("evaluate", f"local-dir:{run[1] / 'final'}", "--data", run[0], "--json", run[1] / "run.json")
+    assert (code, err.count("\n")) == (2, 1)
+    assert (run[1] / "run.json").read_bytes() == before
 
 
 def test_a_run_folder_inside_of_the_data_is_refused(tmp_path: Path) -> None:

@@ -69,6 +69,29 @@ def test_only_the_patch_is_blurred_and_the_net_is_asked_again(model: StagedClass
         np.testing.assert_allclose(effect.probabilities, model(x).softmax(1)[0].numpy(), rtol=1e-3, atol=1e-6)
 
 
+def test_patches_that_do_not_divide_the_map_are_blurred_and_drawn_where_they_are() -> None:
+    from matplotlib.figure import Figure
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet20_conam", patch_sizes=(12, 8, 4)).eval()
+    with torch.no_grad():
+        model.layer1[0].attn.fc1.weight.mul_(30)  # so that patches differ
+    (one,) = explain(model, [PHOTOS / "dog.jpg"])
+    site = one.sites[0]
+    assert (site.confidence.shape, site.patch) == ((3, 3), (12 / 32, 12 / 32))
+    assert site.most is not None
+    assert site.least is not None
+    for effect in (site.most, site.least):
+        changed = np.argwhere((effect.blurred != one.seen).any(2))
+        starts = np.array([12 * effect.row, 12 * effect.column])
+        assert (changed.min(0) == starts).all()
+        assert (changed.max(0) == np.minimum(starts + 12, 32) - 1).all()
+    axes = Figure().subplots()
+    draw_map(axes, one.seen, site.confidence, 2.0, site.patch)
+    assert axes.texts[0].get_position() == (5.5, 5.5)
+    assert axes.texts[-1].get_position() == (27.5, 27.5)
+
+
 def test_an_even_map_has_no_most_confident_patch() -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet20_conam").eval()

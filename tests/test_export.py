@@ -120,12 +120,14 @@ def test_torch_export_gives_the_same(net: StagedClassifier, tmp_path: Path, monk
 @pytest.mark.slow
 def test_int8_has_quantised_convolutions_and_about_the_same_logits(net: StagedClassifier, tmp_path: Path) -> None:
     pixels = images(60)
-    export(net, tmp_path / "net.onnx", calibration=pixels)
+    export(net, tmp_path / "net.onnx", calibration=pixels, facts={"name": "a net", "top1_percent": 12.5})
     proto = onnx.load(tmp_path / "net.onnx")
     kinds = [node.op_type for node in proto.graph.node]
     assert kinds.count("Conv") == 21
     assert kinds.count("DequantizeLinear") > 2 * 21
-    assert {entry.key: entry.value for entry in proto.metadata_props}["precision"] == "int8"
+    facts = {entry.key: entry.value for entry in proto.metadata_props}
+    assert (facts["precision"], facts["name"]) == ("int8", "a net")
+    assert "top1_percent" not in facts  # the float32 net's
     batch = normalised(pixels)
     with torch.no_grad():
         wanted = net(batch)
@@ -211,6 +213,8 @@ def test_the_command_exports_a_folder_and_evaluates_and_predicts_with_the_file(
         (["--output", "net.onnx", "--int8"], "say where they are with --data"),
         (["--output", "net.onnx", "--data", "x"], "add --int8"),
         (["--output", "net.pt2", "--int8", "--data", "DATA"], "only .onnx files are quantised"),
+        (["--output", "net.onx", "--int8", "--data", "nowhere"], "its suffix must be .onnx or .pt2"),
+        (["--output", "net.onnx", "--opset", "99"], "the installed onnx knows them up to"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(
@@ -257,6 +261,9 @@ def test_the_file_names_the_hash_of_the_weights_that_were_read(net: StagedClassi
         ("format", "was not written by 'conam export'"),
         ("std", "is damaged"),
         ("classes", "is damaged"),
+        ("interpolation", "is damaged"),
+        ("crop_pct", "is damaged"),
+        ("num_classes", "is damaged"),
     ],
 )
 def test_a_file_that_is_no_export_is_refused(folder: Path, tmp_path: Path, change: bytes | str, sentence: str) -> None:
@@ -267,7 +274,7 @@ def test_a_file_that_is_no_export_is_refused(folder: Path, tmp_path: Path, chang
         proto = onnx.load(folder / "plain.onnx")
         for entry in proto.metadata_props:
             if entry.key == change:
-                entry.value = "[0]"
+                entry.value = "0" if change == "num_classes" else "[0]"
         onnx.save(proto, target)
     with pytest.raises(UserError, match=sentence):
         OnnxClassifier(target)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from conam_zoo.errors import UserError
@@ -18,6 +20,7 @@ from conam_zoo.files import (
     refuse_overwriting,
     refuse_replacing,
     write_atomically,
+    write_figure,
     write_text,
 )
 from conam_zoo.training.run_folder import check_free, hold
@@ -159,6 +162,14 @@ def test_a_place_that_cannot_be_written_gets_a_sentence(name: str, tmp_path: Pat
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
         write_text(tmp_path / name, "x")
+
+
+def test_texts_of_figures_are_not_tex_whatever_the_user_s_settings_say(tmp_path: Path) -> None:
+    with rc_context({"text.usetex": True}):
+        axes = Figure().subplots()
+        axes.set_title(r"\input{secret} & 100 %")
+        write_figure(tmp_path / "figure.png", axes.figure)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_error_of_the_writer_is_its_own(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_a_run_continues_where_it_was_and_nowhere_else(
     monkeypatch.setattr("conam_zoo.finetuning.run.describe_environment", lambda: elsewhere)
     assert finetune(data, **same, resume=True) == report
     assert json.loads((run / "run.json").read_text()) == facts  # of where it was trained
+    assert finetune(f"{data.parent}/./{data.name}/", **same, resume=True)["top1_percent"] == report["top1_percent"]
     assert facts["precision"] == "fp32"
     with pytest.raises(UserError, match="freeze differ"):
         finetune(data, **same, resume=True, freeze="stem")

@@ -77,9 +77,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Iterato
         hub.elsewhere = True
         hub.tokens = {TOKEN}
 
-        def publish() -> str:
+        def publish(*options: str) -> str:
             return run(
-                *(warm_python, "-m", "conam_zoo", "publish", NAME, "--namespace", NAMESPACE, "--private", "--no-onnx"),
+                *(warm_python, "-m", "conam_zoo", "publish", NAME, "--namespace", NAMESPACE, "--no-onnx", *options),
                 cwd=checkout,
                 PYTHONPATH=str(checkout),
                 HF_ENDPOINT=hub.url,
@@ -89,7 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Iterato
                 HF_HUB_DISABLE_TELEMETRY="1",
             )
 
-        assert f"{NAME}: published at " in publish()
+        assert f"{NAME}: published at " in publish("--private")
         hub.repositories[HUB_ID].private = False
         revision = load_manifest(checkout / "weights_manifest.json").entry(NAME).revision
         assert revision is not None

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from conftest import PLAIN_RECIPE
 from PIL import Image
 
 from conam_zoo.data import ImageSplit
+from conam_zoo.errors import UserError
 from conam_zoo.layers.confidence import confidence_maps, liveness
 from conam_zoo.training.recipe import load_recipe
 from conam_zoo.training.run_folder import RunLog, draw_curves
@@ -86,6 +89,20 @@ def test_logs_that_began_without_it_go_on(tmp_path: Path) -> None:
     for length in (1, 2):
         draw_curves(rows[:length], tmp_path / "curves.png", title="begun by an older version")
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_events_that_cannot_be_written_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"epoch": 1, "lr": 0.1, "loss": 2.0, "train_top1_percent": 20.0, "holdout_top1_percent": None, "seconds": 1.0}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with RunLog(tmp_path, [row]) as log:
+        monkeypatch.setattr(log._events, "flush", full)
+        with pytest.raises(UserError, match=r"No space left on device.*continue with --resume"):
+            log.write()
+        monkeypatch.undo()
 
 
 @pytest.mark.slow

@@ -625,7 +625,7 @@ def test_the_manifests_arguments_come_before_the_builders_own(monkeypatch: pytes
     entry = SimpleNamespace(model_args={"patch_sizes": list(sides)})
     monkeypatch.setattr(builder, "load_manifest", lambda: SimpleNamespace(entries={name: entry}))
     state = make(name).state_dict()
-    monkeypatch.setattr(builder, "_state_dict", lambda *_: state)
+    monkeypatch.setattr(builder, "_state_dict", lambda *_: (state, None))
     net = timm.create_model(name, pretrained=True)
     assert net.patch_sizes == sides
     assert get_model_args(net)["patch_sizes"] == list(sides)  # what timm rebuilds it from

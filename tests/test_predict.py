@@ -84,6 +84,15 @@ def test_json_replaces_no_picture_of_a_data_set_and_no_config_of_a_folder(conam:
     assert (folder / "config.json").read_bytes() == before
 
 
+def test_json_that_cannot_be_written_is_refused_before_the_work(conam: Command, tmp_path: Path) -> None:
+    photo = copy_photo(tmp_path / "in.jpg")
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, err = conam("predict", MODEL, photo, "--output", tmp_path / "a.png", "--json", tmp_path / "notes.txt")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is not replaced" in err
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_a_folder_is_predicted_without_what_is_hidden_in_it(conam: Command, tmp_path: Path) -> None:
     copy_photo(tmp_path / "set" / "dog.JPG")
     copy_photo(tmp_path / "set" / "bird.jpg", "bird.jpg")
@@ -243,9 +252,10 @@ def test_the_sheet_of_one_picture_has_its_colour_bar_s_label_in_full(tmp_path: P
     assert label.y1 <= figure.bbox.height
 
 
-def test_a_dark_picture_is_told(conam: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "output"), [("predict", "a.png"), ("explain", "a.png"), ("features", "a.npz")])
+def test_a_dark_picture_is_told(conam: Command, tmp_path: Path, command: str, output: str) -> None:
     Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(tmp_path / "dark.png")
-    code, _, err = conam("predict", MODEL, tmp_path / "dark.png")
+    code, _, err = conam(command, MODEL, tmp_path / "dark.png", "--output", tmp_path / output)
     assert code == 0
     assert "if it holds 12 bits, multiply it by 16" in err
     assert err.count("\n") == 1

@@ -247,6 +247,16 @@ def test_a_private_repository_is_created_as_one(checkout: Checkout) -> None:
     assert done[5]
 
 
+def test_a_public_repository_is_not_taken_for_a_private_one(checkout: Checkout) -> None:
+    checkout.publish()
+    before = checkout.manifest_path.read_bytes()
+    commits = len(checkout.hub.repositories[HUB_ID].commits)
+    refused = checkout.publish(private=True, tag="v9.9.9")
+    assert "it exists and is public, so make it private on the Hub or leave --private out" in refused["message"]
+    assert len(checkout.hub.repositories[HUB_ID].commits) == commits
+    assert checkout.manifest_path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("fails_at", "says", "up"),
     [

@@ -1,6 +1,7 @@
 """A whole training on small synthetic images: what it writes, that it learns, what it refuses."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -436,6 +437,10 @@ def test_the_moving_average_is_that_of_timm() -> None:
     for name, tensor in theirs.module.state_dict().items():
         assert torch.equal(ours.module.state_dict()[name], tensor), name
     assert ours.module[1].num_batches_tracked == 4
+    whole = MovingAverage(net, 0.999)
+    assert [whole.get_decay(step) for step in (1_000, 31_000, 32_000)] == pytest.approx(
+        [1 - 1_000 ** (-2 / 3), 1 - 31_000 ** (-2 / 3), 0.999], abs=1e-5
+    )
 
 
 def test_the_commit_is_that_of_a_checkout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,9 +564,16 @@ def test_a_value_out_of_range_is_told_with_its_range(setting: str, reason: str) 
 
 
 def test_the_warm_up_shrinks_with_the_epochs_but_one_that_was_asked_for_does_not() -> None:
-    whole, short = load_recipe(PLAIN_RECIPE), load_recipe(PLAIN_RECIPE, ["epochs=1"])
-    assert short.warmup_epochs == pytest.approx(whole.warmup_epochs / whole.epochs)
-    assert load_recipe(PLAIN_RECIPE, ["epochs=30"]).warmup_epochs == whole.warmup_epochs
+    name = "resnet56_conam.cifar100"
+    whole, short = load_recipe(name), load_recipe(name, ["epochs=8"])
+    assert short.warmup_epochs == pytest.approx(whole.warmup_epochs * 8 / whole.epochs)
+    assert short.dkd_warmup_epochs == pytest.approx(whole.dkd_warmup_epochs * 8 / whole.epochs)
+    assert load_recipe(name, ["epochs=8", "warmup_epochs=4"]).warmup_epochs == 4
+    assert load_recipe(name, [f"epochs={2 * whole.epochs}"]).warmup_epochs == whole.warmup_epochs
+    scheduler = TrainState(timm.create_model("resnet20_conam"), replace(short, precision="fp32"), 100).scheduler
+    rates = [scheduler._get_lr(step)[0] for step in range(800)]
+    # A warm-up of nearly all epochs would leave the cosine in its last part, at a fraction of the peak.
+    assert max(abs(after - before) for before, after in itertools.pairwise(rates)) < 0.03 * short.lr
     with pytest.raises(UserError, match="less than epochs, which is 1"):
         load_recipe(PLAIN_RECIPE, ["epochs=1", "warmup_epochs=3"])
 
@@ -607,16 +619,18 @@ def test_a_weight_of_the_other_loss_is_refused(dataset: str, setting: str, inste
 def test_missing_test_images_are_missed_before_the_first_step(
     recipe: Recipe, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arrays, folders = tmp_path / "arrays", tmp_path / "folders"
+    arrays, folders, archive = tmp_path / "arrays", tmp_path / "folders", tmp_path / "set.npz"
     shutil.copytree(small_data, arrays, ignore=shutil.ignore_patterns("test*"))
     for name in DATASETS["cifar10"].classes:
         (folders / "train" / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(folders / "train" / name / "0.png")
     monkeypatch.setattr(TrainState, "step", lambda self, updates: pytest.fail("a step was made"))
-    for place in (arrays, folders):
-        with pytest.raises(UserError, match=r"neither test_images.npy nor a folder test or val: .* --set holdout"):
+    images, labels = (np.load(arrays / "cifar10" / f"train_{kind}.npy") for kind in ("images", "labels"))
+    np.savez(archive, x_train=images, y_train=labels, classes=np.array(DATASETS["cifar10"].classes))
+    for place in (arrays, folders, archive):
+        with pytest.raises(UserError, match=r"neither test_images nor a folder test or val: .* --set holdout"):
             train(recipe, place, tmp_path / "run")
-        with pytest.raises(UserError, match=r"neither test_images.npy"):
+        with pytest.raises(UserError, match=r"neither test_images"):
             dry_run(recipe, place, tmp_path / "run")
         assert assemble(replace(recipe, holdout=2), place, ranks()).holdout is not None
 

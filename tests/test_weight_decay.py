@@ -130,13 +130,21 @@ def test_a_feature_net_exempts_its_attention_too(feature_cls: str) -> None:
     assert sorted(decayed) == sorted(shape for name, shape in own.items() if ".attn." not in name)
 
 
+def test_a_compiled_net_exempts_its_attention_too() -> None:
+    net = torch.compile(timm.create_model("resnet20_conam"))
+    optimizer = create_optimizer_v2(net, opt="sgd", lr=LR, weight_decay=DECAY)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert len(decayed) == 22  # convolutions and fc
+    assert not decayed & {id(p) for name, p in net.named_parameters() if ".attn." in name}
+
+
 def test_a_run_of_today_goes_on_without_decay_of_its_attention() -> None:
     torch.manual_seed(0)
     today = TrainState(NETS["resnet"](), recipe(), 6)
     steps(today, 0, 3)
     resumed = TrainState(NETS["resnet"](), recipe(), 6)
     resumed.load(snapshot(today), 3)
-    exempt = {id(resumed.model.get_parameter(name)) for name in resumed.model.no_weight_decay()}
+    exempt = {id(p) for name, p in resumed.model.named_parameters() if name in resumed.model.no_weight_decay()}
     decayed = {id(p) for group in resumed.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert exempt
     assert not exempt & decayed

@@ -86,8 +86,10 @@ def json_only(result: Any, json_file: Path | None) -> bool:
     if str(json_file) == "-":
         sys.stdout.write(text)
         return True
-    from conam_zoo.files import refuse_replacing, write_text
+    from conam_zoo.files import refuse_overwriting, refuse_replacing, write_text
+    from conam_zoo.weights import find_manifest
 
     refuse_replacing(json_file)
+    refuse_overwriting([json_file], [find_manifest()])
     write_text(json_file, text)
     return False

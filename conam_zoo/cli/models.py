@@ -56,15 +56,18 @@ def evaluate(
     from conam_zoo.files import check_suffix, expand_path, refuse_overwriting, refuse_replacing
     from conam_zoo.training.evaluate import evaluate as run
     from conam_zoo.training.evaluate import run_folder_of, write_logits
+    from conam_zoo.training.run_folder import RUN
     from conam_zoo.weights import load_manifest
 
     if logits is not None:
         check_suffix(logits, ".npz")
     refuse_replacing(json_file)
-    refuse_overwriting([logits, json_file], [expand_path(data), *model_files(model)])
+    run_folder = run_folder_of(model)
+    record = [] if run_folder is None else [run_folder / RUN]
+    refuse_overwriting([logits, json_file], [expand_path(data), *record, *model_files(model)])
     net = open_classifier(model).to("cuda" if torch.cuda.is_available() else "cpu")
     cfg = net.pretrained_cfg
-    done = run(net, data, dataset_of(net), part=split, corrupt=corrupt, run=run_folder_of(model))
+    done = run(net, data, dataset_of(net), part=split, corrupt=corrupt, run=run_folder)
     if logits is not None:
         write_logits(done, logits)
     result = {

@@ -67,12 +67,13 @@ def _sheets(output: Path, pictures: int) -> list[Path]:
 
 
 def _check_outputs(model: str, paths: list[Path], output: Path | None, json_file: Path | None) -> None:
-    from conam_zoo.files import check_suffix, refuse_overwriting
+    from conam_zoo.files import check_suffix, refuse_overwriting, refuse_replacing
 
     if output is not None:
         check_suffix(output, ".png")
     sheets = _sheets(output, len(paths)) if output is not None else []
     refuse_overwriting([*sheets, json_file], [*(path for path in paths if str(path) != "-"), *model_files(model)])
+    refuse_replacing(json_file)
 
 
 @app.command(epilog="Example: conam predict resnet20_conam.cifar10 cat.jpg dog.png --output sheet.png")
@@ -161,7 +162,9 @@ def explain(
         raise UserError("A folder is explained alone: name one folder, or pictures.")
     _check_outputs(model, paths, output, json_file)
     failures = _Failures(len(paths))
-    explanations = explain_each(open_model(model), _with_progress(paths), sites, side=THUMBNAIL, skip=failures)
+    explanations = explain_each(
+        open_model(model), _with_progress(paths), sites, side=THUMBNAIL, skip=failures, say=warn
+    )
     drawn = _write_sheets(
         explanations, output, lambda rows, path: draw_explanations(rows, path, title=model, contact_sheet=folder)
     )
@@ -218,7 +221,7 @@ def features(
     import numpy as np
 
     from conam_zoo.data.folders import pictures_below
-    from conam_zoo.files import check_suffix, expand_path, write_npz
+    from conam_zoo.files import check_suffix, expand_path, refuse_overwriting, write_npz
     from conam_zoo.models.registry import open_model
     from conam_zoo.visualize.predict import pooled_features
 
@@ -231,9 +234,9 @@ def features(
         if not inside:
             raise UserError(f"The folder {path} holds no pictures: name one that does.")
         paths += inside
-    _check_outputs(model, paths, None, output)
+    refuse_overwriting([output], [*paths, *model_files(model)])
     failures = _Failures(len(paths))
-    vectors, kept = pooled_features(open_model(model), _with_progress(paths), skip=failures)
+    vectors, kept = pooled_features(open_model(model), _with_progress(paths), skip=failures, say=warn)
     write_npz(output, {"features": vectors.numpy(), "names": np.array([str(path) for path in kept], dtype=str)})
     console().print(f"written: {output}, {len(vectors):,} pictures, {vectors.shape[1]} features each")
     failures.exit()

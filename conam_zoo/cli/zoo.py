@@ -9,7 +9,7 @@ from rich.table import Table
 from timm.models import split_model_name_tag
 
 from conam_zoo import weights
-from conam_zoo.cli._shared import Json, Model, app, console, json_only
+from conam_zoo.cli._shared import Json, Model, app, console, json_only, model_files
 from conam_zoo.datasets import DATASETS
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_rich
@@ -57,7 +57,8 @@ def list_command(
         raise UserError(f"No model{' with weights' if pretrained else ''} matches {pattern!r}: 'conam list' shows all.")
     table = Table(box=None)
     for title in ("model", "parameters", "MACs", "weights (top-1)"):
-        table.add_column(title, justify="right" if title in ("parameters", "MACs") else "left")
+        number = title in ("parameters", "MACs")
+        table.add_column(title, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         tops = ", ".join(f"{name.partition('.')[2]} {value:.2f} %" for name, value in row["top1_percent"].items())
         table.add_row(row["model"], f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e6:.0f} M", tops or "-")
@@ -68,8 +69,7 @@ def list_command(
 def info(model: Model, json_file: Json = None) -> None:
     """Show what a model is: size, input, where its attention stands, and its weights."""
     folder = expand_path(model.removeprefix("local-dir:")) if model.startswith("local-dir:") else None
-    if folder is not None:
-        refuse_overwriting([json_file], [folder / "config.json"])
+    refuse_overwriting([json_file], model_files(model))
     if ":" in model:
         net = open_model(model, pretrained=False)
         name, tag = model, ""
@@ -107,6 +107,8 @@ def info(model: Model, json_file: Json = None) -> None:
     if json_only(facts, json_file):
         return
     table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for key, value in facts.items():
         if isinstance(value, dict):
             for inner, text in value.items() or {"none": ""}.items():

@@ -15,6 +15,10 @@ from conam_zoo.errors import UserError
 from conam_zoo.files import check_file, status
 
 SPLITS = ("train", "val", "test")
+_NAMES = {"images": "train_images", "labels": "train_labels", "classes": "classes"}  # by a name in an .npz file
+for _short, _kind in (("x", "images"), ("y", "labels")):
+    for _split in SPLITS:
+        _NAMES[f"{_short}_{_split}"] = _NAMES[f"{_split}_{_kind}"] = f"{_split}_{_kind}"
 LARGEST_TEXT = 1 << 22  # letters of a classes.txt
 MOST_CLASSES = 100_000  # without names: a label beyond is refused
 
@@ -49,14 +53,10 @@ def npz_sources(path: Path, *, training: bool) -> dict[str, LazyImages]:
     (N,) or (N, 1).
     """
     check_file(path, ".npz file")
-    names = {"images": "train_images", "labels": "train_labels", "classes": "classes"}
-    for short, kind in (("x", "images"), ("y", "labels")):
-        for split in SPLITS:
-            names[f"{short}_{split}"] = names[f"{split}_{kind}"] = f"{split}_{kind}"
     arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {names.get(info.filename.removesuffix(".npy"), ""): info for info in archive.infolist()}
+            members = {_array_name(info): info for info in archive.infolist()}
             members.pop("", None)
             need, free = sum(info.file_size for info in members.values()), free_bytes("cpu")
             if need > free:
@@ -79,6 +79,21 @@ def npz_sources(path: Path, *, training: bool) -> dict[str, LazyImages]:
     if "classes" in arrays:
         classes = _checked_names(_texts(np.atleast_1d(arrays["classes"]).ravel()), f"classes of {path}")
     return _sources(arrays, classes, str(path), training)
+
+
+def npz_splits(path: Path) -> set[str]:
+    """The splits whose images an ``.npz`` file has, by the names in it; none if it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {_array_name(info) for info in archive.infolist()}
+    except (OSError, zipfile.BadZipFile):
+        return set()
+    return {split for split in SPLITS if f"{split}_images" in found}
+
+
+def _array_name(info: zipfile.ZipInfo) -> str:
+    """What an array in an ``.npz`` file is called here; an empty string for one that is not used."""
+    return _NAMES.get(info.filename.removesuffix(".npy"), "")
 
 
 def array_source(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], source: str) -> LazyImages:
@@ -161,7 +176,8 @@ def _sources(
     images = {split: arrays[f"{split}_images"] for split in splits}
     labels = {split: _flat(arrays[f"{split}_labels"], f"{split}_labels of {source}") for split in splits}
     if classes is None:
-        classes = _class_names(labels[splits[0]], source)
+        known = [labels["train"]] if "train" in splits else list(labels.values())
+        classes = _class_names(np.concatenate(known), source)
     limits = _limits(images, source)
     sources = {}
     for split in splits:

@@ -144,7 +144,10 @@ def source_of_split(split: ImageSplit) -> LazyImages:
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Free memory of a device, in bytes; on the CPU without swapping, within the limit of a container."""
+    """Free memory of a device, in bytes; on the CPU without swapping, within the limit of a container.
+
+    Of the CPU's it is the share of this process, if ``torchrun`` started several on this machine.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -155,7 +158,12 @@ def free_bytes(device: torch.device | str) -> int:
         # Used memory holds pages of files that were read, which the system gives back.
         pages = [line.split()[1] for line in _lines("/sys/fs/cgroup/memory.stat") if line.startswith("inactive_file ")]
         free.append(max(0, int(limit[0]) - int(used[0]) + sum(map(int, pages))))
-    return min(free)
+    return min(free) // local_processes()
+
+
+def local_processes() -> int:
+    """How many processes ``torchrun`` started on this machine, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _lines(path: str) -> list[str]:
@@ -268,12 +276,19 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
 
 def image_hashes(images: ImageSplit | LazyImages, size: int) -> np.ndarray:
     """64-bit hashes of the pixels of images of ``size`` x ``size``, uint64 (N,); a source is read once."""
+
+    def digest(pixels: np.ndarray) -> bytes:
+        return blake2b(pixels.tobytes(), digest_size=8).digest()
+
     if isinstance(images, ImageSplit):
-        pixels = iter(images.images.cpu().contiguous().numpy())
+        digests = list(map(digest, images.images.cpu().contiguous().numpy()))
     else:
-        pixels = (images.pixels(index, size).numpy() for index in range(len(images)))
-    digests = b"".join(blake2b(each.tobytes(), digest_size=8).digest() for each in pixels)
-    return np.frombuffer(digests, dtype="<u8")
+        digests = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(images), BLOCK):
+                block = range(start, min(start + BLOCK, len(images)))
+                digests += pool.map(lambda index: digest(images.pixels(index, size).numpy()), block)
+    return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
 def data_sha256(hashes: np.ndarray, labels: np.ndarray) -> str:

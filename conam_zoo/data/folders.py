@@ -44,11 +44,14 @@ def folder_sources(root: Path, *, training: bool) -> dict[str, LazyImages]:
         raise UserError(f"{root} holds a folder {name} but none named train: name the training images' folder so.")
     walk = _Walk(folders.values())
     sources: dict[str, LazyImages] = {}
+    inside = {split: walk.classes_in(folder) for split, folder in folders.items()}
+    # Those of the training images, which other splits may lack, or without such those of all splits.
+    decisive = ("train",) if "train" in folders and any(inside["train"][0].values()) else tuple(folders)
+    classes = tuple(sorted({name for s in decisive for name, pictures in inside[s][0].items() if pictures}))
     for split, folder in folders.items():
-        found, others = walk.classes_in(folder)
+        found, others = inside[split]
         if any(found.values()):
-            known = next((source.classes for source in sources.values()), None)
-            sources[split] = _source(folder, found, others, known)
+            sources[split] = _source(folder, found, others, classes)
         elif split == "train" and training:
             raise UserError(
                 f"{folder} holds no class folders with images: put the images of each class into a folder named after "
@@ -284,12 +287,9 @@ def _check_classes(folder: Path, entries: list[os.DirEntry[str]]) -> None:
         )
 
 
-def _source(
-    folder: Path, found: dict[str, list[Path]], others: list[Path], known: tuple[str, ...] | None
-) -> LazyImages:
-    """The pictures of a split; ``known`` are the classes that another split gave."""
+def _source(folder: Path, found: dict[str, list[Path]], others: list[Path], classes: tuple[str, ...]) -> LazyImages:
+    """The pictures of a split of a set with these classes."""
     names = tuple(sorted(name for name, pictures in found.items() if pictures))
-    classes = known or names
     if unknown := sorted(set(names) - set(classes)):
         raise UserError(
             f"{folder} has the class {unknown[0]}, which the training images lack: rename or remove that folder."

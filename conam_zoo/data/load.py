@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from conam_zoo.checks import LARGEST_SIDE
-from conam_zoo.data.arrays import has_arrays, npy_sources, npz_sources
+from conam_zoo.data.arrays import has_arrays, npy_sources, npz_sources, npz_splits
 from conam_zoo.data.dataset import (
     ArrayReader,
     ImageSplit,
@@ -127,18 +127,20 @@ def read_split(
 
 
 def check_split(data: str | Path, split: str, dataset: str | None = None) -> None:
-    """Refuse a folder without a split that ``read_split`` is to read later; the split itself is not opened."""
+    """Refuse data without a split that ``read_split`` is to read later; the split itself is not opened."""
     place = expand_path(_place(data, dataset))
-    if not place.is_dir():
-        return
     wanted = ("train",) if split == "train" else ("test", "val")
-    if has_arrays(place):
+    if place.suffix.lower() == ".npz" and place.is_file():
+        found = not npz_splits(place).isdisjoint(wanted)
+    elif not place.is_dir():
+        return
+    elif has_arrays(place):
         found = any((place / f"{name}_images.npy").exists() for name in wanted)
     else:
         found = not folder_sources(place, training=False).keys().isdisjoint(wanted)
     if not found:
         raise UserError(
-            f"{place} has neither {split}_images.npy nor a folder {' or '.join(wanted)}: add that, or keep training "
+            f"{place} has neither {split}_images nor a folder {' or '.join(wanted)}: add that, or keep training "
             "images out with --set holdout=5000."
         )
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from conam_zoo.data.dataset import ImageSplit, LazyImages, fits, free_bytes, source_of_split
+from conam_zoo.data.dataset import ImageSplit, LazyImages, fits, free_bytes, local_processes, source_of_split
 from conam_zoo.data.transforms import (
     IMAGES,
     MIXING,
@@ -221,8 +221,8 @@ class WorkerLoader(_AugmentedBatches):
     """The batches that ``DeviceLoader`` would give, bit for bit, with images read from their source every epoch.
 
     The workers decode and resize to squares of ``size`` pixels, nothing else, so nothing is random in them. What is
-    augmented is augmented on the training device, as a whole batch. ``workers`` is None for one less than there are
-    cores, 0 for none beside this process.
+    augmented is augmented on the training device, as a whole batch. ``workers`` is None for one less than this process
+    has cores, 0 for none beside it.
     """
 
     def __init__(
@@ -237,7 +237,11 @@ class WorkerLoader(_AugmentedBatches):
         labels = torch.from_numpy(source.labels)
         super().__init__(labels, source.classes, source.source, (size, size), settings, device)
         self._pixels = _Pixels(source, size)
-        self.workers = min(MAX_WORKERS, (os.cpu_count() or 1) - 1) if workers is None else workers
+        self.workers = self._workers() if workers is None else workers
+
+    @staticmethod
+    def _workers() -> int:
+        return max(0, min(MAX_WORKERS, (os.cpu_count() or 1) // local_processes() - 1))
 
     def _images(self, order: Tensor, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
@@ -248,8 +252,11 @@ class WorkerLoader(_AugmentedBatches):
             generator=torch.Generator(),  # else the loader would take a number from torch's own stream
             worker_init_fn=_outlive_supervisors,
         )
-        for images in loader:
-            yield images.to(self._device, non_blocking=True), torch.arange(len(images), device=self._device)
+        try:
+            for images in loader:
+                yield images.to(self._device, non_blocking=True), torch.arange(len(images), device=self._device)
+        except UserError as error:  # a worker's comes with its traceback
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
 
 
 def create_loader(

@@ -26,10 +26,18 @@ from PIL import Image
 from conam_zoo.deploy.runtime import open_classifier
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_html
-from conam_zoo.layers.confidence import has_confidence
+from conam_zoo.layers.confidence import Patch, has_confidence
 from conam_zoo.models import StagedClassifier
 from conam_zoo.visualize.plots import COLOURS, colour_scale, relative
-from conam_zoo.visualize.predict import Prediction, class_names, percent, pictures_in, predict_each, split_transform
+from conam_zoo.visualize.predict import (
+    Prediction,
+    class_names,
+    edges,
+    percent,
+    pictures_in,
+    predict_each,
+    split_transform,
+)
 from conam_zoo.weights import WeightsError, find_checkout, load_manifest
 from conam_zoo.weights.manifest import EVEN
 
@@ -198,9 +206,11 @@ def _short(site: str) -> str:
 def _panel(name: str, net: StagedClassifier, prediction: Prediction, site: int, largest: float) -> str:
     sites = list(prediction.maps)
     chosen = sites[min(site, len(sites) - 1)] if sites and site != NO_SITE else None
-    drawn = _map(_short(chosen), prediction.maps[chosen].numpy(), largest) if chosen else ("", "")
+    drawn = ("", "")
+    if chosen:
+        drawn = _map(_short(chosen), prediction.maps[chosen].numpy(), largest, prediction.patches[chosen])
     size = prediction.seen.size
-    sharp = split_transform(net, max(1, SIDE // max(size)))[0](_middle(prediction.image))
+    sharp = split_transform(net, max(1, SIDE // max(size)))[0](_shown_part(prediction.image, net))
     known = class_names(net)
     words = ", ".join(known) if len(known) <= 12 else f"{len(known)} classes"
     bars = "".join(
@@ -214,14 +224,19 @@ def _panel(name: str, net: StagedClassifier, prediction: Prediction, site: int, 
 <span>The net sees {size[0]} x {size[1]} pixels and knows {for_html(words)}.</span></figcaption></figure></article>"""
 
 
-def _middle(image: Image.Image) -> Image.Image:
-    """The middle square, all that is shown of a picture: a narrow strip enlarged as a whole would fill the memory."""
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    return image.crop((left, top, left + side, top + side))
+def _shown_part(image: Image.Image, net: StagedClassifier) -> Image.Image:
+    """What the net is shown of a picture, or a little more; a strip enlarged as a whole would fill the memory."""
+    cfg = net.pretrained_cfg
+    if cfg.get("crop_mode") in ("squash", "border"):  # the whole picture, which does not grow beyond the net's shape
+        return image
+    shape = cfg["input_size"][:0:-1]
+    scale = min(length / wanted for length, wanted in zip(image.size, shape, strict=True))
+    sides = [max(1, round(scale * wanted)) for wanted in shape]
+    left, top = ((length - side) // 2 for length, side in zip(image.size, sides, strict=True))
+    return image.crop((left, top, left + sides[0], top + sides[1]))
 
 
-def _map(site: str, confidence: NDArray[np.float32], largest: float) -> tuple[str, str]:
+def _map(site: str, confidence: NDArray[np.float32], largest: float, patch: Patch) -> tuple[str, str]:
     """A confidence map as SVG in the colours of ``draw_map``, and the scale below it."""
     scale = colour_scale(largest)
 
@@ -229,12 +244,14 @@ def _map(site: str, confidence: NDArray[np.float32], largest: float) -> tuple[st
         return to_hex(colormaps[COLOURS](float(scale(times))))
 
     rows, columns = confidence.shape
+    y, x = ([count * edge for edge in edges(count, share)] for count, share in zip((rows, columns), patch, strict=True))
     patches = "".join(
-        f'<rect x="{column}" y="{row}" width="1" height="1" fill="{colour(float(times))}"/>'
+        f'<rect x="{x[column]:g}" y="{y[row]:g}" width="{x[column + 1] - x[column]:g}" '
+        f'height="{y[row + 1] - y[row]:g}" fill="{colour(float(times))}"/>'
         for (row, column), times in np.ndenumerate(relative(confidence))
     )
     numbers = "".join(
-        f'<text x="{column + 0.5}" y="{row + 0.5}">{100 * share:.1f}</text>'
+        f'<text x="{(x[column] + x[column + 1]) / 2:g}" y="{(y[row] + y[row + 1]) / 2:g}">{100 * share:.1f}</text>'
         for (row, column), share in np.ndenumerate(confidence if max(rows, columns) <= 8 else confidence[:0])
     )
     top, mean = float(scale.vmax or 1), float(confidence.mean())

@@ -96,19 +96,11 @@ def export(
     The input is ``image``: (N, 3, H, W) float32, normalised; with ``pixels`` (N, H, W, 3) uint8, 0 to 255. The first
     output is ``logits``, (N, classes) float32; with ``confidence`` one more follows for each ConAM, in order of
     execution, ``confidence.SITE`` (N, rows, columns). An ONNX file says in its metadata what it is, with ``facts`` such
-    as ``name``, ``sha256`` or ``top1_percent``. With ``calibration``, training images as uint8 (N, H, W, 3), it is
-    quantised to int8. The file appears only once it has been run and compared with ``model``.
+    as ``name``, ``sha256`` or, unless it is int8, ``top1_percent``. With ``calibration``, training images as uint8
+    (N, H, W, 3), it is quantised to int8. The file appears only once it has been run and compared with ``model``.
     """
     output = expand_path(output)
-    kind = output.suffix.lower()
-    if kind not in (".onnx", ".pt2"):
-        raise UserError(f"The output is {str(output)!r}, but its suffix must be .onnx or .pt2.")
-    if kind == ".pt2" and calibration is not None:
-        raise UserError(f"{output} cannot be int8: only .onnx files are quantised.")
-    if kind == ".onnx":
-        need_onnx()
-    elif opset != EXPORT_OPSET:
-        raise UserError(f"{output} has no ONNX operator set: leave opset {opset} out.")
+    kind = _check_kind(output, opset, int8=calibration is not None)
     if model.in_chans != (stated := model.pretrained_cfg["input_size"][0]):
         raise UserError(f"The net takes {model.in_chans} channels, but its input_size states {stated}: correct that.")
     net = copy.deepcopy(model).cpu().float().eval()
@@ -136,6 +128,7 @@ def export(
             external_data=False,
             verbose=False,
         )
+        _check_opset(temporary, opset, output)
         difference = _compare(graph, _runner(temporary), names, output)
         if calibration is not None:
             _quantize(temporary, graph.inputs_of(calibration))
@@ -148,6 +141,36 @@ def export(
     shape = f"(N, {height}, {width}, {channels}) uint8" if pixels else f"(N, {channels}, {height}, {width}) float32"
     words = f"image, {shape}"
     return Exported(output, output.stat().st_size, words, names, difference)
+
+
+def _check_kind(output: Path, opset: int, *, int8: bool) -> str:
+    """The suffix of an output that can be written as it is wanted."""
+    kind = output.suffix.lower()
+    if kind not in (".onnx", ".pt2"):
+        raise UserError(f"The output is {str(output)!r}, but its suffix must be .onnx or .pt2.")
+    if kind == ".onnx":
+        need_onnx()
+        from onnx.defs import onnx_opset_version
+
+        if opset > onnx_opset_version():
+            raise UserError(
+                f"The operator set is {opset}, but the installed onnx knows them up to {onnx_opset_version()}: choose "
+                "one of these, or update onnx."
+            )
+    elif int8:
+        raise UserError(f"{output} cannot be int8: only .onnx files are quantised.")
+    elif opset != EXPORT_OPSET:
+        raise UserError(f"{output} has no ONNX operator set: leave opset {opset} out.")
+    return kind
+
+
+def _check_opset(file: Path, opset: int, output: Path) -> None:
+    """Refuse a file of another operator set: where PyTorch fails to convert it, it only logs that."""
+    import onnx
+
+    found = {each.domain: each.version for each in onnx.load(str(file)).opset_import}.get("")
+    if found != opset:
+        raise UserError(f"{output} is not written: it could not be converted to operator set {opset}, try another one.")
 
 
 def _traced(graph: _Graph) -> torch.export.ExportedProgram:
@@ -187,7 +210,7 @@ def _metadata(model: StagedClassifier, pixels: bool, int8: bool, facts: Mapping[
         "crop_mode": cfg.get("crop_mode") or "center",
         "precision": "int8" if int8 else "float32",
         "licence": cfg.get("license") or "",
-        **facts,
+        **{key: value for key, value in facts.items() if not (int8 and key == "top1_percent")},
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in stated.items()}
 
@@ -298,6 +321,7 @@ def export_named(
         raise UserError("--int8 is calibrated on training images: say where they are with --data.")
     if data is not None and not int8:
         raise UserError("--data is for the calibration of --int8: add --int8, or leave --data out.")
+    _check_kind(expand_path(output), opset, int8=int8)
     model = open_model(name)
     dataset = dataset_of(model)
     calibration = calibration_images(model, data, dataset) if data is not None else None

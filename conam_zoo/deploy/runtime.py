@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from conam_zoo.errors import UserError
 from conam_zoo.models import StagedClassifier
+from conam_zoo.models.config_schema import check_config
 from conam_zoo.models.registry import open_model
 
 FORMAT = "conam_zoo 1"  # in the metadata of every file that this package exports
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-FACTS = ("architecture", "classes", "num_classes", "input_size", "mean", "std", "layout", "interpolation", "crop_pct")
+TEXTS = ("architecture", "interpolation")
+FACTS = (*TEXTS, "classes", "num_classes", "input_size", "mean", "std", "crop_pct")
 
 
 def need_onnx(otherwise: str = "") -> None:
@@ -59,14 +61,9 @@ class OnnxClassifier(nn.Module):
         super().__init__()
         path = Path(path)
         self._session = open_session(path)
-        cfg = _facts(path, self._session.get_modelmeta().custom_metadata_map)
+        cfg, self.pixels = _facts(path, self._session.get_modelmeta().custom_metadata_map)
         self.num_classes: int = cfg["num_classes"]
-        self.pixels = str(cfg.pop("layout")).startswith("NHWC")
-        self.pretrained_cfg: dict[str, Any] = {
-            **cfg,
-            "label_names": tuple(cfg.pop("classes")),
-            "input_size": tuple(cfg["input_size"]),
-        }
+        self.pretrained_cfg = cfg
         self.default_cfg = self.pretrained_cfg
         mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         self.register_buffer("mean", mean)
@@ -81,25 +78,18 @@ class OnnxClassifier(nn.Module):
         return torch.from_numpy(logits).to(x.device)
 
 
-def _facts(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _facts(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], bool]:
+    """The configuration that an exported file states, and whether it takes pixels; a damaged one is refused."""
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} was not written by 'conam export': its classes and normalisation are unknown.")
     try:
-        texts = ("architecture", "layout", "interpolation")
-        facts = {key: metadata[key] if key in texts else json.loads(metadata[key]) for key in FACTS}
-        size, classes = facts["input_size"], facts["num_classes"]
-        sound = (
-            isinstance(classes, int)
-            and classes > 0
-            and len(size) == 3
-            and all(isinstance(side, int) and side > 0 for side in size)
-            and len(facts["classes"]) in (0, classes)
-            and all(isinstance(name, str) for name in facts["classes"])
-            and all(len(facts[key]) == size[0] for key in ("mean", "std"))
-            and all(float(value) > 0 for value in facts["std"])
-        )
+        cfg = {key: metadata[key] if key in TEXTS else json.loads(metadata[key]) for key in FACTS}
+        cfg |= {"label_names": cfg.pop("classes"), "crop_mode": metadata.get("crop_mode", "center")}
+        check_config({"architecture": cfg["architecture"], "pretrained_cfg": cfg})
+        pixels = metadata["layout"].startswith("NHWC")
+        if not cfg["num_classes"]:
+            raise ValueError("num_classes is 0")
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"The metadata of {path} is damaged ({error}): export it again.") from error
-    if not sound:
-        raise UserError(f"The metadata of {path} is damaged: export it again.")
-    return facts | {"tag": metadata.get("tag") or None, "crop_mode": metadata.get("crop_mode", "center")}
+    tuples = {key: tuple(value) for key, value in cfg.items() if isinstance(value, list)}
+    return cfg | tuples | {"tag": metadata.get("tag") or None}, pixels

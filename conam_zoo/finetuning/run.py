@@ -70,7 +70,9 @@ def finetune(
     _check_apart(data, output)
 
     given: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "flip": flip, "seed": seed}
-    recipe_for = partial(finetune_recipe, model, str(data), settings=settings, from_scratch=from_scratch, **given)
+    place = expand_path(data)
+    name = place.resolve().name if place.exists() else str(data)  # wherever the data lie and however that is written
+    recipe_for = partial(finetune_recipe, model, name, settings=settings, from_scratch=from_scratch, **given)
     # What is refused is refused before any image is read.
     check_image_size(image_size)
     recipe = recipe_for(image_size=image_size or 32, images=1_000)
@@ -102,7 +104,6 @@ def finetune(
             balance=balance,
             resume=resume,
             record={
-                "data": str(data),
                 "classes": list(images.classes),
                 "counts": list(images.counts),
                 **options,

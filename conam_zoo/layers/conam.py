@@ -114,6 +114,12 @@ class ConAM(nn.Module):
         self.fc2 = nn.Linear(hidden_channels, channels, device=device, dtype=dtype)
         nn.init.ones_(self.fc2.bias)
 
+    def reset_parameters(self) -> None:
+        """Initialise both layers anew, as the constructor does."""
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+        nn.init.ones_(self.fc2.bias)
+
     @property
     def has_plain_layers(self) -> bool:
         """Whether both linear layers are computed with the rest, and not called."""

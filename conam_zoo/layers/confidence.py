@@ -13,13 +13,28 @@ def has_confidence(module: nn.Module) -> bool:
     return callable(getattr(module, "confidence", None))
 
 
+Patch = tuple[float, float]  # the sides of a whole patch, as shares of the map's height and width
+
+
 @contextmanager
-def recorded_confidences(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """The confidences (N, rows, columns) at ``sites``, by module name, in every pass of the net while it is entered."""
+def recorded_confidences(
+    model: nn.Module, sites: Iterable[str], patches: dict[str, Patch] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The confidences (N, rows, columns) at ``sites``, by module name, in every pass of the net while it is entered.
+
+    ``patches`` gets the size of a patch at each site; one whose module has no ``patch_size`` is cut evenly.
+    """
     maps: dict[str, Tensor] = {}
 
     def keep(site: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
         maps[site] = module.confidence(inputs[0])  # type: ignore[operator]
+        if patches is not None:
+            side, (height, width), (rows, columns) = (
+                getattr(module, "patch_size", None),
+                inputs[0].shape[-2:],
+                maps[site].shape[-2:],
+            )
+            patches[site] = (side / height, side / width) if isinstance(side, int) else (1 / rows, 1 / columns)
 
     hooks = [model.get_submodule(site).register_forward_pre_hook(partial(keep, site)) for site in sites]
     try:
@@ -30,14 +45,16 @@ def recorded_confidences(model: nn.Module, sites: Iterable[str]) -> Iterator[dic
 
 
 @torch.inference_mode()
-def confidence_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def confidence_maps(
+    model: nn.Module, images: Tensor, patches: dict[str, Patch] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and the confidences of every ConAM, or form of it, in a net in evaluation mode.
 
     Shape: normalised images (N, C, H, W) -> logits (N, classes), and for each site's module name, in order of
-    execution, a map (N, rows, columns); ConAM's sum to 1 for each image.
+    execution, a map (N, rows, columns); ConAM's sum to 1 for each image. For ``patches`` see ``recorded_confidences``.
     """
     sites = [name for name, module in model.named_modules() if has_confidence(module)]
-    with recorded_confidences(model, sites) as maps:
+    with recorded_confidences(model, sites, patches) as maps:
         return model(images), maps
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from conam_zoo.layers.conam_fused import recompute_rescaled
 from conam_zoo.layers.registry import check_attention, create_attention
-from conam_zoo.models.config_schema import check_patch_sizes
+from conam_zoo.models.config_schema import check_trained_attention
 from conam_zoo.weights import WeightsError, read_safetensors
 
 ATTENTION_PLACEMENTS = ("stage", "block")
@@ -101,8 +101,8 @@ class StagedClassifier(nn.Module):
         if not _is_whole(in_chans) or in_chans < 1:
             raise ValueError(f"in_chans is {in_chans!r}, but it must be a positive whole number.")
         check_attention(attn_layer, attn_args)
-        _check_choice("attn_placement", attn_placement, ATTENTION_PLACEMENTS)
-        _check_choice("attn_site", attn_site, ATTENTION_SITES)
+        check_choice("attn_placement", attn_placement, ATTENTION_PLACEMENTS)
+        check_choice("attn_site", attn_site, ATTENTION_SITES)
         sizes = tuple(patch_sizes)
         if len(sizes) != num_stages or not all(map(_is_whole, sizes)):
             raise ValueError(
@@ -199,9 +199,8 @@ class StagedClassifier(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise the convolutions of the net; an attention layer keeps the initialisation it brings."""
-        attention = {m for name, site in self.named_modules() if name.endswith("attn") for m in site.modules()}
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module not in attention:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and "attn" not in name.split("."):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @torch.jit.ignore
@@ -214,7 +213,7 @@ class StagedClassifier(nn.Module):
                 read_safetensors(Path(path))
                 if re.search(r"-\d{5}-of-\d{5}\.", Path(path).name) and self.state_dict().keys() - state_dict.keys():
                     raise WeightsError(f"{path} is one of several files: load the model local-dir:{Path(path).parent}.")
-            check_patch_sizes(Path(path), self.patch_sizes)
+            check_trained_attention(Path(path).with_name("config.json"), self.attention_arguments())
         # Not by super(), which a scripted net lacks: TorchScript hands it this method as it is.
         return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
 
@@ -223,9 +222,10 @@ class StagedClassifier(nn.Module):
         """Names of all parameters of attention layers; timm's optimiser factories exempt them from weight decay.
 
         Decay makes ConAM uniform: its agreement is of degree four in the weights, so that near zero the gradient is
-        weaker than any decay.
+        weaker than any decay. The names stand here also as ``torch.compile`` changes them.
         """
-        return attention_parameters(self)
+        names = attention_parameters(self)
+        return names | {f"_orig_mod.{name}" for name in names}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -239,6 +239,8 @@ class StagedClassifier(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head: ``num_classes`` 0 removes it; the pooling is kept if ``global_pool`` is None."""
+        if not _is_whole(num_classes):
+            raise ValueError(f"num_classes is {num_classes!r}, but it must be a whole number, 0 for no classifier.")
         self.num_classes = int(num_classes)
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self._set_classifier(pool_type, **get_device_dtype(self))
@@ -309,6 +311,6 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
-def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{argument} is {value!r}, but it must be one of {', '.join(choices)}.")

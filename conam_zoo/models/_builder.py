@@ -6,17 +6,25 @@ passed on as a state dict, so nothing is unpickled and what was checked is what 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    build_model_with_cfg,
+    clean_state_dict,
+    generate_default_cfgs,
+    resolve_pretrained_cfg,
+)
 from timm.models._builder import pretrained_cfg_for_features
 from torch import Tensor, nn
 
 from conam_zoo.datasets import DATASETS
-from conam_zoo.models._base import attention_parameters
-from conam_zoo.models.config_schema import as_json, check_patch_sizes, load_config
+from conam_zoo.models._base import StagedClassifier, attention_parameters
+from conam_zoo.models.config_schema import as_json, check_trained_attention, load_config
 from conam_zoo.weights import (
     Manifest,
     ManifestError,
@@ -101,8 +109,10 @@ def build(
     stem and stages are so many ``levels``; ``defaults`` are those of the builder, where they are not the class's.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    saved = _check_config(cfg, pretrained, kwargs.get("pretrained_model_args"), pretrained_cfg_overlay or {}, cache_dir)
-    entry = load_manifest().entries.get(f"{variant}.{cfg.tag}") if pretrained else None
+    read_args = kwargs.get("pretrained_model_args")
+    saved, asked_for = _check_config(cfg, pretrained, read_args, pretrained_cfg_overlay or {}, cache_dir)
+    manifest = load_manifest() if pretrained else Manifest({})
+    entry = None if cfg.source in ("local-dir", "hf-hub") else manifest.entries.get(f"{variant}.{cfg.tag}")
     kwargs = {**(defaults or {}), **(entry.model_args if entry else {}), **saved, **kwargs}
     overlay = dict(pretrained_cfg_overlay or {})
     asked = overlay.get("hf_hub_filename")
@@ -111,8 +121,10 @@ def build(
             f"hf_hub_filename is {asked!r}, but the file of a repository is the one that its config.json names as "
             "weights_file: leave it out."
         )
+    config = None
     if pretrained:
-        overlay |= {"state_dict": _state_dict(variant, cfg, cache_dir), "source": None}
+        tensors, config = _state_dict(f"{variant}.{cfg.tag}", asked_for, manifest, entry, cache_dir)
+        overlay |= {"state_dict": tensors, "source": None}
     model = build_model_with_cfg(
         model_cls,
         variant,
@@ -120,11 +132,11 @@ def build(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         feature_cfg={"out_indices": tuple(range(levels))},
-        pretrained_filter_fn=partial(_fitting, variant=variant, cfg=cfg),
+        pretrained_filter_fn=partial(_fitting, variant=variant, cfg=cfg, config=config),
         cache_dir=cache_dir,
         **kwargs,
     )
-    stated = cfg.to_dict()  # what was asked for, without the tensors
+    stated = replace(cfg, state_dict=None).to_dict()  # what was asked for, without the tensors
     stated = pretrained_cfg_for_features(stated) if kwargs.get("features_only") else stated
     for net in (model, *(inner for inner in model.children() if hasattr(inner, "pretrained_cfg"))):
         net.pretrained_cfg = net.default_cfg = stated
@@ -141,16 +153,18 @@ def _check_config(
     read_args: Mapping[str, Any] | None,
     overlay: Mapping[str, Any],
     cache_dir: str | Path | None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], PretrainedCfg]:
     """Refuse the config.json that timm has read if anything is wrong with it; gives the arguments that it states.
 
+    With them goes the configuration, a Hub repository in it pinned to the commit that the config.json is of.
     timm takes the one in the Hub cache as it is. Here a damaged one is fetched anew, and what was read from it is not
     used. ``read_args`` are None where timm read none, since a net's ``pretrained_cfg`` was passed instead of its name.
     """
     if cfg.source == "local-dir" and cfg.file:
         config = load_config(Path(cfg.file))
     elif cfg.source == "hf-hub" and cfg.hf_hub_id and pretrained:
-        config = load_config(fetch_config(cfg.hf_hub_id, cache_dir).parent)
+        folder = fetch_config(cfg.hf_hub_id, cache_dir).parent
+        config = load_config(folder)
         stated = config["pretrained_cfg"] | {k: config[k] for k in ("num_classes", "label_names") if k in config}
         keys = {"num_classes", "label_names", "input_size", "mean", "std"} & stated.keys() - overlay.keys()
         same = all(as_json(getattr(cfg, key)) == stated[key] for key in keys)
@@ -159,17 +173,19 @@ def _check_config(
                 f"The config.json of {cfg.hf_hub_id} in the Hub cache was damaged, and is fetched anew now: open the "
                 "model again."
             )
+        cfg = replace(cfg, hf_hub_id=f"{cfg.hf_hub_id.partition('@')[0]}@{folder.name}")
     else:
-        return {}
-    arguments: dict[str, Any] = config.get("model_args", {})
-    return arguments
+        return {}, cfg
+    return config.get("model_args", {}), cfg
 
 
-def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg: PretrainedCfg) -> dict[str, Tensor]:
+def _fitting(
+    state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg: PretrainedCfg, config: Path | None
+) -> dict[str, Tensor]:
     """The tensors, a half precision stem in float32, if the body of the model has exactly those.
 
     timm drops the head of another class count and then loads without strictness; this keeps a file of another net from
-    passing as one of this.
+    passing as one of this. ``config`` is a config.json that says how they were trained.
     """
 
     def misfit(what: str) -> WeightsError:
@@ -177,8 +193,8 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg:
 
     remedy = "ask for the net and the attn arguments that they were trained with"
     num_classes, in_chans = cfg.num_classes, cfg.input_size[0]
-    if cfg.file and cfg.source != "local-dir":
-        check_patch_sizes(Path(cfg.file), getattr(model, "patch_sizes", None))
+    if config is not None and isinstance(model, StagedClassifier):
+        check_trained_attention(config, model.attention_arguments())
     own = model.state_dict()
     head, stem = ("fc.weight", "fc.bias"), "conv1.weight"
     for name in sorted(set(own) ^ set(state_dict)):
@@ -213,39 +229,39 @@ def _fitting(state_dict: dict[str, Tensor], model: nn.Module, variant: str, cfg:
     return {**state_dict, stem: state_dict[stem].float()} if stem in state_dict else state_dict
 
 
-def _state_dict(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Tensor]:
-    """The tensors that a configuration names, verified wherever a hash is known.
+def _state_dict(
+    name: str, cfg: PretrainedCfg, manifest: Manifest, entry: WeightEntry | None, cache_dir: str | Path | None
+) -> tuple[dict[str, Tensor], Path | None]:
+    """The tensors that a configuration names, verified wherever a hash is known, and a config.json that says more.
 
     A source of the caller's own comes first: a folder, a Hub repository, a state dict, a file. A file given for a
     name that the manifest knows has to be the published one.
     """
-    name = f"{variant}.{cfg.tag}"
-    manifest = load_manifest()
-    entry = manifest.entries.get(name)
     if cfg.source == "local-dir" and cfg.file:
-        return read_folder(Path(cfg.file))
+        return read_folder(Path(cfg.file)), None
     if cfg.source == "hf-hub" and cfg.hf_hub_id:
         namespace = manifest.hub_namespace
         for known in manifest.entries.values():  # the commit that the manifest pins is held to the manifest
             if namespace and cfg.hf_hub_id == f"{known.hub_id(namespace)}@{known.revision}":
-                return find_verified(known, cache_dir=cache_dir, namespace=namespace).state_dict
-        return read_hub_folder(cfg.hf_hub_id, cache_dir)
+                return find_verified(known, cache_dir=cache_dir, namespace=namespace).state_dict, None
+        return read_hub_folder(cfg.hf_hub_id, cache_dir), None
     if cfg.state_dict:
         try:
-            check_values(cfg.state_dict)
+            check_values(tensors := clean_state_dict(cfg.state_dict))  # of a wrapper's prefix
         except ValueError as error:
             raise WeightsError(f"The state dict for {name} is refused ({error}): pass trained weights.") from error
-        return dict(cfg.state_dict)
+        return dict(tensors), None
     if cfg.file:
         path = Path(cfg.file)
-        return read_verified(path, entry) if entry else read_safetensors(path)
+        return read_verified(path, entry) if entry else read_safetensors(path), path.with_name("config.json")
     if cfg.url:
         raise WeightsError(f"Weights are not read from a URL ({cfg.url}): download the file, and name it with 'file'.")
     if cfg.hf_hub_id and (entry is None or cfg.hf_hub_id != _published(entry, manifest.hub_namespace)["hf_hub_id"]):
-        return read_hub_folder(cfg.hf_hub_id, cache_dir)
+        config = fetch_config(cfg.hf_hub_id, cache_dir)
+        return read_hub_folder(f"{cfg.hf_hub_id.partition('@')[0]}@{config.parent.name}", cache_dir), config
     if entry is None:
         have = ", ".join(sorted(manifest.entries)) or "none yet"
         raise WeightsError(
             f"There are no pretrained weights for {name}: choose one that has them ({have}), or pass pretrained=False."
         )
-    return find_verified(entry, cache_dir=cache_dir, namespace=manifest.hub_namespace).state_dict
+    return find_verified(entry, cache_dir=cache_dir, namespace=manifest.hub_namespace).state_dict, None

@@ -13,7 +13,7 @@ import torch
 from timm.models import checkpoint_seq, register_model
 from torch import Tensor, nn
 
-from conam_zoo.models._base import AttendedBlock, StagedClassifier
+from conam_zoo.models._base import AttendedBlock, StagedClassifier, check_choice
 from conam_zoo.models._builder import build, dataset_cfgs
 
 __all__ = ["ConAMResNet"]
@@ -118,6 +118,7 @@ class ConAMResNet(StagedClassifier):
     ) -> None:
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(len(layers), patch_sizes, **options)
+        check_choice("block", block, ("basic", "bottleneck"))
         block_cls: type[BasicBlock | Bottleneck] = Bottleneck if block == "bottleneck" else BasicBlock
 
         self.conv1 = nn.Conv2d(self.in_chans, widths[0], 3, padding=1, bias=False, **factory_kwargs)

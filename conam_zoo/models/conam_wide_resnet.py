@@ -87,6 +87,8 @@ class ConAMWideResNet(StagedClassifier):
     ) -> None:
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(3, patch_sizes, **options)
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth is {depth!r}, but it must be 4 more than a multiple of 6, such as 16.")
         self.conv1 = nn.Conv2d(self.in_chans, 16, 3, padding=1, bias=False, **factory_kwargs)
         self.add_level(["conv1"], 16, 1)
         block = partial(PreActBlock, drop_rate=block_drop_rate)

@@ -4,7 +4,7 @@ The layout is timm's (``timm.models.save_for_hf``), with ``sha256`` and ``weight
 other files, choose a device or change what is built is not part of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,21 +131,22 @@ def check_model_args(arguments: Mapping[str, Any], what: str) -> None:
         raise UserError(f"{what} is refused, {error}: it knows {known}.") from error
 
 
-def check_patch_sizes(file: Path, patch_sizes: Sequence[int] | None) -> None:
-    """Refuse, by a WeightsError, weights that were trained with other patches: tensors fit patches of any size.
+def check_trained_attention(config: Path, own: Mapping[str, Any]) -> None:
+    """Refuse, by a WeightsError, weights that were trained with another attention than a net's ``own`` arguments say.
 
-    The config.json beside the file says so, if there is one.
+    Tensors fit patches of any size, and attentions at other places. ``config`` is the config.json beside the weights,
+    if there is one; what it does not state of an attention is the default.
     """
-    config = file.with_name("config.json")
-    if patch_sizes is None or not config.is_file():
+    arguments = read_config(config).get("model_args") if config.is_file() else None
+    if not isinstance(arguments, dict):
         return
-    arguments = read_config(config).get("model_args")
-    stated = arguments.get("patch_sizes") if isinstance(arguments, dict) else None
-    if isinstance(stated, list) and tuple(stated) != tuple(patch_sizes):
-        raise WeightsError(
-            f"The weights {file} were trained with the patch sizes {stated} and the net has others: open "
-            f"local-dir:{file.parent}, or pass patch_sizes={stated}."
-        )
+    unsaid = {"attn_args": {}, "attn_site": "before_first_conv"} if "attn_layer" in arguments else {}
+    for key, stated in {**unsaid, **arguments}.items():
+        if key in (*own, *unsaid) and stated != (used := as_json(own.get(key, unsaid.get(key)))):
+            raise WeightsError(
+                f"The weights in {config.parent} were trained with {key}={stated!r} and the net has {used!r}: open "
+                f"local-dir:{config.parent}, or pass {key}={stated!r}."
+            )
 
 
 def as_json(value: Any) -> Any:

@@ -67,6 +67,10 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
         config = fetch_config(hub_id, kwargs.get("cache_dir"))
         _check_folder(config.parent)
         name = f"hf-hub:{hub_id.partition('@')[0]}@{config.parent.name}"
+    elif name.lower().endswith((".onnx", ".pt2")):
+        raise UserError(
+            f"{name} is an exported file, of which 'conam predict', 'evaluate' and 'demo' take .onnx alone."
+        )
     else:
         check_model_name(name)
     try:

@@ -177,8 +177,10 @@ def _publish_one(api: "HfApi", upload: _Upload, tag: str, private: bool, up: lis
     with _step("the check of its model card", upload, up):
         ModelCard(upload.contents[CARD].decode()).validate()
     with _step("creating its repository", upload, up):
-        api.create_repo(hub_id, private=private, exist_ok=True)
+        api.create_repo(hub_id, private=private or None, exist_ok=True)
         info = api.model_info(hub_id)
+        if private and not info.private:
+            raise WeightsError("it exists and is public, so make it private on the Hub or leave --private out")
         there = [file.rfilename for file in info.siblings or []]
         there = [name for name in there if name.startswith(ONNX_FOLDER) or re.fullmatch(FILE_PATTERN, name)]
     up.append(f"the repository {hub_id}")

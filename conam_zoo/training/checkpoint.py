@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from conam_zoo.errors import UserError
+from conam_zoo.errors import UserError, is_out_of_memory
 from conam_zoo.files import write_atomically
 from conam_zoo.training.distributed import is_lost_peer, ranks, run_on_primary
 from conam_zoo.training.recipe import recipe_from_dict
@@ -269,6 +269,8 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
     except OtherTrainingError:
         raise
     except DAMAGE as error:
+        if is_out_of_memory(error):
+            raise
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise UserError(f"{path} cannot be read ({error.strerror}): see to its disk and rights.") from error
         reason = " ".join(str(error).split())[:200].rstrip(".")

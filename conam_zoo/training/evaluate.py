@@ -99,6 +99,12 @@ def check_preparation(model: StagedClassifier) -> None:
                 f"The net's configuration has {key} {stated}, but images are prepared here with {value} alone: "
                 "evaluate it with timm's validate.py, or change the configuration."
             )
+    _, height, width = cfg["input_size"]
+    if height != width:
+        raise UserError(
+            f"The net takes {height} x {width} pixels, but images are prepared here as squares alone: evaluate it with "
+            "timm's validate.py."
+        )
 
 
 def write_logits(evaluation: Evaluation, path: Path) -> None:

@@ -15,6 +15,7 @@ from conam_zoo.weights.verify import LARGEST_TEXT_BYTES, read_file
 
 # What decides how much a teacher counts, for each ``distill_loss``.
 WEIGHTS_OF_LOSSES = {"kd": ("distill_weight",), "dkd": ("dkd_alpha", "dkd_beta", "dkd_warmup_epochs")}
+PARTS_OF_EPOCHS = ("warmup_epochs", "early_epochs", "dkd_warmup_epochs")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -36,7 +37,7 @@ class Recipe:
     label_smoothing: float  # share of the target spread over all classes
     crop_padding: int  # pixels of reflection padding before the random crop; 0 for no crop
     flip: bool  # mirror half of the images
-    ema_decay: float  # of the moving average of the weights, for each step; 0 for none
+    ema_decay: float  # limit of the moving average's decay in step t, which is 1 - t^(-2/3); 0 for no average
     final_weights: str  # "ema" or "raw": which are evaluated and shipped, fixed before the training
     holdout: int  # training images kept out for choosing; 0 for a final run on all of them
     precision: str  # "bf16" (autocast, on devices that have instructions for it, else float32) or "fp32"
@@ -85,7 +86,10 @@ def list_recipes() -> list[str]:
 
 
 def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
-    """Read a recipe of the package or a TOML file, and apply settings such as ``"epochs=5"`` to it."""
+    """Read a recipe of the package or a TOML file, and apply settings such as ``"epochs=5"`` to it.
+
+    With fewer epochs than are written in it, its ``PARTS_OF_EPOCHS`` shrink in proportion, unless they are set too.
+    """
     if name in list_recipes():
         text = (resources.files("conam_zoo.training") / "recipes" / f"{name}.toml").read_text()
     elif name.endswith(".toml"):
@@ -103,17 +107,14 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"The recipe {name} is not valid TOML: {error}.") from error
     replaced = parse_settings(settings or [])
-    numbers: list[Any] = [values.get("epochs"), replaced.get("epochs"), values.get("warmup_epochs")]
-    if "warmup_epochs" not in replaced and all(isinstance(number, int | float) for number in numbers):
-        written, epochs, warmup = numbers
-        if written > 0 < epochs <= warmup:  # the recipe's own warm-up shrinks with its epochs
-            replaced["warmup_epochs"] = warmup * epochs / written
-    numbers[2] = values.get("early_epochs", 0)
-    if not replaced.keys() & {"early_epochs", "early_size"} and all(isinstance(number, int) for number in numbers):
-        written, epochs, early = numbers
-        if written > 0 < epochs < early:  # and so do its epochs of smaller crops
-            replaced["early_epochs"] = early * epochs // written
-            replaced |= {} if replaced["early_epochs"] else {"early_size": 0}
+    written, epochs = values.get("epochs"), replaced.get("epochs")
+    if isinstance(written, int) and isinstance(epochs, int) and 0 < epochs < written:
+        for part in PARTS_OF_EPOCHS:  # what the recipe does in some of its epochs takes its share of fewer
+            length = values.get(part)
+            if part not in replaced and isinstance(length, int | float):
+                replaced[part] = length * epochs // written if part == "early_epochs" else length * epochs / written
+        if replaced.get("early_epochs") == 0 and "early_size" not in replaced:
+            replaced["early_size"] = 0
     recipe = recipe_from_dict(values | replaced, name)
     other = {"dkd": "kd", "kd": "dkd"}[recipe.distill_loss]
     if unused := sorted(replaced.keys() & WEIGHTS_OF_LOSSES[other]):

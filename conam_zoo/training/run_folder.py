@@ -129,10 +129,16 @@ class RunLog:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.folder / LOG, text.getvalue())
-        for name in columns[1:]:
-            if row.get(name) is not None:
-                self._events.add_scalar(name.replace(" ", "/"), row[name], row["epoch"])
-        self._events.flush()
+        try:
+            for name in columns[1:]:
+                if row.get(name) is not None:
+                    self._events.add_scalar(name.replace(" ", "/"), row[name], row["epoch"])
+            self._events.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.folder / EVENTS} cannot be written ({error.strerror or error}): the checkpoints before are "
+                "kept, so make room and continue with --resume."
+            ) from error
 
 
 def read_log(folder: Path) -> list[dict[str, str]]:
@@ -218,17 +224,17 @@ class FitResult:
 
 
 def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Write what a finished training leaves: curves, recipe, weights, and ``run.json``, which is returned, at the end.
+    """Write what a finished training leaves: recipe, weights, ``run.json``, which is returned, and the curves.
 
     It gets ``sha256`` of the weights in ``final/`` and, if there is a moving average, ``other_sha256`` of the others.
     """
-    draw_curves(result.log, output / "curves.png", title=f"{recipe.model} on {recipe.dataset}")
     write_text(output / RECIPE, recipe.to_toml())
     run = {**run, "sha256": export_model(result.final, output / "final", tag=None)}
     if result.ema is not None:
         other, name = (result.raw, "raw") if result.final is result.ema else (result.ema, "ema")
         run["other_sha256"] = export_model(other, output / name, tag=None)
     write_text(output / RUN, json.dumps(run, indent=2) + "\n")
+    draw_curves(result.log, output / "curves.png", title=f"{recipe.model} on {recipe.dataset}")
     return run
 
 

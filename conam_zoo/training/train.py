@@ -213,8 +213,9 @@ def dry_run(
         model = parts.model.to(here.device).to(memory_format=torch.channels_last)
         state = TrainState(model, recipe, parts.batches.steps, teacher=parts.teacher, compile=compile)
         steps = state.steps_per_epoch
-        early = _time_steps(state, parts.batches, 0) if recipe.early_epochs else 0.0
-        seconds = _time_steps(state, parts.batches, recipe.early_epochs)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # as ``fit`` has them
+            early = _time_steps(state, parts.batches, 0) if recipe.early_epochs else 0.0
+            seconds = _time_steps(state, parts.batches, recipe.early_epochs)
         total_seconds = steps * (recipe.early_epochs * early + (recipe.epochs - recipe.early_epochs) * seconds)
         name = f"{recipe.model}.{recipe.dataset}"
         params, macs = count_params_and_macs(name, pretrained_cfg_overlay=recipe.cfg_overlay, **recipe.model_args)

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
@@ -37,7 +38,9 @@ def check_optimizer(recipe: Recipe) -> None:
     device = ranks().device
     trial = nn.Linear(2, 2, device=device)
     try:
-        optimizer = _optimizer(trial, recipe)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*opt_einsum")  # without it, Kron takes gigabytes for a layer
+            optimizer = _optimizer(trial, recipe)
         trial(torch.ones(1, 2, device=device)).sum().backward()
         optimizer.step()
     except Exception as error:  # whatever an optimiser raises without its library, its device or its second pass
@@ -68,7 +71,8 @@ def batch_settings(
 class MovingAverage(ModelEmaV3):
     """timm's moving average of one model that stays on its device, with its lists of tensors made once, for speed.
 
-    The decay grows over the first steps as timm's ``use_warmup`` has it. Integer buffers are copied.
+    The decay of step t is 1 - t^(-2/3), as timm's ``use_warmup`` has it, and at most ``decay``: 0.999 is reached after
+    31,600 steps, 81 epochs of CIFAR in batches of 128. Integer buffers are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -1,6 +1,6 @@
 """Explaining a classification: where each ConAM is confident, and what the net says when that patch is blurred."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from conam_zoo.errors import UserError
-from conam_zoo.layers.confidence import has_confidence
+from conam_zoo.layers.confidence import Patch, has_confidence
 from conam_zoo.models import StagedClassifier
-from conam_zoo.visualize.predict import Prediction, Skip, class_names, predict_each, split_transform
+from conam_zoo.visualize.predict import Prediction, Skip, class_names, edges, predict_each, split_transform
 
 FLAT = 0.01  # a map whose confidences differ by less than this share of their mean has no most confident patch
 
@@ -36,6 +36,7 @@ class SiteExplanation:
 
     site: str  # name of the module, such as ``layer3.0.attn``
     confidence: Values  # its map, (rows, columns)
+    patch: Patch  # size of a whole patch, as shares of the picture's height and width
     most: PatchEffect | None  # of the patch with the highest confidence
     least: PatchEffect | None  # of the patch with the lowest, to compare ``most`` with
 
@@ -62,6 +63,11 @@ class Explanation:
         """The confidence maps by site."""
         return {each.site: each.confidence for each in self.sites}
 
+    @property
+    def patches(self) -> dict[str, Patch]:
+        """The size of a whole patch by site."""
+        return {each.site: each.patch for each in self.sites}
+
 
 def explain(model: StagedClassifier, paths: Iterable[str | Path], sites: list[str] | None = None) -> list[Explanation]:
     """Classify pictures, and for every ConAM blur its most and its least confident patch and classify again.
@@ -80,8 +86,9 @@ def explain_each(
     *,
     side: int | None = None,
     skip: Skip | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Iterator[Explanation]:
-    """The explanations one after the other; for ``side`` and ``skip`` see ``predict_each``."""
+    """The explanations one after the other; for ``side``, ``skip`` and ``say`` see ``predict_each``."""
     known = [name for name, module in model.named_modules() if has_confidence(module)]
     if not known:
         raise UserError(
@@ -92,7 +99,7 @@ def explain_each(
         if not (found := [name for name in (site, f"{site}.attn") if name in known]):
             raise UserError(f"There is no ConAM at {site!r}: the net has {', '.join(known)}.")
         wanted |= dict.fromkeys(found)
-    for prediction in predict_each(model, paths, side=side, skip=skip):
+    for prediction in predict_each(model, paths, side=side, skip=skip, say=say):
         yield _explain(model, prediction, list(wanted))
 
 
@@ -104,7 +111,9 @@ def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) 
             for kind, index in (("most", map_.argmax()), ("least", map_.argmin())):
                 row, column = np.unravel_index(index, map_.shape)
                 places[site, kind] = int(row), int(column)
-    blurred = [_blur(prediction.seen, place, maps[site].shape) for (site, _), place in places.items()]
+    blurred = [
+        _blur(prediction.seen, place, maps[site].shape, prediction.patches[site]) for (site, _), place in places.items()
+    ]
     effects = {
         key: PatchEffect(*place, np.asarray(picture), after)
         for (key, place), picture, after in zip(places.items(), blurred, _classify(model, blurred), strict=True)
@@ -117,7 +126,13 @@ def _explain(model: StagedClassifier, prediction: Prediction, sites: list[str]) 
         probabilities=prediction.probabilities.numpy(),
         top=prediction.top,
         sites=tuple(
-            SiteExplanation(site, maps[site], most=effects.get((site, "most")), least=effects.get((site, "least")))
+            SiteExplanation(
+                site,
+                maps[site],
+                prediction.patches[site],
+                most=effects.get((site, "most")),
+                least=effects.get((site, "least")),
+            )
             for site in sites
         ),
     )
@@ -134,12 +149,13 @@ def _classify(model: StagedClassifier, pictures: list[Image.Image]) -> list[Valu
     return list(logits.float().softmax(1).cpu().numpy())
 
 
-def _blur(picture: Image.Image, patch: tuple[int, int], grid: tuple[int, ...]) -> Image.Image:
-    """The picture with one patch of a grid of equal patches blurred."""
-    (row, column), (rows, columns) = patch, grid
-    width, height = picture.size
-    left, right = round(column * width / columns), round((column + 1) * width / columns)
-    top, bottom = round(row * height / rows), round((row + 1) * height / rows)
+def _blur(picture: Image.Image, place: tuple[int, int], grid: tuple[int, ...], patch: Patch) -> Image.Image:
+    """The picture with one patch of a grid blurred."""
+    top, bottom, left, right = (
+        round(edge * length)
+        for index, count, share, length in zip(place, grid, patch, reversed(picture.size), strict=True)
+        for edge in edges(count, share)[index : index + 2]
+    )
     box = (left, top, right, bottom)
     # The whole picture is blurred and one patch of it taken: what leaks in comes from around it, as in any blur.
     smooth = picture.filter(ImageFilter.GaussianBlur(max(right - left, bottom - top) / 2))

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import AbstractPathEffect, withStroke
@@ -21,9 +21,10 @@ from PIL import Image
 from conam_zoo.errors import UserError
 from conam_zoo.escape import for_matplotlib
 from conam_zoo.files import check_suffix, write_figure
+from conam_zoo.layers.confidence import Patch
 from conam_zoo.models.registry import open_model
 from conam_zoo.visualize.explain import Explanation, PatchEffect, SiteExplanation
-from conam_zoo.visualize.predict import Prediction, percent, predict
+from conam_zoo.visualize.predict import Prediction, edges, percent, predict
 
 SHEET_ROWS = 20  # pictures of one sheet: time and memory of the layout grow faster than their number
 MOST_PICTURES = 100  # explained on one sheet: two rows each still stay below the 65,535 pixels that a PNG writer takes
@@ -71,20 +72,25 @@ def colour_scale(largest: float) -> TwoSlopeNorm:
     return TwoSlopeNorm(1, 0, max(largest, 1.5))
 
 
-def draw_map(axes: Axes, seen: NDArray[np.uint8], confidence: NDArray[np.float32], largest: float) -> AxesImage:
+def draw_map(
+    axes: Axes, seen: NDArray[np.uint8], confidence: NDArray[np.float32], largest: float, patch: Patch | None = None
+) -> ScalarMappable:
     """A confidence map (rows, columns) over the picture (H, W, 3) that the net was shown.
 
     A patch's number is its confidence in percent; a map of more than eight patches a side has none. Its colour is the
-    multiple of the map's mean: white at 1, purple below, orange above, up to ``largest``.
+    multiple of the map's mean: white at 1, purple below, orange above, up to ``largest``. ``patch`` is the size of a
+    whole patch, as shares of height and width; None for patches of one size.
     """
     rows, columns = confidence.shape
     height, width = seen.shape[:2]
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    high, wide = patch or (1 / rows, 1 / columns)
+    lower, right = (np.array(edges(*side)) for side in ((rows, high), (columns, wide)))
+    y, x = lower * height - 0.5, right * width - 0.5
     grey = np.asarray(Image.fromarray(seen).convert("L"))
-    axes.imshow(grey, cmap="gray", vmin=-60, vmax=255, extent=extent)  # no deep black: the colours have to show
-    overlay = axes.imshow(relative(confidence), cmap=COLOURS, alpha=0.6, norm=colour_scale(largest), extent=extent)
+    axes.imshow(grey, cmap="gray", vmin=-60, vmax=255)  # no deep black: the colours have to show
+    overlay = axes.pcolormesh(x, y, relative(confidence), cmap=COLOURS, alpha=0.6, norm=colour_scale(largest))
     for (row, column), share in np.ndenumerate(confidence if max(rows, columns) <= 8 else confidence[:0]):
-        place = (column + 0.5) * width / columns - 0.5, (row + 0.5) * height / rows - 0.5
+        place = x[column : column + 2].mean(), y[row : row + 2].mean()
         text = axes.text(*place, f"{100 * share:.1f}", ha="center", va="center", fontsize=7.5, color="black")
         text.set_path_effects(OUTLINE)
     axes.set_xticks([])
@@ -92,7 +98,9 @@ def draw_map(axes: Axes, seen: NDArray[np.uint8], confidence: NDArray[np.float32
     return overlay
 
 
-def draw_scale(figure: Figure, overlay: AxesImage, axes: list[Axes], maps: Sequence[NDArray[np.float32]]) -> Colorbar:
+def draw_scale(
+    figure: Figure, overlay: ScalarMappable, axes: list[Axes], maps: Sequence[NDArray[np.float32]]
+) -> Colorbar:
     """The colour bar of all maps, with their mean marked, beside their panels; ``overlay`` is one of ``draw_map``."""
     bar = figure.colorbar(overlay, ax=axes, shrink=0.9, aspect=40, pad=0.01)
     top = bar.norm.vmax or 1.0
@@ -173,8 +181,8 @@ def _draw_rows(grid: Any, shown: Sequence[Prediction | Explanation], lines: int 
         _draw_picture(axes[0], np.asarray(each.image), caption(each.path.name))
         bars = [(class_label(name), probability) for name, probability in each.top]
         _draw_bars(axes[1], bars, [STRONG] + [PALE] * (len(bars) - 1), fontsize=8)
-        for panel, map_ in zip(axes[2:], each.maps.values(), strict=True):
-            overlay = draw_map(panel, np.asarray(each.seen), np.asarray(map_), largest)
+        for panel, (site, map_) in zip(axes[2:], each.maps.items(), strict=True):
+            overlay = draw_map(panel, np.asarray(each.seen), np.asarray(map_), largest, each.patches[site])
     titles = ("image", "top 5, probability", *(site.removesuffix(".attn") for site in shown[0].maps))
     for panel, title in zip(grid[0], titles, strict=True):
         panel.set_title(title, fontsize=9)
@@ -208,10 +216,12 @@ def _draw_frame(axes: Axes, explanation: Explanation, site: SiteExplanation) -> 
     """A frame round the most confident patch of a panel that shows the picture."""
     if site.most is None:
         return
-    (height, width), (rows, columns) = explanation.seen.shape[:2], site.confidence.shape
-    inset = 0.06 * min(width / columns, height / rows)  # inside the patch, so that no edge of the picture cuts it
-    corner = (site.most.column * width / columns - 0.5 + inset, site.most.row * height / rows - 0.5 + inset)
-    sides = (width / columns - 2 * inset, height / rows - 2 * inset)
+    (height, width), (rows, columns), (high, wide) = explanation.seen.shape[:2], site.confidence.shape, site.patch
+    top, bottom = (edge * height for edge in edges(rows, high)[site.most.row : site.most.row + 2])
+    left, right = (edge * width for edge in edges(columns, wide)[site.most.column : site.most.column + 2])
+    inset = 0.06 * min(right - left, bottom - top)  # inside the patch, so that no edge of the picture cuts it
+    corner = (left - 0.5 + inset, top - 0.5 + inset)
+    sides = (right - left - 2 * inset, bottom - top - 2 * inset)
     for colour, line in (("black", 3.0), ("white", 1.2)):
         axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=line, zorder=3))
 

@@ -17,7 +17,7 @@ from torchvision.transforms import Compose
 from conam_zoo.data.images import MAX_PIXELS, NOTE, PICTURE_SUFFIXES, decode_image, read_image
 from conam_zoo.errors import UserError
 from conam_zoo.files import expand_path
-from conam_zoo.layers.confidence import confidence_maps
+from conam_zoo.layers.confidence import Patch, confidence_maps
 from conam_zoo.models import StagedClassifier
 from conam_zoo.models.registry import check_takes_rgb
 
@@ -38,6 +38,12 @@ class Prediction:
     probabilities: Tensor  # of every class, (classes,)
     top: list[tuple[str, float]]  # class names with probabilities, best first, at most five
     maps: dict[str, Tensor]  # for each ConAM site the confidence map, (rows, columns)
+    patches: dict[str, Patch]  # and the size of a whole patch; those at the right and lower edge may be smaller
+
+
+def edges(count: int, share: float) -> list[float]:
+    """Where ``count`` patches begin and end along a side, as shares of it, if a whole one covers ``share`` of it."""
+    return [min(index * share, 1.0) for index in range(count + 1)]
 
 
 def percent(probability: float) -> str:
@@ -106,9 +112,7 @@ def predict_each(
     resize, normalize = split_transform(model)
 
     def prepared() -> Iterator[tuple[Path, Image.Image, Image.Image]]:
-        for path, image in _read_each(paths, skip):
-            if say is not None and NOTE in image.info:
-                say(image.info[NOTE])
+        for path, image in _read_each(paths, skip, say):
             seen = resize(image)
             if side is not None:
                 image = image.copy() if image is seen else image
@@ -120,7 +124,9 @@ def predict_each(
         yield from _predict_batch(model, batch, normalize)
 
 
-def _read_each(paths: Iterable[str | Path], skip: Skip | None) -> Iterator[tuple[Path, Image.Image]]:
+def _read_each(
+    paths: Iterable[str | Path], skip: Skip | None, say: Callable[[str], object] | None
+) -> Iterator[tuple[Path, Image.Image]]:
     for path in map(Path, paths):
         try:
             image = _read_standard_input() if path == STANDARD_INPUT else read_image(path)
@@ -129,6 +135,8 @@ def _read_each(paths: Iterable[str | Path], skip: Skip | None) -> Iterator[tuple
                 raise
             skip(path, error)
             continue
+        if say is not None and NOTE in image.info:
+            say(image.info[NOTE])
         yield path, image
 
 
@@ -148,7 +156,8 @@ def _predict_batch(
 ) -> Iterator[Prediction]:
     names = class_names(model)
     batch = torch.stack([normalize(seen) for _, _, seen in pictures])
-    logits, maps = confidence_maps(model, batch.to(next(model.parameters()).device))
+    patches: dict[str, Patch] = {}
+    logits, maps = confidence_maps(model, batch.to(next(model.parameters()).device), patches)
     shares = logits.float().softmax(1).cpu()
     best = torch.topk(shares, min(5, model.num_classes))
     maps = {site: each.cpu() for site, each in maps.items()}
@@ -156,7 +165,7 @@ def _predict_batch(
         pairs = zip(best.indices[index].tolist(), best.values[index].tolist(), strict=True)
         top = [(names[label], share) for label, share in pairs]
         sites = {site: each[index] for site, each in maps.items()}
-        yield Prediction(path, image, seen, shares[index], top, sites)
+        yield Prediction(path, image, seen, shares[index], top, sites, patches)
 
 
 def expand_pictures(paths: list[Path]) -> list[Path]:
@@ -172,12 +181,19 @@ def expand_pictures(paths: list[Path]) -> list[Path]:
 
 @torch.inference_mode()
 def pooled_features(
-    model: StagedClassifier, paths: Iterable[Path], *, skip: Skip | None = None
+    model: StagedClassifier,
+    paths: Iterable[Path],
+    *,
+    skip: Skip | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> tuple[Tensor, list[Path]]:
-    """What the classifier of a net sees of each picture, float32 (N, head_hidden_size), and the files that are read."""
+    """What the classifier of a net sees of each picture, float32 (N, head_hidden_size), and the files that are read.
+
+    For ``skip`` and ``say`` see ``predict_each``.
+    """
     resize, normalize = split_transform(model)
     device = next(model.parameters()).device
-    inputs = ((path, normalize(resize(image))) for path, image in _read_each(paths, skip))
+    inputs = ((path, normalize(resize(image))) for path, image in _read_each(paths, skip, say))
     kept: list[Path] = []
     parts = [torch.empty(0, model.head_hidden_size)]
     while batch := list(islice(inputs, BATCH)):

@@ -2,7 +2,7 @@
 
 What such a folder promises of itself is checked: the SHA-256 that its ``config.json`` states, as those that this
 package writes do, and that of each file of an index, which ``config.json`` names as ``weights_file``. A file in the Hub
-cache has to have the hash that the Hub announced.
+cache has to have the hash that the Hub announced, which a cache of symbolic links keeps as the name of the file.
 """
 
 import hashlib

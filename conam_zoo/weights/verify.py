@@ -211,6 +211,8 @@ def check_values(tensors: Mapping[str, "Tensor"]) -> None:
     for name, tensor in tensors.items():
         if name.endswith("num_batches_tracked"):
             continue
+        if not hasattr(tensor, "is_floating_point"):
+            raise ValueError(f"its entry {name} is no tensor")
         if not tensor.is_floating_point():
             raise ValueError(f"its tensor {name} has type {tensor.dtype}, and weights are floating point")
         if not tensor.isfinite().all():
