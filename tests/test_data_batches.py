@@ -20,7 +20,7 @@ from conam_zoo.data import (
     loaders,
     normalize,
 )
-from conam_zoo.data.dataset import free_bytes, source_of_split
+from conam_zoo.data.dataset import fits, source_of_split
 from conam_zoo.data.loaders import Shards, epoch_order
 from conam_zoo.data.transforms import MIXING, mix, random_stream
 from conam_zoo.errors import UserError
@@ -122,27 +122,27 @@ def test_the_loader_gives_the_bits_of_the_resident_batches(workers: int) -> None
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+def all_but_the_fifth(index: int) -> Image.Image:
+    if index == 5:
+        raise UserError("image 5 cannot be read: check the disk.")
+    return Image.new("RGB", (8, 8))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_can_no_longer_be_read_is_one_sentence(workers: int) -> None:
-    def read(index: int) -> Image.Image:
-        if index == 5:
-            raise UserError("image 5 cannot be read: check the disk.")
-        return Image.new("RGB", (8, 8))
-
-    source = replace(source_of_split(numbered(16)), read=read)
+    source = replace(source_of_split(numbered(16)), read=all_but_the_fifth)
     with pytest.raises(UserError, match=r"^image 5 cannot be read: check the disk\.$"):
         list(WorkerLoader(source, 8, how(), workers=workers).epoch(0))
 
 
 def test_processes_of_one_machine_share_its_memory_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of_split(numbered(16))
-    monkeypatch.setattr("conam_zoo.data.dataset._lines", lambda path: ["MemAvailable: 8 kB"] * ("meminfo" in path))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert (free_bytes("cpu"), WorkerLoader(source, 8, how()).workers) == (8192, 7)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert (free_bytes("cpu"), WorkerLoader(source, 8, how()).workers) == (2048, 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert WorkerLoader(source, 8, how()).workers == 0
+    for processes, workers in (("1", 7), ("4", 1), ("16", 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert WorkerLoader(source, 8, how()).workers == workers
+    assert fits(10, 8, 10 * 3 * 8 * 8 * 8, processes=4)
+    assert not fits(10, 8, 10 * 3 * 8 * 8 * 8, processes=5)
 
 
 def test_the_loader_does_not_read_what_a_resumed_epoch_skips() -> None:

@@ -98,11 +98,14 @@ def test_events_that_cannot_be_written_are_one_sentence(tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with RunLog(tmp_path, [row]) as log:
-        monkeypatch.setattr(log._events, "flush", full)
-        with pytest.raises(UserError, match=r"No space left on device.*continue with --resume"):
+    def log_one() -> None:
+        with RunLog(tmp_path, [row]) as log:
+            for call in ("flush", "close"):
+                monkeypatch.setattr(log._events, call, full)
             log.write()
-        monkeypatch.undo()
+
+    with pytest.raises(UserError, match=r"No space left on device.*continue with --resume"):
+        log_one()
 
 
 @pytest.mark.slow

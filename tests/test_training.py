@@ -563,12 +563,14 @@ def test_a_value_out_of_range_is_told_with_its_range(setting: str, reason: str) 
         load_recipe(PLAIN_RECIPE, [setting])
 
 
-def test_the_warm_up_shrinks_with_the_epochs_but_one_that_was_asked_for_does_not() -> None:
+def test_the_warm_up_shrinks_with_the_epochs_but_one_that_was_asked_for_does_not(tmp_path: Path) -> None:
     name = "resnet56_conam.cifar100"
     whole, short = load_recipe(name), load_recipe(name, ["epochs=8"])
     assert short.warmup_epochs == pytest.approx(whole.warmup_epochs * 8 / whole.epochs)
     assert short.dkd_warmup_epochs == pytest.approx(whole.dkd_warmup_epochs * 8 / whole.epochs)
     assert load_recipe(name, ["epochs=8", "warmup_epochs=4"]).warmup_epochs == 4
+    (tmp_path / "whole.toml").write_text(load_recipe("resnet20_conam.cifar10").to_toml())  # with what "kd" ignores
+    assert load_recipe(str(tmp_path / "whole.toml"), ["epochs=7"]).dkd_warmup_epochs == pytest.approx(2)
     assert load_recipe(name, [f"epochs={2 * whole.epochs}"]).warmup_epochs == whole.warmup_epochs
     scheduler = TrainState(timm.create_model("resnet20_conam"), replace(short, precision="fp32"), 100).scheduler
     rates = [scheduler._get_lr(step)[0] for step in range(800)]

@@ -71,11 +71,12 @@ def warn(note: object) -> None:
 
 
 def model_files(name: str) -> list[Path]:
-    """The files that a model is read from, as far as its name says: that of a model of the zoo is no file."""
+    """The files that a model is read from, the manifest among them, as far as its name says."""
     from conam_zoo.files import expand_path
+    from conam_zoo.weights import find_manifest
 
     place = expand_path(name.removeprefix("local-dir:"))
-    return [place, place / "config.json", *place.glob("*.safetensors*")]
+    return [find_manifest(), place, place / "config.json", *place.glob("*.safetensors*")]
 
 
 def json_only(result: Any, json_file: Path | None) -> bool:

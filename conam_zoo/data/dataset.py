@@ -144,10 +144,7 @@ def source_of_split(split: ImageSplit) -> LazyImages:
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Free memory of a device, in bytes; on the CPU without swapping, within the limit of a container.
-
-    Of the CPU's it is the share of this process, if ``torchrun`` started several on this machine.
-    """
+    """Free memory of a device, in bytes; on the CPU without swapping, within the limit of a container."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -158,7 +155,7 @@ def free_bytes(device: torch.device | str) -> int:
         # Used memory holds pages of files that were read, which the system gives back.
         pages = [line.split()[1] for line in _lines("/sys/fs/cgroup/memory.stat") if line.startswith("inactive_file ")]
         free.append(max(0, int(limit[0]) - int(used[0]) + sum(map(int, pages))))
-    return min(free) // local_processes()
+    return min(free)
 
 
 def local_processes() -> int:
@@ -173,9 +170,9 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def fits(count: int, size: int, free: int) -> bool:
-    """Whether uint8 images of ``size`` x ``size`` take at most half of ``free`` bytes."""
-    return 3 * count * size * size <= SHARE_OF_MEMORY * free
+def fits(count: int, size: int, free: int, processes: int = 1) -> bool:
+    """Whether uint8 images of ``size`` x ``size`` take at most half of ``free`` bytes, in so many processes at once."""
+    return processes * 3 * count * size * size <= SHARE_OF_MEMORY * free
 
 
 def median_side(source: LazyImages) -> float:

@@ -18,6 +18,7 @@ from conam_zoo.data.dataset import (
     find_unreadable,
     fits,
     free_bytes,
+    local_processes,
     median_side,
     read_source,
     source_of_split,
@@ -219,7 +220,8 @@ def open_images(
     unreadable: list[Unreadable] = []
     others: dict[str, ImageSplit] = {}
     for name, source in sources.items():
-        if name == "train" and not fits(len(source), size, free_bytes("cpu") if free is None else free):
+        free = free_bytes("cpu") if free is None else free
+        if name == "train" and not fits(len(source), size, free, local_processes()):
             train, broken = find_unreadable(source)
             notes += [note for note in train.notes if note not in notes]
         else:

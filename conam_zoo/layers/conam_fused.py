@@ -157,7 +157,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _InFewPasses(torch.autograd.Function):
-    """Equal to the equations, up to the order of additions."""
+    """Equal to the equations, up to the order of additions, and in half precision the rounding of ``s`` in ``dx``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, patch_size: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -22,19 +22,18 @@ def recorded_confidences(
 ) -> Iterator[dict[str, Tensor]]:
     """The confidences (N, rows, columns) at ``sites``, by module name, in every pass of the net while it is entered.
 
-    ``patches`` gets the size of a patch at each site; one whose module has no ``patch_size`` is cut evenly.
+    ``patches`` gets the size of a patch at each site; a map is cut evenly if its module has no ``patch_size`` that
+    gives so many patches.
     """
     maps: dict[str, Tensor] = {}
 
     def keep(site: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
         maps[site] = module.confidence(inputs[0])  # type: ignore[operator]
         if patches is not None:
-            side, (height, width), (rows, columns) = (
-                getattr(module, "patch_size", None),
-                inputs[0].shape[-2:],
-                maps[site].shape[-2:],
-            )
-            patches[site] = (side / height, side / width) if isinstance(side, int) else (1 / rows, 1 / columns)
+            side, sizes, counts = getattr(module, "patch_size", 0), inputs[0].shape[-2:], maps[site].shape[-2:]
+            whole = isinstance(side, int) and side > 0 and [-(-size // side) for size in sizes] == list(counts)
+            height, width = (side / size if whole else 1 / count for size, count in zip(sizes, counts, strict=True))
+            patches[site] = height, width
 
     hooks = [model.get_submodule(site).register_forward_pre_hook(partial(keep, site)) for site in sites]
     try:

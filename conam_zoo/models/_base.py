@@ -50,8 +50,9 @@ class AttendedBlock(nn.Module):
 
 
 def attention_parameters(model: nn.Module) -> set[str]:
-    """Names of all parameters of attention layers."""
-    return {name for name, _ in model.named_parameters() if "attn" in name.split(".")[:-1]}
+    """Names of all parameters of attention layers, of each also the one that ``torch.compile`` gives it."""
+    names = {name for name, _ in model.named_parameters() if "attn" in name.split(".")[:-1]}
+    return names | {f"_orig_mod.{name}" for name in names}
 
 
 class StagedClassifier(nn.Module):
@@ -224,8 +225,7 @@ class StagedClassifier(nn.Module):
         Decay makes ConAM uniform: its agreement is of degree four in the weights, so that near zero the gradient is
         weaker than any decay. The names stand here also as ``torch.compile`` changes them.
         """
-        names = attention_parameters(self)
-        return names | {f"_orig_mod.{name}" for name in names}
+        return attention_parameters(self)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -138,11 +138,12 @@ def check_trained_attention(config: Path, own: Mapping[str, Any]) -> None:
     if there is one; what it does not state of an attention is the default.
     """
     arguments = read_config(config).get("model_args") if config.is_file() else None
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or arguments.get("attn_layer") == own["attn_layer"] == "none":
         return
-    unsaid = {"attn_args": {}, "attn_site": "before_first_conv"} if "attn_layer" in arguments else {}
+    unsaid = {"attn_args": {}, "attn_site": "before_first_conv"}
+    known = {**unsaid, **as_json(own)}
     for key, stated in {**unsaid, **arguments}.items():
-        if key in (*own, *unsaid) and stated != (used := as_json(own.get(key, unsaid.get(key)))):
+        if key in known and (stated or unsaid.get(key)) != (used := known[key]):
             raise WeightsError(
                 f"The weights in {config.parent} were trained with {key}={stated!r} and the net has {used!r}: open "
                 f"local-dir:{config.parent}, or pass {key}={stated!r}."

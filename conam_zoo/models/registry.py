@@ -69,7 +69,7 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
         name = f"hf-hub:{hub_id.partition('@')[0]}@{config.parent.name}"
     elif name.lower().endswith((".onnx", ".pt2")):
         raise UserError(
-            f"{name} is an exported file, of which 'conam predict', 'evaluate' and 'demo' take .onnx alone."
+            f"{name} is an exported file: 'conam predict', 'evaluate' and 'demo' take such, if it is .onnx."
         )
     else:
         check_model_name(name)

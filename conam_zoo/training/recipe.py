@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
 from typing import Any
@@ -109,12 +110,7 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     replaced = parse_settings(settings or [])
     written, epochs = values.get("epochs"), replaced.get("epochs")
     if isinstance(written, int) and isinstance(epochs, int) and 0 < epochs < written:
-        for part in PARTS_OF_EPOCHS:  # what the recipe does in some of its epochs takes its share of fewer
-            length = values.get(part)
-            if part not in replaced and isinstance(length, int | float):
-                replaced[part] = length * epochs // written if part == "early_epochs" else length * epochs / written
-        if replaced.get("early_epochs") == 0 and "early_size" not in replaced:
-            replaced["early_size"] = 0
+        values |= _shrunk(values, epochs / written)
     recipe = recipe_from_dict(values | replaced, name)
     other = {"dkd": "kd", "kd": "dkd"}[recipe.distill_loss]
     if unused := sorted(replaced.keys() & WEIGHTS_OF_LOSSES[other]):
@@ -123,6 +119,15 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
             f"set {' or '.join(WEIGHTS_OF_LOSSES[recipe.distill_loss])} instead, or distill_loss={other}."
         )
     return recipe
+
+
+def _shrunk(values: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """What a recipe does in some of its epochs, for this share of them."""
+    shrunk = {part: values[part] * share for part in PARTS_OF_EPOCHS if isinstance(values.get(part), int | float)}
+    if "early_epochs" in shrunk:
+        shrunk["early_epochs"] = int(shrunk["early_epochs"] + 1e-9)
+        shrunk |= {} if shrunk["early_epochs"] else {"early_size": 0}
+    return shrunk
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

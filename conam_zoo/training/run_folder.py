@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -117,8 +117,9 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._events.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        with suppress(OSError) if kind else nullcontext():  # it would take the place of what went wrong
+            self._events.close()
 
     def write(self) -> None:
         """Log the last row."""
@@ -224,7 +225,7 @@ class FitResult:
 
 
 def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Write what a finished training leaves: recipe, weights, ``run.json``, which is returned, and the curves.
+    """Write what a finished training leaves: recipe, weights, curves, and ``run.json``, which is returned, at the end.
 
     It gets ``sha256`` of the weights in ``final/`` and, if there is a moving average, ``other_sha256`` of the others.
     """
@@ -233,8 +234,8 @@ def export_run(result: FitResult, recipe: Recipe, output: Path, run: dict[str, A
     if result.ema is not None:
         other, name = (result.raw, "raw") if result.final is result.ema else (result.ema, "ema")
         run["other_sha256"] = export_model(other, output / name, tag=None)
-    write_text(output / RUN, json.dumps(run, indent=2) + "\n")
     draw_curves(result.log, output / "curves.png", title=f"{recipe.model} on {recipe.dataset}")
+    write_text(output / RUN, json.dumps(run, indent=2) + "\n")
     return run
 
 

@@ -44,7 +44,8 @@ def check_optimizer(recipe: Recipe) -> None:
         trial(torch.ones(1, 2, device=device)).sum().backward()
         optimizer.step()
     except Exception as error:  # whatever an optimiser raises without its library, its device or its second pass
-        raise UserError(f"The optimiser {recipe.opt} cannot be used here ({error}): choose sgd or adamw.") from error
+        remedy = "install opt_einsum, or choose" if "opt_einsum" in str(error) else "choose"
+        raise UserError(f"The optimiser {recipe.opt} cannot be used here ({error}): {remedy} sgd or adamw.") from error
 
 
 def images_per_batch(recipe: Recipe, here: Ranks) -> int:

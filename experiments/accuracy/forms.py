@@ -153,9 +153,16 @@ def _embed(contexts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, sec
     return _perceptron(contexts, w1, b1, w2, b2, second_relu)
 
 
+def _times(x: Tensor, factors: Tensor, added: bool) -> Tensor:
+    return torch.addcmul(x, x, factors) if added else x * factors
+
+
 @torch.fx.wrap
-def _rescale(x: Tensor, factors: Tensor, patch_size: int) -> Tensor:
-    """Multiply the patches of every group of channels: (N, C, H, W), (N, rows, columns, heads) -> (N, C, H, W)."""
+def _rescale(x: Tensor, factors: Tensor, patch_size: int, added: bool) -> Tensor:
+    """Multiply the patches of every group of channels: (N, C, H, W), (N, rows, columns, heads) -> (N, C, H, W).
+
+    The product is ``added`` to the map where ``1 + a`` would lose most of ``a``, see ``conam_equations.factor_of``.
+    """
     factors = factors.to(x.dtype)
     n, channels, height, width = x.shape
     rows, heads = factors.shape[1], factors.shape[3]
@@ -164,11 +171,11 @@ def _rescale(x: Tensor, factors: Tensor, patch_size: int) -> Tensor:
         lines = lines.permute(0, 3, 1, 2)  # (N, C, rows, W)
         if x.is_contiguous():
             lines = lines.contiguous()
-        return (x.view(n, channels, rows, patch_size, width) * lines[:, :, :, None]).reshape(x.shape)
+        return _times(x.view(n, channels, rows, patch_size, width), lines[:, :, :, None], added).reshape(x.shape)
     factors = factors.permute(0, 3, 1, 2)
     factors = factors.repeat_interleave(x.shape[1] // factors.shape[1], dim=1) if factors.shape[1] > 1 else factors
     factors = factors.repeat_interleave(patch_size, dim=2)[:, :, : x.shape[2]]
-    return x * factors.repeat_interleave(patch_size, dim=3)[:, :, :, : x.shape[3]]
+    return _times(x, factors.repeat_interleave(patch_size, dim=3)[:, :, :, : x.shape[3]], added)
 
 
 class ConAMVariant(nn.Module):
@@ -278,9 +285,10 @@ class ConAMVariant(nn.Module):
             scale = scale - 1
         if self.gain is not None:
             scale = scale * self.gain
-        if self.shortcut:
+        added = self.shortcut and (x.dtype == torch.bfloat16 or x.dtype == torch.float16)
+        if self.shortcut and not added:
             scale = scale + 1
-        return _rescale(x, scale, self.patch_size)
+        return _rescale(x, scale, self.patch_size, added)
 
     def extra_repr(self) -> str:
         return (
