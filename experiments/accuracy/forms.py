@@ -158,11 +158,14 @@ def _times(x: Tensor, factors: Tensor, added: bool) -> Tensor:
 
 
 @torch.fx.wrap
-def _rescale(x: Tensor, factors: Tensor, patch_size: int, added: bool) -> Tensor:
+def _rescale(x: Tensor, factors: Tensor, patch_size: int, shortcut: bool) -> Tensor:
     """Multiply the patches of every group of channels: (N, C, H, W), (N, rows, columns, heads) -> (N, C, H, W).
 
-    The product is ``added`` to the map where ``1 + a`` would lose most of ``a``, see ``conam_equations.factor_of``.
+    With the ``shortcut`` by one plus the factors; see ``conam_equations.factor_of`` for half precision.
     """
+    added = shortcut and (x.dtype == torch.bfloat16 or x.dtype == torch.float16)
+    if shortcut and not added:
+        factors = factors + 1
     factors = factors.to(x.dtype)
     n, channels, height, width = x.shape
     rows, heads = factors.shape[1], factors.shape[3]
@@ -285,10 +288,7 @@ class ConAMVariant(nn.Module):
             scale = scale - 1
         if self.gain is not None:
             scale = scale * self.gain
-        added = self.shortcut and (x.dtype == torch.bfloat16 or x.dtype == torch.float16)
-        if self.shortcut and not added:
-            scale = scale + 1
-        return _rescale(x, scale, self.patch_size, added)
+        return _rescale(x, scale, self.patch_size, self.shortcut)
 
     def extra_repr(self) -> str:
         return (
