@@ -605,6 +605,9 @@ def test_the_early_epochs_shrink_as_well_and_end_where_none_is_left() -> None:
     whole, short, single = (load_recipe(name, settings) for settings in ([], ["epochs=5"], ["epochs=1"]))
     assert (short.early_size, short.early_epochs) == (whole.early_size, 5 * whole.early_epochs // whole.epochs)
     assert (single.early_size, single.early_epochs) == (0, 0)
+    given = load_recipe(name, ["epochs=2", "early_epochs=1"])
+    assert (given.early_size, given.early_epochs) == (whole.early_size, 1)
+    assert load_recipe(name, ["epochs=1", "early_epochs=1"]).early_size == whole.early_size
     with pytest.raises(UserError, match="early_epochs is 9, which is out of its range"):
         load_recipe(name, ["epochs=5", "early_epochs=9"])
 

@@ -219,8 +219,8 @@ def open_images(
     notes = [note for source in sources.values() for note in source.notes]
     unreadable: list[Unreadable] = []
     others: dict[str, ImageSplit] = {}
+    free = free_bytes("cpu") if free is None else free
     for name, source in sources.items():
-        free = free_bytes("cpu") if free is None else free
         if name == "train" and not fits(len(source), size, free, local_processes()):
             train, broken = find_unreadable(source)
             notes += [note for note in train.notes if note not in notes]

@@ -237,11 +237,8 @@ class WorkerLoader(_AugmentedBatches):
         labels = torch.from_numpy(source.labels)
         super().__init__(labels, source.classes, source.source, (size, size), settings, device)
         self._pixels = _Pixels(source, size)
-        self.workers = self._workers() if workers is None else workers
-
-    @staticmethod
-    def _workers() -> int:
-        return max(0, min(MAX_WORKERS, (os.cpu_count() or 1) // local_processes() - 1))
+        cores = (os.cpu_count() or 1) // local_processes()
+        self.workers = max(0, min(MAX_WORKERS, cores - 1)) if workers is None else workers
 
     def _images(self, order: Tensor, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(

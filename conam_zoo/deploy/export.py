@@ -170,7 +170,7 @@ def _check_opset(file: Path, opset: int, output: Path) -> None:
 
     found = {each.domain: each.version for each in onnx.load(str(file)).opset_import}.get("")
     if found != opset:
-        raise UserError(f"{output} is not written: it could not be converted to operator set {opset}: try another.")
+        raise UserError(f"{output} is not written, because its conversion to operator set {opset} failed: try another.")
 
 
 def _traced(graph: _Graph) -> torch.export.ExportedProgram:

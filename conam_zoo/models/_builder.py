@@ -35,7 +35,7 @@ from conam_zoo.weights import (
     read_safetensors,
     read_verified,
 )
-from conam_zoo.weights.folder import WEIGHTS_FILE, fetch_config, read_folder, read_hub_folder
+from conam_zoo.weights.folder import WEIGHTS_FILE, at_commit_of, fetch_config, read_folder, read_hub_folder
 from conam_zoo.weights.verify import check_values
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -110,7 +110,7 @@ def build(
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     read_args = kwargs.get("pretrained_model_args")
-    saved, asked_for = _check_config(cfg, pretrained, read_args, pretrained_cfg_overlay or {}, cache_dir)
+    saved, pinned = _check_config(cfg, pretrained, read_args, pretrained_cfg_overlay or {}, cache_dir)
     manifest = load_manifest() if pretrained else Manifest({})
     entry = None if cfg.source in ("local-dir", "hf-hub") else manifest.entries.get(f"{variant}.{cfg.tag}")
     kwargs = {**(defaults or {}), **(entry.model_args if entry else {}), **saved, **kwargs}
@@ -123,7 +123,7 @@ def build(
         )
     config = None
     if pretrained:
-        tensors, config = _state_dict(f"{variant}.{cfg.tag}", asked_for, manifest, entry, cache_dir)
+        tensors, config = _state_dict(f"{variant}.{cfg.tag}", pinned, manifest, entry, cache_dir)
         overlay |= {"state_dict": tensors, "source": None}
     model = build_model_with_cfg(
         model_cls,
@@ -163,8 +163,8 @@ def _check_config(
     if cfg.source == "local-dir" and cfg.file:
         config = load_config(Path(cfg.file))
     elif cfg.source == "hf-hub" and cfg.hf_hub_id and pretrained:
-        folder = fetch_config(cfg.hf_hub_id, cache_dir).parent
-        config = load_config(folder)
+        fetched = fetch_config(cfg.hf_hub_id, cache_dir)
+        config = load_config(fetched.parent)
         stated = config["pretrained_cfg"] | {k: config[k] for k in ("num_classes", "label_names") if k in config}
         keys = {"num_classes", "label_names", "input_size", "mean", "std"} & stated.keys() - overlay.keys()
         same = all(as_json(getattr(cfg, key)) == stated[key] for key in keys)
@@ -173,7 +173,7 @@ def _check_config(
                 f"The config.json of {cfg.hf_hub_id} in the Hub cache was damaged, and is fetched anew now: open the "
                 "model again."
             )
-        cfg = replace(cfg, hf_hub_id=f"{cfg.hf_hub_id.partition('@')[0]}@{folder.name}")
+        cfg = replace(cfg, hf_hub_id=at_commit_of(fetched, cfg.hf_hub_id))
     else:
         return {}, cfg
     return config.get("model_args", {}), cfg
@@ -258,7 +258,7 @@ def _state_dict(
         raise WeightsError(f"Weights are not read from a URL ({cfg.url}): download the file, and name it with 'file'.")
     if cfg.hf_hub_id and (entry is None or cfg.hf_hub_id != _published(entry, manifest.hub_namespace)["hf_hub_id"]):
         config = fetch_config(cfg.hf_hub_id, cache_dir)
-        return read_hub_folder(f"{cfg.hf_hub_id.partition('@')[0]}@{config.parent.name}", cache_dir), config
+        return read_hub_folder(at_commit_of(config, cfg.hf_hub_id), cache_dir), config
     if entry is None:
         have = ", ".join(sorted(manifest.entries)) or "none yet"
         raise WeightsError(

@@ -125,9 +125,9 @@ class ConAMDenseNet(StagedClassifier):
         super().__init__(3, patch_sizes, **options)
         if self.attn_site != "before_first_conv":
             raise ValueError(f"attn_site is {self.attn_site!r}, but it must be before_first_conv in a DenseNet.")
-        layers_per_block, left = divmod(depth - 4, 6 if bottleneck else 3)
+        step = 6 if bottleneck else 3
+        layers_per_block, left = divmod(depth - 4, step)
         if layers_per_block < 1 or left:
-            step = 6 if bottleneck else 3
             raise ValueError(f"depth is {depth!r}, but it must be 4 more than a multiple of {step}, such as 40.")
         per_layer = self.attn_placement == "block"
 

@@ -22,7 +22,7 @@ from conam_zoo.files import expand_path, write_atomically, write_text
 from conam_zoo.models._base import StagedClassifier
 from conam_zoo.models.config_schema import check_config, load_config
 from conam_zoo.weights import load_manifest
-from conam_zoo.weights.folder import WEIGHTS_FILE, fetch_config, read_config, weights_file
+from conam_zoo.weights.folder import WEIGHTS_FILE, at_commit_of, fetch_config, read_config, weights_file
 from conam_zoo.weights.verify import INDEX_SUFFIX, Shard, make_index
 
 INDEX_FILE = WEIGHTS_FILE.replace(".safetensors", INDEX_SUFFIX)
@@ -66,7 +66,7 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> StagedCl
         hub_id = name.removeprefix("hf-hub:")
         config = fetch_config(hub_id, kwargs.get("cache_dir"))
         _check_folder(config.parent)
-        name = f"hf-hub:{hub_id.partition('@')[0]}@{config.parent.name}"
+        name = f"hf-hub:{at_commit_of(config, hub_id)}"
     elif name.lower().endswith((".onnx", ".pt2")):
         raise UserError(
             f"{name} is an exported file: 'conam predict', 'evaluate' and 'demo' take such, if it is .onnx."

@@ -110,7 +110,7 @@ def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
     replaced = parse_settings(settings or [])
     written, epochs = values.get("epochs"), replaced.get("epochs")
     if isinstance(written, int) and isinstance(epochs, int) and 0 < epochs < written:
-        values |= _shrunk(values, epochs / written)
+        values |= _shrunk({key: value for key, value in values.items() if key not in replaced}, epochs / written)
     recipe = recipe_from_dict(values | replaced, name)
     other = {"dkd": "kd", "kd": "dkd"}[recipe.distill_loss]
     if unused := sorted(replaced.keys() & WEIGHTS_OF_LOSSES[other]):

@@ -88,8 +88,7 @@ def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[st
     A copy in the cache that is not what the Hub announced, or not what its config.json says, is fetched once more.
     """
     config = fetch_config(hub_id, cache_dir)
-    # The commit that the config came from: a branch may have moved on since.
-    pinned = f"{hub_id.partition('@')[0]}@{config.parent.name}"
+    pinned = at_commit_of(config, hub_id)
     file = weights_file(read_config(config), redact(hub_id))
     path = _fetch(pinned, file, cache_dir)
     if is_index(file):
@@ -101,6 +100,11 @@ def read_hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> dict[st
         # Without symbolic links no blob tells the hash of a cached file; the Hub does.
         _fetch(pinned, file, cache_dir, afresh=True)
         return read_folder(path.parent)
+
+
+def at_commit_of(config: Path, hub_id: str) -> str:
+    """A repository at the commit that a fetched config.json is of: a branch may have moved on since."""
+    return f"{hub_id.partition('@')[0]}@{config.parent.name}"
 
 
 def fetch_config(hub_id: str, cache_dir: str | Path | None = None) -> Path:
